@@ -1,0 +1,3 @@
+"""handloom: a decoding engine with a handwritten sampling loop."""
+
+__version__ = "0.1.0"
