@@ -1,8 +1,55 @@
+from pathlib import Path
+
 from setuptools import setup
+
+DEMO = [
+    "filelock>=3.12",
+    "gguf>=0.17",
+    "platformdirs>=4",
+    "rich>=13.7",
+    "typer>=0.15",
+]
+QUANT = ["accelerate>=1.1", "bitsandbytes>=0.48"]
+GRAMMAR = ["llguidance>=1.3"]
+BENCH = ["psutil>=5.9"]
+DEV = [
+    *DEMO,
+    *QUANT,
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "psutil>=5.9",
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "scipy>=1.11",
+    "sentencepiece>=0.2",
+    "setuptools>=77",
+]
 
 setup(
     name="handloom",
     version="0.1.0",
+    description="A decoding engine for researchers: every Hugging Face causal LM, a handwritten loop, open kernels.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    if Path(__file__).with_name("README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # The import name is `handloom`; nothing called `engine` or `kernels` may be installed, because another
+    # distribution owns the top-level name `kernels`.
     package_dir={"handloom": "engine", "handloom.kernels": "kernels"},
     packages=["handloom", "handloom.kernels", "handloom.processors", "handloom.strategies"],
+    install_requires=[
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "tokenizers>=0.22",
+        "torch>=2.9",
+        "tqdm>=4.66",
+        "transformers>=5.17",
+        'triton>=3.6; sys_platform == "linux"',
+    ],
+    extras_require={"demo": DEMO, "quant": QUANT, "grammar": GRAMMAR, "bench": BENCH, "dev": DEV},
+    entry_points={"console_scripts": ["handloom = handloom.cli:main"]},
 )
