@@ -1,0 +1,165 @@
+"""Decode attention on the CPU: every row is attended alone, over its own cells of the paged cache."""
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+# A mask repeated once per query head of a group is worth its memory only below this many entries.
+_FOLDED_MASK_ENTRIES = 1 << 22
+
+
+class CellPlan:
+    """Where the cells of each row lie; worked out once a step and shared by all layers.
+
+    tables: per row its block ids in order (tuple, list or ndarray of int), ceil(length / block_size) of them used.
+    lengths: per row the number of valid cells, the fresh ones included (python int >= 1).
+    block_size: cells per block. counts: per row how many of the Q queries are real (None: all Q).
+    tree: [B, Q, Q] bool, tree[b, j, f] = query j sees fresh cell f (itself and its ancestors), or None: causal.
+    Raises ValueError when a row has no cell or too few blocks.
+    """
+
+    def __init__(self, tables, lengths, block_size, *, counts=None, tree=None):
+        self.lengths = [int(n) for n in lengths]
+        self.counts = None if counts is None else [int(n) for n in counts]
+        self.block_size, self.tree, self._masks = block_size, tree, {}
+        self._tables = [
+            self._blocks(row, *pair) for row, pair in enumerate(zip(tables, self.lengths, strict=True))
+        ]
+        self.starts = [self._start(table) for table in self._tables]
+
+    def _blocks(self, row, table, length):
+        needed = -(-length // self.block_size)
+        if not 1 <= needed <= len(table):
+            raise ValueError(
+                f"row {row}: length {length} needs 1..{len(table) * self.block_size} cells "
+                f"(its table has {len(table)} blocks of {self.block_size})"
+            )
+        return torch.from_numpy(np.array(table[:needed], dtype=np.int64))
+
+    def _start(self, table):
+        """First cell of a row whose blocks follow each other in the pool, else None."""
+        consecutive = int(table[-1]) - int(table[0]) == len(table) - 1 and bool((table.diff() == 1).all())
+        return int(table[0]) * self.block_size if consecutive else None
+
+    def cells(self, pool, row, first):
+        """Cells first..length-1 of a row as [1, Hk, n, D]: a view where its blocks are consecutive, else a copy.
+
+        pool: [N_blocks, block_size, Hk, D].
+        """
+        length, start, size = self.lengths[row], self.starts[row], self.block_size
+        if start is None:
+            skipped = first // size
+            flat, start = pool.index_select(0, self._tables[row][skipped:]), -skipped * size
+        else:
+            flat = pool
+        flat = flat.view(1, -1, *pool.shape[2:])
+        return flat[:, start + first : start + length].transpose(1, 2)
+
+    def mask(self, row, queries, n, window, group, like):
+        """Additive mask [queries * group, n] over the last n cells of a row, in the dtype of `like`; made once a step.
+
+        Rows are ordered (query, head of the group).
+        """
+        key = (queries, n, window, group, like.dtype, None if self.tree is None else row)
+        if key not in self._masks:
+            seen = self._visible(row, queries, n, window).repeat_interleave(group, 0)
+            mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+            self._masks[key] = mask.masked_fill_(~seen.to(like.device), float("-inf"))
+        return self._masks[key]
+
+    def _visible(self, row, queries, n, window):
+        base = n - queries
+        cell, query = torch.arange(n), torch.arange(queries)[:, None]
+        if self.tree is None:
+            seen = cell <= base + query
+            return seen if window is None else seen & (cell > base + query - window)
+        tree = self.tree[row, :queries, :queries].cpu()
+        depth = tree.sum(-1) - 1
+        seen = torch.ones(queries, n, dtype=torch.bool)
+        seen[:, base:] = tree
+        if window is not None:
+            position = torch.cat([torch.arange(base), base + depth])
+            seen &= position > base + depth[:, None] - window
+        return seen
+
+
+def paged_attention_cpu(
+    q, keys, values, tables=None, lengths=None, *, counts=None, scale=None, sliding_window=None, softcap=None,
+    sinks=None, tree=None, plan=None,
+):  # fmt: skip
+    """Attention of the fresh queries of each row over its own cells; nothing is padded, so no row sees another.
+
+    q: [B, Q, Hq, D] queries, the real ones first in each row. keys: [N_blocks, block_size, Hk, D], contiguous;
+    values: [N_blocks, block_size, Hk, Dv]; Hq a multiple of Hk. tables, lengths, counts, tree: see `CellPlan`; or
+    `plan`, which holds all four. scale: float, default D ** -0.5. sliding_window: a query at position p sees
+    positions p - sliding_window + 1 .. p. softcap: logits become softcap * tanh(logits / softcap).
+    sinks: [Hq] one more logit per head in the softmax's denominator.
+    Returns [B, Q, Hq, Dv] in q's dtype; zero for queries beyond a row's count. Raises ValueError (see `CellPlan`).
+    """
+    if plan is None:
+        plan = CellPlan(tables, lengths, keys.shape[1], counts=counts, tree=tree)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    plain = softcap is None and sinks is None
+    rows = []
+    for row in range(q.shape[0]):
+        count = q.shape[1] if plan.counts is None else plan.counts[row]
+        length = plan.lengths[row]
+        first = 0 if sliding_window is None else max(0, length - count - sliding_window + 1)
+        k, v = plan.cells(keys, row, first), plan.cells(values, row, first)
+        window = sliding_window if sliding_window is not None and sliding_window < length else None
+        if plain:
+            out = _attend(q[row, :count], k, v, plan, row, window, scale)
+        else:
+            out = _attend_explicitly(q[row, :count], k, v, plan, row, window, scale, softcap, sinks)
+        if count < q.shape[1]:
+            out = torch.cat([out, out.new_zeros(q.shape[1] - count, *out.shape[1:])])
+        rows.append(out)
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def _attend(q, k, v, plan, row, window, scale):
+    """One row through torch's fused attention: q [n, Hq, D], k [1, Hk, L, D], v [1, Hk, L, Dv] -> [n, Hq, Dv].
+
+    The query heads of a group are folded into the query axis, so that K and V are read once and never repeated.
+    """
+    queries, heads, dim = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    if queries == 1:
+        out = scaled_dot_product_attention(q.view(1, kv_heads, group, dim), k, v, scale=scale)
+        return out.reshape(1, heads, -1)
+    if queries == length and window is None and plan.tree is None:
+        q = q.transpose(0, 1)[None]
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
+        return out[0].transpose(0, 1)
+    if queries * group * length > _FOLDED_MASK_ENTRIES:
+        mask = plan.mask(row, queries, length, window, 1, q)
+        out = scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k, v, attn_mask=mask, scale=scale, enable_gqa=group > 1
+        )
+        return out[0].transpose(0, 1)
+    mask = plan.mask(row, queries, length, window, group, q)
+    q = q.view(queries, kv_heads, group, dim).transpose(0, 1).reshape(1, kv_heads, queries * group, dim)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.view(kv_heads, queries, group, -1).transpose(0, 1).reshape(queries, heads, -1)
+
+
+def _attend_explicitly(q, k, v, plan, row, window, scale, softcap, sinks):
+    """One row with softcap or sinks, which torch's fused attention lacks; float32 inside. Shapes as in `_attend`."""
+    queries, heads, dim = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    group = heads // kv_heads
+    folded = (
+        q.view(queries, kv_heads, group, dim).transpose(0, 1).reshape(kv_heads, queries * group, dim).float()
+    )
+    scores = torch.bmm(folded * scale, k[0].float().transpose(1, 2))  # [Hk, n * G, L]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if queries > 1:
+        scores = scores + plan.mask(row, queries, length, window, group, scores)
+    if sinks is not None:
+        sink = sinks.float().view(kv_heads, 1, group, 1).expand(-1, queries, -1, -1)
+        scores = torch.cat([scores, sink.reshape(kv_heads, queries * group, 1)], -1)
+    weights = torch.softmax(scores, -1)[..., :length]
+    out = torch.bmm(weights, v[0].float()).to(q.dtype)
+    return out.view(kv_heads, queries, group, -1).transpose(0, 1).reshape(queries, heads, -1)
