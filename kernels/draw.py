@@ -1,0 +1,120 @@
+"""The draw: Gumbel-argmax over the tokens that a pipeline left, seeded per row.
+
+The score of a token is (logit - row maximum) + g in float32, with g the noise of `philox.gumbel`; the highest score
+wins, the lowest token id on ties. The maximum is subtracted before the noise is added so that a row's offset does not
+cost the noise its resolution. Tokens at -inf cannot be drawn; tokens at +inf share the whole probability.
+"""
+
+import numpy as np
+import torch
+
+from . import philox
+
+SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
+FLOAT_MAX = float(np.finfo(np.float32).max)
+SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score
+SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of the noise and of the score
+NO_TOKEN = -1
+
+
+def draw(logits, seeds, positions, streams=None, greedy=None):
+    """Draw one token a row by Gumbel-argmax; a row's token depends on nothing outside the row.
+
+    Args:
+        logits: float32 [B, V]; -inf excludes a token.
+        seeds: int64 [B].
+        positions: int64 [B], absolute position of the token now drawn.
+        streams: int64 [B] or None (all 0).
+        greedy: bool [B] or None (none); a greedy row takes its highest logit, the lowest id on ties, and no noise.
+
+    Returns:
+        int64 [B], the tokens; -1 for a row that holds a NaN or nothing above -inf.
+    """
+    streams = torch.zeros_like(seeds) if streams is None else streams
+    if logits.device.type != "cpu":
+        return draw_reference(logits, seeds, positions, streams, greedy)
+    rows = logits.detach().float().numpy()
+    greedy = None if greedy is None else greedy.numpy()
+    return torch.from_numpy(_draw_numpy(rows, seeds.numpy(), positions.numpy(), streams.numpy(), greedy))
+
+
+def draw_reference(logits, seeds, positions, streams=None, greedy=None):
+    """`draw` in plain torch on any device, noise for every token; this function defines the result."""
+    streams = torch.zeros_like(seeds) if streams is None else streams
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    noise = philox.gumbel_reference(seeds, positions, streams, ids)
+    if greedy is not None:
+        noise = torch.where(greedy[:, None], 0.0, noise)
+    best = logits.amax(dim=1, keepdim=True) if logits.numel() else logits.new_empty(len(logits), 1)
+    scores = (logits.clamp(max=FLOAT_MAX) - best.clamp(max=FLOAT_MAX)) + noise
+    wins = scores == scores.amax(dim=1, keepdim=True)
+    tokens = torch.where(wins, ids, logits.shape[1]).amin(dim=1)
+    return torch.where(best[:, 0] > -torch.inf, tokens, NO_TOKEN)  # False for NaN too
+
+
+def _draw_numpy(rows, seeds, positions, streams, greedy):
+    """`draw` on NumPy arrays: noise only for the tokens that can still win."""
+    tokens = np.full(len(rows), NO_TOKEN, dtype=np.int64)
+    pending = []
+    for index, row in enumerate(rows):
+        best = row.argmax()
+        top = row[best]
+        if not top > -np.inf:  # True for NaN too
+            continue
+        if greedy is not None and greedy[index]:
+            tokens[index] = best
+            continue
+        top = min(top, np.float32(FLOAT_MAX))
+        ids = (row >= top - np.float32(SPAN)).nonzero()[0]
+        if len(ids) > len(row) // 16:
+            key = seeds[index : index + 1], positions[index : index + 1], streams[index : index + 1]
+            ids = _contenders(row, top, *key)
+        pending.append((index, ids, np.minimum(row[ids], np.float32(FLOAT_MAX)) - top))
+    if pending:
+        index, winners = draw_ragged(pending, seeds, positions, streams)
+        tokens[index] = winners
+    return tokens
+
+
+def draw_ragged(pending, seeds, positions, streams):
+    """Gumbel-argmax over lists of candidates.
+
+    Args:
+        pending: list of (row, ids int64 [n] ascending, logits minus their maximum float32 [n]), n >= 1.
+        seeds, positions, streams: int64 arrays [B], indexed by row.
+
+    Returns:
+        (rows, tokens): two lists of the length of `pending`.
+    """
+    index = [row for row, _, _ in pending]
+    if len(pending) == 1:
+        noise = philox.gumbel_numpy(seeds[index], positions[index], streams[index], pending[0][1])
+        return index, [pending[0][1][(pending[0][2] + noise[0]).argmax()]]
+    ends = np.cumsum([len(ids) for _, ids, _ in pending])
+    owner = np.repeat(index, np.diff(ends, prepend=0))
+    ids = np.concatenate([ids for _, ids, _ in pending])
+    noise = philox.gumbel_numpy(seeds[owner], positions[owner], streams[owner], ids[:, None])[:, 0]
+    scores = np.concatenate([shifted for _, _, shifted in pending]) + noise
+    starts = [0, *ends[:-1].tolist()]
+    return index, [ids[start + scores[start:end].argmax()] for start, end in zip(starts, ends, strict=True)]
+
+
+def _contenders(row, top, seeds, positions, streams):
+    """Ids, ascending, of the few tokens of a long row that can win; one pass of words, no logarithm for the rest.
+
+    With S the score of some token, token i can win only if g_i >= S - d_i (d = logit - top), which needs
+    E_i <= exp(d_i - S) and, as E >= u, a word of at most 2**32 * exp(d_i - S).
+    """
+    shifted = np.minimum(row, np.float32(FLOAT_MAX)) - top
+    first = (shifted >= np.float32(-1.0)).nonzero()[0][:SAMPLE]
+    bound = (shifted[first] + philox.gumbel_numpy(seeds, positions, streams, first)[0]).max()
+    limits = np.exp(shifted - bound)
+    limits *= np.float32(2.0**32 * SLACK)
+    limits += np.float32(2.0)
+    counters = np.arange((len(row) + 3) // 4, dtype=np.uint64)[None]
+    lanes = philox.philox_lanes_numpy(seeds, positions, streams, counters)
+    ids = [first]
+    for lane, words in enumerate(lanes):
+        limit = limits[lane::4]
+        ids.append((words[0, : len(limit)].astype(np.float32) <= limit).nonzero()[0] * 4 + lane)
+    return np.unique(np.concatenate(ids))
