@@ -2,22 +2,32 @@ from pathlib import Path
 
 from setuptools import setup
 
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+
 DEMO = [
     "filelock>=3.12",
     "gguf>=0.17",
     "platformdirs>=4",
-    "rich>=13.7",
+    "rich>=13.8",
     "typer>=0.15",
 ]
-QUANT = ["accelerate>=1.1", "bitsandbytes>=0.48"]
-GRAMMAR = ["llguidance>=1.3"]
-BENCH = ["psutil>=5.9"]
+QUANT = [
+    "accelerate>=1.1",
+    "bitsandbytes>=0.48",
+]
+GRAMMAR = [
+    "llguidance>=1.3",
+]
+BENCH = [
+    "psutil>=5.9",
+]
 DEV = [
     *DEMO,
     *QUANT,
+    *BENCH,
     "build>=1.2",
     "hypothesis>=6.100",
-    "psutil>=5.9",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -29,19 +39,18 @@ DEV = [
 setup(
     name="handloom",
     version="0.1.0",
-    description="A decoding engine for researchers: every Hugging Face causal LM, a handwritten loop, open kernels.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    if Path(__file__).with_name("README.md").exists()
-    else "",
+    description="A decoding engine for researchers: any Hugging Face causal LM, a handwritten loop, open kernels",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # The import name is `handloom`; nothing called `engine` or `kernels` may be installed, because another
-    # distribution owns the top-level name `kernels`.
+    # The import name is `handloom`. Nothing called `engine` or `kernels` may be installed: another distribution owns
+    # the top-level name `kernels`, and transformers and bitsandbytes import it.
     package_dir={"handloom": "engine", "handloom.kernels": "kernels"},
     packages=["handloom", "handloom.kernels", "handloom.processors", "handloom.strategies"],
     install_requires=[
+        "jinja2>=3.1",
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "tokenizers>=0.22",
