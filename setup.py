@@ -39,14 +39,14 @@ DEV = [
 setup(
     name="handloom",
     version="0.1.0",
-    description="A decoding engine for researchers: any Hugging Face causal LM, a handwritten loop, open kernels",
+    description="A decoding engine for researchers: any Hugging Face LM, a handwritten loop, open kernels",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # The import name is `handloom`. Nothing called `engine` or `kernels` may be installed: another distribution owns
-    # the top-level name `kernels`, and transformers and bitsandbytes import it.
+    # The import name is `handloom`. Nothing called `engine` or `kernels` may be installed: another
+    # distribution owns the top-level name `kernels`, and transformers and bitsandbytes import it.
     package_dir={"handloom": "engine", "handloom.kernels": "kernels"},
     packages=["handloom", "handloom.kernels", "handloom.processors", "handloom.strategies"],
     install_requires=[

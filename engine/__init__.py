@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 if __name__ == "engine":
     raise ImportError(
-        "this folder is the package `handloom`, found here as `engine` because the repository root is on sys.path; "
-        "two copies of every class would exist. Write `import handloom` (after `pip install -e .`)."
+        "this folder is the package `handloom`; it is found as `engine` because the repository root is on "
+        "sys.path, and two copies of every class would exist. "
+        "Write `import handloom` (after `pip install -e .`)."
     )
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """handloom.kernels: one operation a file, each with its torch reference and its Triton kernel."""
 
 # The distribution `kernels`, which transformers and bitsandbytes import, has this folder's name. Where the
-# repository root is on `sys.path` (`python -m pytest`, a notebook beside this folder), `import kernels` would find
-# us in its place, so we hand over to the real one; where there is none we stay an empty module, which transformers
-# takes for "not installed".
+# repository root is on `sys.path` (`python -m pytest`, a notebook beside this folder), `import kernels` would
+# find us in its place, so we hand over to the real one; where there is none we stay an empty module, which
+# transformers takes for "not installed".
 if __name__ == "kernels":
     import os
     import sys

@@ -1,10 +1,11 @@
-"""What every test session needs: one thread a worker, no hub, kernels that run where there is no GPU, SmolLM2 once."""
+"""What every test session needs: one thread a worker, no hub, kernels without a GPU, SmolLM2 built once."""
 
 import os
 from pathlib import Path
 
-# Workers share the cores, so one thread each; nothing here may ask a hub; where there is no GPU, Triton kernels run
-# in its interpreter. Triton reads its variable when a kernel is defined, so all of this comes before any import.
+# Workers share the cores, so one thread each; nothing here may ask a hub; where there is no GPU, Triton
+# kernels run in its interpreter. Libraries read these variables when they are imported, Triton when a kernel
+# is defined.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
