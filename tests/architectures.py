@@ -468,8 +468,8 @@ def greedy_reference(model: PreTrainedModel, prompts: list[list[int]], n: int | 
 
     prompts: id lists. n: tokens to generate, one for all or one per prompt.
 
-    recurrent_gemma keeps its recurrent state inside its modules, and a one-token prompt inherits what the last
-    sequence left there; a forward without a cache clears it.
+    recurrent_gemma keeps its recurrent state inside its modules, and a one-token prompt inherits what the
+    last sequence left there; a forward without a cache clears it.
     """
     counts = [n] * len(prompts) if isinstance(n, int) else n
     answers = []
