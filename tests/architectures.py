@@ -487,6 +487,19 @@ def greedy_reference(model: PreTrainedModel, prompts: list[list[int]], n: int | 
 
 
 @torch.no_grad()
-def logits_reference(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:  # [T, V]
-    """Logits at every position of one sequence, from one forward without a cache, in float32."""
-    return model(torch.tensor([ids]), use_cache=False).logits[0].float()
+def logits_reference(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Raw logits `[len(answer) + 1, V]` of `model.generate` when it is made to answer `answer`.
+
+    Row i is for the token after `prompt + answer[:i]`.
+    """
+    model(torch.tensor([prompt]), use_cache=False)
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=len(answer) + 1,
+        do_sample=False,
+        prefix_allowed_tokens_fn=lambda _, ids: [[*answer, 0][len(ids) - len(prompt)]],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.cat(output.logits).float()

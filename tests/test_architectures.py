@@ -1,0 +1,107 @@
+"""The engine against `model.generate` over every architecture: replacement in flight, forks, rewinds, extends."""
+
+import gc
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, greedy_reference, logits_reference, prompts_of
+from handloom import Engine, SamplingParams
+
+PROMPT_LENGTHS = [5, 17, 1, 40, 9, 23]
+NEW_TOKENS = [10, 24, 13, 20, 17, 11]  # with three slots every row but the first three replaces another
+
+# fp32 rounding moves the logits by up to 1e-4; a wrong cell, mask or position moves them by 0.05 at least.
+TOLERANCE = 1e-3
+
+# Architectures whose rows cannot share a batch: attention that takes positions from the cache length, state
+# kept inside the modules, a layer type that only transformers' own cache knows.
+SOLO = {"gpt_neo", "recurrent_gemma", "glm_moe_dsa"}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def name(request):
+    return request.param
+
+
+def assert_nothing_leaked(engine):
+    gc.collect()
+    engine.pool.check()
+    assert engine.pool.in_use == 0
+
+
+def test_ragged_batch_with_replacement_equals_generate(name):
+    model = ARCHITECTURES[name]()
+    prompts = prompts_of(PROMPT_LENGTHS)
+    expected = greedy_reference(model, prompts, NEW_TOKENS)
+    engine = Engine(model, slots=3)
+
+    answers = engine.generate(prompts, [SamplingParams(max_new_tokens=n) for n in NEW_TOKENS])
+
+    assert [answer.token_ids for answer in answers] == expected
+    assert {answer.finish_reason for answer in answers} == {"length"}
+    assert_nothing_leaked(engine)
+
+
+def test_capabilities_name_the_path(name):
+    capabilities = Engine(ARCHITECTURES[name](), slots=3).capabilities
+    assert capabilities.ragged == (name not in SOLO)
+    if name in SOLO:
+        assert capabilities.why["ragged"]
+
+
+def assert_follows(model, logits, prompt, answer):
+    expected = logits_reference(model, prompt, answer)[-1]
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_forks_and_rewinds_equal_replay(name):
+    model = ARCHITECTURES[name]()
+    engine = Engine(model, slots=3)
+    if not (engine.capabilities.fork and engine.capabilities.rewind):
+        pytest.skip(f"{name}: {engine.capabilities.why}")
+    one, two = prompts_of([12, 5])
+
+    state = engine.prefill([one, two])
+    forked = engine.step(state.select([0, 0, 1]), torch.tensor([7, 8, 9]))
+    forked = engine.step(forked, torch.tensor([10, 11, 12]))
+    rewound = engine.step(state, torch.tensor([13, 14]))
+    again = engine.step(forked.select([2, 0]), torch.tensor([15, 16]))
+
+    assert_follows(model, forked.logits[0], one, [7, 10])
+    assert_follows(model, forked.logits[1], one, [8, 11])
+    assert_follows(model, forked.logits[2], two, [9, 12])
+    assert_follows(model, rewound.logits[0], one, [13])
+    assert_follows(model, rewound.logits[1], two, [14])
+    assert_follows(model, again.logits[0], two, [9, 12, 15])
+    assert_follows(model, again.logits[1], one, [7, 10, 16])
+    engine.pool.check()
+    del state, forked, rewound, again
+    assert_nothing_leaked(engine)
+
+
+def test_ragged_extend_and_keep_equal_replay(name):
+    model = ARCHITECTURES[name]()
+    engine = Engine(model, slots=3)
+    if not engine.capabilities.extend:
+        pytest.skip(f"{name}: {engine.capabilities.why}")
+    prompts = prompts_of([12, 5, 8])
+    drafts = [[7, 8, 9, 10], [11], [12, 13, 14]]
+    accepted = [2, 1, 3]
+
+    state = engine.prefill(prompts)
+    extended = engine.extend(state, drafts)
+    kept = extended.keep(accepted)
+    after = engine.step(kept, torch.tensor([20, 21, 22]))
+
+    for row, (prompt, draft, count) in enumerate(zip(prompts, drafts, accepted, strict=True)):
+        expected = logits_reference(model, prompt, draft)
+        torch.testing.assert_close(state.logits[row], expected[0], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(
+            extended.all_logits[row, : len(draft)], expected[1:], atol=TOLERANCE, rtol=0
+        )
+        assert torch.equal(extended.logits[row], extended.all_logits[row, len(draft) - 1])
+        assert torch.equal(kept.logits[row], extended.all_logits[row, count - 1])
+        assert kept.tokens[row] == prompt + draft[:count]
+        assert_follows(model, after.logits[row], prompt, [*draft[:count], 20 + row])
+    del state, extended, kept, after
+    assert_nothing_leaked(engine)
