@@ -1,0 +1,172 @@
+"""The cache that transformers' models see: paged attention layers and the states of recurrent ones."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
+
+from .feed import Feed
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+RECURRENT = {"conv", "linear_attention"}
+HYBRID = {"hybrid", "hybrid_sliding"}
+EMPTY = {"dummy"}
+
+
+def layer_plan(config) -> list[tuple[str, dict]]:
+    """(layer type, cache arguments) of each layer of a model's text configuration."""
+    types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return list(zip(types, arguments, strict=True))
+
+
+class PagedLayer(CacheLayerMixin):
+    """Keys and values of one attention layer, kept in a block pool.
+
+    Sliding and chunked layers keep every cell too: their window is applied by the mask or the kernel, so a row can
+    be rewound past it.
+    """
+
+    is_compileable, is_sliding = True, False
+
+    def __init__(self, pool, index: int, whole: bool):
+        super().__init__()
+        self.pool, self.index, self.whole = pool, index, whole
+        self.feed: Feed | None = None
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        """Nothing to do: the pool owns the cells."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Write the new cells `[B, H, Q, D]`; return all cells, gathered per row or as the pool holds them."""
+        keys, values = self.pool.layer(self.index)
+        cells = self.feed.cells.reshape(-1)
+        for store, new in ((keys, key_states), (values, value_states)):
+            flat = new.transpose(1, 2).reshape(-1, *store.shape[2:])
+            store.view(-1, *store.shape[2:]).index_copy_(0, cells, flat.to(store.dtype))
+        if self.whole:
+            return keys, values
+        table = self.feed.blocks().to(keys.device)
+        return self._gather(keys, table), self._gather(values, table)
+
+    def _gather(self, store, table):
+        rows, width = table.shape
+        picked = store.index_select(0, table.reshape(-1))
+        return picked.view(rows, width * store.shape[1], *store.shape[2:]).transpose(1, 2)
+
+    def get_mask_sizes(self, query_length: int):
+        """(key length, offset) of the rectangle that `update` returns."""
+        return self.feed.blocks().shape[1] * self.pool.block_size, 0
+
+    def get_seq_length(self) -> int:
+        """Cells before this pass, as far as a rectangle has such a number; models take shapes from it."""
+        return self.get_mask_sizes(0)[0] - self.feed.width
+
+    def get_max_length(self) -> int:
+        """No bound."""
+        return -1
+
+    def batch_select_indices(self, indices):
+        """Rows are chosen through tables, never here."""
+
+
+class PagedHybridLayer(PagedLayer, LinearAttentionLayer):
+    """A layer with both paged keys and values and a recurrent state."""
+
+    def __init__(self, pool, index: int, whole: bool, number_of_states: int = 1):
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        PagedLayer.__init__(self, pool, index, whole)
+
+    def lazy_initialization(self, *args, **kwargs):
+        """Recurrent states are made on their first update; the pool owns the cells."""
+        if not args:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+
+class PagedCache(Cache):
+    """One forward pass's view of the pool, for `model(..., past_key_values=...)`.
+
+    Args:
+        plan: `layer_plan(config)`.
+        pool: the block pool.
+        whole: hand the whole pool to the attention function (True) or gather each row's cells (False).
+    """
+
+    def __init__(self, plan, pool, whole: bool):
+        layers = []
+        for index, (kind, arguments) in enumerate(plan):
+            states = arguments.get("number_of_states", 1)
+            if kind in ATTENTION:
+                layers.append(PagedLayer(pool, index, whole))
+            elif kind in RECURRENT:
+                layers.append(LinearAttentionLayer(number_of_states=states))
+            elif kind in HYBRID:
+                layers.append(PagedHybridLayer(pool, index, whole, states))
+            else:
+                layers.append(DummyLayer())
+        super().__init__(layers=layers)
+        self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
+        self._stateful = [layer for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        self._linear = [layer in self._stateful and layer not in self._paged for layer in layers]
+        self.feed: Feed | None = None
+
+    def bind(self, feed: Feed) -> PagedCache:
+        """Point every layer at the tokens of the coming pass."""
+        self.feed = feed
+        for layer in self._paged:
+            layer.feed = feed
+        return self
+
+    def get_query_offset(self, layer_idx: int = 0):
+        """`[B, Q]` positions of the new tokens; the mask functions broadcast over them."""
+        return self.feed.positions if self._paged else 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Cells before this pass; for recurrent models, whether there were any."""
+        if self._paged:
+            return self._paged[0].get_seq_length()
+        return self.feed.lengths[0] - self.feed.width
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0):
+        """(key length, offset) for the mask of any layer: all layers keep every cell."""
+        if self._paged:
+            return self._paged[0].get_mask_sizes(query_length)
+        return query_length, 0
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Layers without keys and values."""
+        return self._linear
+
+    # -- recurrent states: a flat tuple of [B, ...] tensors
+
+    def states(self) -> tuple[torch.Tensor, ...]:
+        """Every recurrent and convolution state, `[B, ...]` each, in layer order."""
+        return tuple(t for _, _, t in self._slots() if t is not None)
+
+    def load_states(self, states: tuple[torch.Tensor, ...], like: PagedCache) -> None:
+        """Take over `states`, laid out as in the cache `like` that they came from; the tensors are owned now."""
+        found = iter(states)
+        for layer, other in zip(self._stateful, like._stateful, strict=True):
+            for name in ("conv", "recurrent"):
+                done = getattr(other, f"is_{name}_states_initialized")
+                for i in range(other.number_of_states):
+                    if done[i]:
+                        getattr(layer, f"{name}_states")[i] = next(found)
+                        getattr(layer, f"is_{name}_states_initialized")[i] = True
+            layer.conv_kernel_size = dict(other.conv_kernel_size)
+            layer.has_previous_state = dict(other.has_previous_state)
+            layer.dtype, layer.device = other.dtype, other.device
+
+    def _slots(self):
+        for layer in self._stateful:
+            for name in ("conv_states", "recurrent_states"):
+                for i, tensor in getattr(layer, name).items():
+                    yield layer, (name, i), tensor

@@ -1,0 +1,79 @@
+"""What one forward pass is fed: tokens, their positions, and where their keys and values go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .kv import TRASH, ZERO
+
+
+@dataclass
+class Feed:
+    """One forward pass over `B` rows of at most `Q` new tokens each, left-aligned.
+
+    Args:
+        ids: `[B, Q]` int64 token ids, or None when `embeddings` are given.
+        positions: `[B, Q]` int64 absolute positions, 0 for surplus tokens.
+        cells: `[B, Q]` int64 flat cell index each token is written to; surplus tokens go to the trash block.
+        tables: block ids of each row, on the host.
+        lengths: cells of each row that are valid after this pass, the new ones included, on the host.
+        counts: real tokens of each row, or None when every row has `Q`.
+        embeddings: `[B, Q, D]` input embeddings instead of ids.
+    """
+
+    ids: torch.Tensor | None
+    positions: torch.Tensor
+    cells: torch.Tensor
+    tables: Sequence[Sequence[int]]
+    lengths: Sequence[int]
+    counts: Sequence[int] | None = None
+    embeddings: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None  # [B, M] int32, built on first use
+
+    @property
+    def width(self) -> int:
+        """New tokens per row, Q."""
+        return self.positions.shape[1]
+
+    def blocks(self) -> torch.Tensor:
+        """`[B, M]` int32 block table on the device, padded with the zero block."""
+        if self.block_table is None:
+            width = max(1, max((len(t) for t in self.tables), default=1))
+            padded = [list(t) + [ZERO] * (width - len(t)) for t in self.tables]
+            self.block_table = torch.tensor(padded, dtype=torch.int32, device=self.positions.device)
+        return self.block_table
+
+    @classmethod
+    def build(cls, tokens, starts, tables, block_size: int, device, embeddings=None) -> Feed:
+        """A Feed for ragged rows.
+
+        Args:
+            tokens: one list of token ids per row (ignored, except for its length, where `embeddings` are given).
+            starts: cells already valid in each row.
+            tables: Table of each row, with room for the new tokens.
+            block_size: cells per block.
+            device: where the tensors go.
+            embeddings: `[B, Q, D]` in place of ids.
+        """
+        counts = [len(row) for row in tokens]
+        width = max(counts)
+        ids, positions, cells = [], [], []
+        for row, start, table in zip(tokens, starts, tables, strict=True):
+            pad = width - len(row)
+            span = range(start, start + len(row))
+            ids.append(list(row) + [0] * pad)
+            positions.append([*span, *[0] * pad])
+            cells.append([table.blocks[p // block_size] * block_size + p % block_size for p in span])
+            cells[-1] += [TRASH * block_size] * pad
+        return cls(
+            ids=None if embeddings is not None else torch.tensor(ids, device=device),
+            positions=torch.tensor(positions, device=device),
+            cells=torch.tensor(cells, device=device),
+            tables=[table.blocks for table in tables],
+            lengths=[start + n for start, n in zip(starts, counts, strict=True)],
+            counts=None if min(counts) == width else counts,
+            embeddings=embeddings,
+        )

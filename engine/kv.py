@@ -1,0 +1,327 @@
+"""The block pool: paged, reference-counted, copy-on-write storage for keys and values."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .errors import PoolExhausted
+
+TRASH = 0  # idle rows and surplus tokens write here; nobody reads it
+ZERO = 1  # tables are padded with it where a whole rectangle is gathered; nobody writes it
+RESERVED = 2
+
+
+class Table:
+    """The block ids of one sequence: immutable, and the holder of one reference to each of its blocks.
+
+    Two States that share a prefix share blocks; two that share every block share the Table itself.
+    """
+
+    __slots__ = ("__weakref__", "blocks", "pool")
+
+    def __init__(self, pool: BlockPool, blocks: tuple[int, ...]):
+        self.pool, self.blocks = pool, blocks
+        pool.retain(self)
+
+    def __del__(self):
+        self.pool.release(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass
+class Store:
+    """Keys and values of all layers with one shape: `keys [L, N, block, Hk, D]`, `values [L, N, block, Hv, Dv]`."""
+
+    layers: tuple[int, ...]
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def resized(self, capacity: int) -> Store:
+        """The same cells in tensors of `capacity` blocks; on a CPU untouched pages cost no memory."""
+        grown = []
+        for old in (self.keys, self.values):
+            new = torch.zeros(old.shape[0], capacity, *old.shape[2:], dtype=old.dtype, device=old.device)
+            new[:, : old.shape[1]] = old
+            grown.append(new)
+        return Store(self.layers, *grown)
+
+
+class BlockPool:
+    """Fixed-size blocks of key/value cells, handed out to Tables and taken back when the last one goes.
+
+    Args:
+        block_size: cells (tokens) in a block, > 0.
+        capacity: blocks to start with; the pool doubles when it runs out.
+        max_blocks: upper bound for growth, None for none.
+        scrub: zero a block before it is handed out. Needed where a whole rectangle of cells is read and masked
+            afterwards: probability 0 times a stale NaN is NaN.
+        prefix_cache: keep full prompt blocks after their last use, until the space is wanted.
+
+    Blocks 0 and 1 are never handed out (see `TRASH` and `ZERO`).
+    """
+
+    def __init__(
+        self,
+        block_size: int = 16,
+        capacity: int = 64,
+        max_blocks: int | None = None,
+        *,
+        scrub: bool = False,
+        prefix_cache: bool = True,
+    ):
+        self.block_size, self.max_blocks = block_size, max_blocks
+        self.scrub, self.prefix_cache = scrub, prefix_cache
+        self.capacity = RESERVED
+        self.stores: list[Store] = []
+        self._where: dict[int, tuple[int, int]] = {}
+        self.refs = np.zeros(RESERVED, np.int32)
+        self.filled = np.zeros(RESERVED, np.int32)
+        self._free = np.zeros(RESERVED, bool)
+        self._claimed = np.zeros(RESERVED, bool)
+        self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
+        self._prefix: dict[tuple, int] = {}
+        self._names: dict[int, tuple] = {}
+        self._uids: dict[int, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._next_uid = 1
+        self.high_water = RESERVED
+        self.copies = 0
+        self._resize(max(capacity, RESERVED + 1))
+
+    # -- storage
+
+    def add_store(self, layers, key_shape, value_shape, dtype, device) -> None:
+        """Allocate cells for `layers` (model layer indices); a shape is (heads, head dim)."""
+        lead = (len(layers), self.capacity, self.block_size)
+        self.stores.append(
+            Store(
+                tuple(layers),
+                torch.zeros(*lead, *key_shape, dtype=dtype, device=device),
+                torch.zeros(*lead, *value_shape, dtype=dtype, device=device),
+            )
+        )
+        for j, layer in enumerate(layers):
+            self._where[layer] = (len(self.stores) - 1, j)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, `[N, block, heads, dim]` each: views, written in place."""
+        store, j = self._where[index]
+        return self.stores[store].keys[j], self.stores[store].values[j]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that one block takes over all layers."""
+        return sum((s.keys[:, 0].numel() + s.values[:, 0].numel()) * s.keys.element_size() for s in self.stores)
+
+    @property
+    def in_use(self) -> int:
+        """Blocks that some Table holds."""
+        return int((self.refs > 0).sum())
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody holds, kept for prompts that begin with the same tokens."""
+        return len(self._idle)
+
+    # -- references
+
+    def table(self, blocks=()) -> Table:
+        """A Table over `blocks`, holding one reference to each."""
+        return Table(self, tuple(blocks))
+
+    def retain(self, table: Table) -> None:
+        """Count the references of a new Table."""
+        self._tables.add(table)
+        for block in table.blocks:
+            self.refs[block] += 1
+            if self.refs[block] == 1:
+                self._idle.pop(block, None)
+
+    def release(self, blocks: tuple[int, ...]) -> None:
+        """Give back one reference to each block; the last one frees it, or keeps it idle for its prefix."""
+        for block in blocks:
+            self.refs[block] -= 1
+            if self.refs[block] == 0:
+                if block in self._names:
+                    self._idle[block] = None
+                else:
+                    self._free[block] = True
+
+    # -- allocation
+
+    def allocate(self, count: int, after: int | None = None, room: int = 0) -> tuple[int, ...]:
+        """`count` free blocks, consecutive where possible, not yet referenced by any Table.
+
+        Args:
+            count: how many.
+            after: continue behind this block if its neighbours are free.
+            room: look for a free run of this length, so that the sequence can grow without gaps.
+
+        Raises:
+            PoolExhausted: the pool is full and may not grow; nothing was taken.
+        """
+        if count == 0:
+            return ()
+        self._make_room(count)
+        blocks = self._choose(count, after, max(room, count))
+        index = np.asarray(blocks)
+        self._free[index] = False
+        self.filled[index] = 0
+        self.high_water = max(self.high_water, int(index.max()) + 1)
+        if self.scrub:
+            for store in self.stores:
+                where = torch.as_tensor(index, device=store.keys.device)
+                store.keys[:, where] = 0
+                store.values[:, where] = 0
+        return tuple(int(b) for b in blocks)
+
+    def claim(self, start: int, count: int) -> tuple[int, int]:
+        """Ask other sequences to stay out of `[start, start + count)` while there is space elsewhere."""
+        end = min(start + count, self.capacity)
+        self._claimed[start:end] = True
+        return start, end
+
+    def unclaim(self, span: tuple[int, int]) -> None:
+        """Take back a claim."""
+        self._claimed[span[0] : span[1]] = False
+
+    def _make_room(self, count: int) -> None:
+        # Idle prefixes go first: they never raise the amount of memory that was ever touched.
+        while self._idle and int(self._free[: self.high_water].sum()) < count:
+            self._forget(self._idle.popitem(last=False)[0])
+        short = count - int(self._free.sum())
+        if short <= 0:
+            return
+        target = max(2 * self.capacity, self.capacity + short)
+        if self.max_blocks is not None:
+            target = min(target, self.max_blocks + RESERVED)
+        if target < self.capacity + short:
+            raise PoolExhausted(
+                f"{count} blocks of {self.block_size} tokens wanted, {int(self._free.sum())} free of "
+                f"max_blocks={self.max_blocks}; use fewer slots, shorter requests, or drop States"
+            )
+        self._resize(target)
+
+    def _choose(self, count: int, after: int | None, room: int):
+        free = self._free
+        if after is not None and after + count < self.capacity and free[after + 1 : after + 1 + count].all():
+            return range(after + 1, after + 1 + count)
+        edges = np.diff(np.concatenate(([0], (free & ~self._claimed).astype(np.int8), [0])))
+        starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+        lengths = ends - starts
+        fits = np.flatnonzero(lengths >= room)
+        if not len(fits):
+            fits = np.flatnonzero(lengths >= count)
+        if len(fits):
+            start = int(starts[fits[0]])
+            return range(start, start + count)
+        return np.flatnonzero(free)[:count]
+
+    def _resize(self, capacity: int) -> None:
+        extra = capacity - self.capacity
+        self.refs = np.concatenate((self.refs, np.zeros(extra, np.int32)))
+        self.filled = np.concatenate((self.filled, np.zeros(extra, np.int32)))
+        self._free = np.concatenate((self._free, np.ones(extra, bool)))
+        self._claimed = np.concatenate((self._claimed, np.zeros(extra, bool)))
+        self.capacity = capacity
+        self.stores = [store.resized(capacity) for store in self.stores]
+
+    # -- writing
+
+    def writable(self, table: Table, length: int, count: int, room: int = 0) -> Table:
+        """A Table in which cells `[length, length + count)` may be written without harm to any other sequence.
+
+        Args:
+            table: the sequence's blocks; may hold more than `length` cells (a rewound sequence).
+            length: cells already written and still wanted.
+            count: cells about to be written.
+            room: blocks that the sequence may need in all, a hint for placing it.
+
+        The block that holds cell `length` is copied if a sibling has already written there.
+        """
+        size = self.block_size
+        whole, offset = divmod(length, size)
+        blocks = table.blocks
+        kept = blocks[: whole + (offset > 0)]
+        copy = offset > 0 and self.filled[kept[-1]] > offset
+        needed = -(-(length + count) // size)
+        fresh = self.allocate(needed - len(kept) + copy, kept[-1] if kept and not copy else None, room)
+        if copy:
+            self.copy(kept[-1], fresh[0])
+            kept = kept[:-1]
+        for i in range(whole, needed):
+            block = kept[i] if i < len(kept) else fresh[i - len(kept)]
+            self.filled[block] = min(size, length + count - i * size)
+        return table if not fresh and len(kept) == len(blocks) else self.table(kept + fresh)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy one block's cells in every layer."""
+        self.copies += 1
+        for store in self.stores:
+            store.keys[:, target] = store.keys[:, source]
+            store.values[:, target] = store.values[:, source]
+
+    # -- shared prefixes
+
+    def match(self, tokens) -> tuple[int, ...]:
+        """Blocks that already hold the longest known prefix of `tokens`, leaving at least one token to compute."""
+        found, parent = [], 0
+        for start in range(0, len(tokens) - self.block_size, self.block_size):
+            block = self._prefix.get((parent, tuple(tokens[start : start + self.block_size])))
+            if block is None:
+                break
+            found.append(block)
+            parent = self._uids[block]
+        return tuple(found)
+
+    def register(self, table: Table, tokens) -> None:
+        """Make the full blocks of `tokens`, held by `table`, known to `match`."""
+        if not self.prefix_cache:
+            return
+        parent = 0
+        for i in range(len(tokens) // self.block_size):
+            key = (parent, tuple(tokens[i * self.block_size : (i + 1) * self.block_size]))
+            block = self._prefix.setdefault(key, table.blocks[i])
+            if block not in self._names:
+                self._names[block] = key
+                self._uids[block] = self._next_uid
+                self._next_uid += 1
+            parent = self._uids[block]
+
+    def clear_prefixes(self) -> None:
+        """Forget every kept prefix that nobody uses."""
+        while self._idle:
+            self._forget(self._idle.popitem()[0])
+
+    def _forget(self, block: int) -> None:
+        del self._prefix[self._names.pop(block)]
+        del self._uids[block]
+        self._free[block] = True
+
+    # -- integrity
+
+    def check(self) -> None:
+        """Raise AssertionError unless counts, free blocks and kept prefixes agree with the Tables alive."""
+        expected = np.zeros(self.capacity, np.int32)
+        for table in self._tables:
+            assert len(set(table.blocks)) == len(table.blocks), f"block twice in one table: {table.blocks}"
+            for block in table.blocks:
+                expected[block] += 1
+        wrong = np.flatnonzero(expected != self.refs)
+        assert not len(wrong), f"blocks {wrong.tolist()}: counted {self.refs[wrong]}, held {expected[wrong]}"
+        idle = np.zeros(self.capacity, bool)
+        idle[list(self._idle)] = True
+        state = (self.refs > 0).astype(int) + self._free + idle
+        state[:RESERVED] += 1
+        lost = np.flatnonzero(state != 1)
+        assert not len(lost), f"blocks {lost.tolist()} are not exactly one of used, free, kept"
+        assert set(self._prefix.values()) == set(self._names) == set(self._uids), "prefix index out of step"
+        for store in self.stores:
+            assert not store.keys[:, ZERO].any(), "the zero block was written"

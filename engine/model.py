@@ -1,0 +1,374 @@
+"""The adapter between a Hugging Face causal LM and the block pool; nothing of the model is patched."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import weakref
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from .cache import ATTENTION, EMPTY, HYBRID, RECURRENT, PagedCache, layer_plan
+from .capabilities import Capabilities, Capability
+from .errors import CapabilityError
+from .feed import Feed
+from .kernels.attention_cpu import CellPlan, paged_attention_cpu
+from .kernels.attention import paged_attention_reference
+from .kv import TRASH, BlockPool
+from .sequence import EMBEDDING, History, Row
+
+log = logging.getLogger("handloom")
+_names = itertools.count()
+# Arguments by which a model asks its attention for something that ours does not do.
+_FOREIGN = ("position_bias", "indices", "block_indices", "head_mask")
+
+
+@dataclass
+class Output:
+    """What a forward pass gives: `logits [B, n, V]` float32, hidden states, recurrent states and their steps."""
+
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] | None = None
+    states: tuple[torch.Tensor, ...] = ()
+    steps: tuple[tuple[torch.Tensor, ...], ...] = ()
+
+
+class Model:
+    """Ragged, paged forward passes over any causal LM whose cache transformers describes.
+
+    Args:
+        module: the transformers model, in evaluation mode.
+        pool: the block pool to use.
+        path: `attention` or `mask`, see `Capabilities`.
+        prefill_chunk: most prompt tokens in one forward pass.
+    """
+
+    def __init__(self, module, pool: BlockPool, path: str, prefill_chunk: int = 512):
+        self.module, self.pool, self.path, self.prefill_chunk = module, pool, path, prefill_chunk
+        self.config = module.config.get_text_config(decoder=True)
+        self.plan = layer_plan(module.config)
+        self.recurrent = any(kind in RECURRENT | HYBRID for kind, _ in self.plan)
+        self.paged = any(kind in ATTENTION | HYBRID for kind, _ in self.plan)
+        pool.scrub = pool.scrub or path == "mask"
+        self.cache = PagedCache(self.plan, pool, whole=path == "attention")
+        self.layout = self.cache  # a cache whose recurrent states are laid out as the model wants them
+        self._arguments = self._accepted(module)
+        self._name = f"handloom_{next(_names)}"
+        self._step: CellPlan | None = None
+        self._feed: Feed | None = None
+        self._hooks = _row_wise_rope(module)
+        self.restart = _rope_switch(self.config)
+        if path == "attention":
+            me = weakref.ref(self)
+            AttentionInterface.register(self._name, lambda *a, **kw: me()._attend(*a, **kw))
+            weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
+        else:
+            install_mask_hook()
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        return self.module.get_input_embeddings().weight.device
+
+    @staticmethod
+    def _accepted(module) -> set[str]:
+        return set(inspect.signature(module.forward).parameters)
+
+    # -- one forward pass
+
+    def forward(self, feed: Feed, cache: PagedCache | None = None, *, hidden=False, last_only=False) -> Output:
+        """Run the model over `feed`, writing its keys and values to the pool.
+
+        Args:
+            feed: the new tokens of each row.
+            cache: a cache that holds recurrent states, updated in place; None for models without.
+            hidden: return hidden states as well.
+            last_only: logits of the last token only, `[B, 1, V]`.
+        """
+        cache = self.cache if cache is None else cache
+        cache.bind(feed)
+        arguments = {"use_cache": True}
+        arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
+        if feed.embeddings is None:
+            arguments["input_ids"] = feed.ids
+        else:
+            arguments["inputs_embeds"] = feed.embeddings
+        if "position_ids" in self._arguments:
+            arguments["position_ids"] = feed.positions
+        if last_only and "logits_to_keep" in self._arguments:
+            arguments["logits_to_keep"] = 1
+        if hidden:
+            arguments["output_hidden_states"] = True
+        self._feed = feed
+        with self._our_attention(feed):
+            out = self.module(**arguments)
+        logits = out.logits[:, -1:] if last_only else out.logits
+        states = tuple(out.hidden_states) if hidden else None
+        return Output(logits.float(), states, cache.states() if self.recurrent else ())
+
+    @contextmanager
+    def _our_attention(self, feed: Feed):
+        if self.path != "attention":
+            yield
+            return
+        if feed.positions.device.type == "cpu":
+            self._step = CellPlan(feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts)
+        theirs = self.config._attn_implementation
+        self.config._attn_implementation = self._name
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = theirs
+
+    def _attend(
+        self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
+        s_aux=None, **kwargs,
+    ):  # fmt: skip
+        """The attention function that transformers calls: query `[B, H, Q, D]`, key and value as the pool has them."""
+        for name in _FOREIGN:
+            if kwargs.get(name) is not None:
+                raise CapabilityError(f"attention with {name} is not paged")
+        if key.dim() != 4 or key.shape[:2] != (self.pool.capacity, self.pool.block_size):
+            raise CapabilityError("the model reshapes what its cache returns, so its attention is not paged")
+        feed, query = self._feed, query.transpose(1, 2)
+        options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        if query.device.type == "cpu":
+            return paged_attention_cpu(query, key, value, plan=self._step, **options), None
+        lengths = torch.tensor(feed.lengths, device=query.device)
+        counts = None if feed.counts is None else torch.tensor(feed.counts, device=query.device)
+        table = feed.blocks().to(query.device)
+        return paged_attention_reference(query, key, value, table, lengths, counts=counts, **options), None
+
+    # -- rows
+
+    def prefill(self, tokens, embeddings=None, *, hidden=False, every=False) -> tuple[Row, Output]:
+        """A new row that holds a prompt, computed alone and unpadded.
+
+        Args:
+            tokens: the prompt's ids, at least one.
+            embeddings: `[T, D]` instead; `tokens` then only gives the length.
+            hidden, every: return hidden states, or logits, of every prompt token. Turns prefix sharing off.
+
+        Returns:
+            The row, and its Output: logits `[1, 1, V]`, or `[1, T, V]` with `every`.
+        """
+        coupled = self.recurrent or bool(self._hooks)  # what a cell holds depends on more than the tokens before it
+        whole = hidden or every or embeddings is not None or coupled or not self.paged
+        table = self.pool.table(() if whole else self.pool.match(tokens))
+        start, chunk = len(table) * self.pool.block_size, self.prefill_chunk
+        if coupled:
+            chunk = len(tokens)
+        cache = PagedCache(self.plan, self.pool, self.path == "attention") if self.recurrent else None
+        outputs = []
+        for begin in range(start, len(tokens), chunk):
+            part = tokens[begin : begin + chunk]
+            table = self._writable(table, begin, len(part))
+            piece = None if embeddings is None else embeddings[None, begin : begin + chunk].to(self.device)
+            feed = Feed.build([part], [begin], [table], self.pool.block_size, self.device, piece)
+            outputs.append(self.forward(feed, cache, hidden=hidden, last_only=not every))
+        if self.recurrent:
+            self.layout = cache
+        if not whole:
+            self.pool.register(table, tokens)
+        history = History(tokens if embeddings is None else [EMBEDDING] * len(tokens))
+        return Row(table, history, len(tokens)), _joined(outputs, every, hidden)
+
+    def extend(self, rows, tokens, states=(), *, hidden=False) -> tuple[tuple[Row, ...], Output]:
+        """Feed each row its own number of tokens.
+
+        Args:
+            rows: the rows to continue; they stay as they are.
+            tokens: a list of at least one id for each row.
+            states: recurrent states of the rows, `[B, ...]` each.
+            hidden: return hidden states.
+
+        Returns:
+            The longer rows, and an Output with logits `[B, n, V]`, n the largest count.
+        """
+        if self.restart and any(r.length <= self.restart < r.length + len(t) for r, t in zip(rows, tokens, strict=True)):
+            return self._recompute(rows, tokens, hidden)
+        if self.recurrent:
+            return self._extend_stepwise(rows, tokens, states, hidden)
+        tables = [self._writable(r.table, r.length, len(t)) for r, t in zip(rows, tokens, strict=True)]
+        feed = Feed.build(tokens, [r.length for r in rows], tables, self.pool.block_size, self.device)
+        return _longer(rows, tables, tokens), self.forward(feed, hidden=hidden)
+
+    def _writable(self, table, start, count):
+        return self.pool.writable(table, start, count) if self.paged else table
+
+    def _extend_stepwise(self, rows, tokens, states, hidden):
+        """One token at a time: the only way that is right for every recurrent layer."""
+        rows, states = list(rows), tuple(t.clone() for t in states)
+        logits, layers, steps = [], [], []
+        for j in range(max(len(t) for t in tokens)):
+            active = [i for i, t in enumerate(tokens) if j < len(t)]
+            where = torch.tensor(active, device=states[0].device)
+            cache = PagedCache(self.plan, self.pool, self.path == "attention")
+            cache.load_states(tuple(t.index_select(0, where) for t in states), self.layout)
+            picked, new = [rows[i] for i in active], [[tokens[i][j]] for i in active]
+            tables = [self._writable(r.table, r.length, 1) for r in picked]
+            feed = Feed.build(new, [r.length for r in picked], tables, self.pool.block_size, self.device)
+            out = self.forward(feed, cache, hidden=hidden)
+            states = tuple(t.index_copy(0, where, s) for t, s in zip(states, out.states, strict=True))
+            steps.append(states)
+            for i, row in zip(active, _longer(picked, tables, new), strict=True):
+                rows[i] = row
+            logits.append(_scattered(out.logits, where, len(rows)))
+            layers.append([_scattered(h, where, len(rows)) for h in out.hidden or ()])
+        joined = tuple(torch.cat(parts, 1) for parts in zip(*layers, strict=True)) if hidden else None
+        return tuple(rows), Output(torch.cat(logits, 1), joined, states, tuple(steps))
+
+    def _recompute(self, rows, tokens, hidden):
+        """Prefill again where a row passes the length at which the model changes all its rotations."""
+        longer, logits, layers = [], [], []
+        width = max(len(t) for t in tokens)
+        for row, new in zip(rows, tokens, strict=True):
+            if EMBEDDING in row.history:
+                raise CapabilityError(
+                    f"a prompt of embeddings cannot grow past {self.restart} tokens: this model then recomputes "
+                    "every key from token ids"
+                )
+            if row.length <= self.restart < row.length + len(new):
+                fresh, out = self.prefill(row.history.tolist() + list(new), hidden=hidden, every=True)
+                fresh = Row(fresh.table, fresh.history, row.prompt_length)
+                keep = slice(row.length, None)
+            else:
+                (fresh,), out = self.extend([row], [new], hidden=hidden)
+                keep = slice(None)
+            longer.append(fresh)
+            logits.append(_padded(out.logits[:, keep], width))
+            layers.append([_padded(h[:, keep], width) for h in out.hidden or ()])
+        joined = tuple(torch.cat(parts) for parts in zip(*layers, strict=True)) if hidden else None
+        return tuple(longer), Output(torch.cat(logits), joined)
+
+    # -- what it can do
+
+    def capabilities(self) -> Capabilities:
+        """What this model supports on its path."""
+        yes = Capability(True)
+        note = "" if self.path == "attention" else "its own attention over gathered cells"
+        if self._hooks:
+            note = "rotations are computed row by row"
+        extend = Capability(True, "one forward pass per token: recurrent layers" if self.recurrent else "")
+        if self.path == "attention" and not self.recurrent:
+            tree = Capability(False, "the engine has no tree step yet")
+        else:
+            tree = Capability(False, "recurrent layers" if self.recurrent else "mask path")
+        graph = Capability(False, "this build captures no graphs")
+        return Capabilities(self.path, Capability(True, note), yes, yes, extend, tree, graph)
+
+    def idle_table(self) -> tuple[int, ...]:
+        """Blocks for a row that nobody reads."""
+        return (TRASH,)
+
+
+def _longer(rows, tables, tokens):
+    return tuple(
+        Row(table, row.history.extended(new), row.prompt_length, row.session)
+        for row, table, new in zip(rows, tables, tokens, strict=True)
+    )
+
+
+def _joined(outputs, every, hidden) -> Output:
+    last = outputs[-1]
+    logits = torch.cat([o.logits for o in outputs], 1) if every else last.logits
+    layers = tuple(torch.cat(h, 1) for h in zip(*(o.hidden for o in outputs), strict=True)) if hidden else None
+    return Output(logits, layers, last.states)
+
+
+def _scattered(part, where, rows):
+    full = part.new_zeros(rows, *part.shape[1:])
+    return full.index_copy_(0, where.to(part.device), part)
+
+
+def _padded(part, width):
+    return torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1]))
+
+
+# -- transformers' registries
+
+
+def install_mask_hook() -> None:
+    """Let transformers' own mask functions answer for rows of different length.
+
+    The registered functions are wrapped once for the whole process; a call whose query offset is not a tensor
+    `[B, Q]` passes straight through, so `model.generate` is not affected.
+    """
+    for name, additive in (("sdpa", False), ("eager", True)):
+        original = AttentionMaskInterface._global_mapping[name]
+        if not getattr(original, "handloom", False):
+            AttentionMaskInterface.register(name, _ragged_mask(original, additive))
+
+
+def _ragged_mask(original, additive: bool):
+    def mask(*args, **kwargs):
+        positions = kwargs.get("q_offset", 0)
+        if not (torch.is_tensor(positions) and positions.dim() == 2):
+            return original(*args, **kwargs)
+        device, (rows, queries) = positions.device, positions.shape
+        batch = torch.arange(rows, device=device)[:, None, None, None]
+        head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        cell = torch.arange(kwargs["kv_length"], device=device)[None, None, None]
+        seen = kwargs["mask_function"](batch, head, positions[:, None, :, None], cell)
+        seen = seen.expand(rows, 1, queries, kwargs["kv_length"])
+        if not additive:
+            return seen
+        dtype = kwargs["dtype"]
+        return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+
+    mask.handloom = True
+    return mask
+
+
+# -- rotary embeddings that depend on the longest row
+
+
+def _row_wise_rope(module) -> list:
+    """Hooks that give each row the rotation it would have alone, where frequencies depend on the length."""
+    hooks = []
+    for part in module.modules():
+        kinds = getattr(part, "rope_type", None)
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        if any(kind and ("dynamic" in kind or kind == "longrope") for kind in kinds):
+            hooks.append(part.register_forward_hook(_rotate_rows, with_kwargs=True))
+    return hooks
+
+
+def _rotate_rows(part, args, kwargs, output):
+    x, positions = args[0] if args else kwargs["x"], kwargs.get("position_ids")
+    positions = args[1] if positions is None else positions
+    rest = {k: v for k, v in kwargs.items() if k not in ("x", "position_ids")}
+    extra = args[2:]
+    kinds = part.rope_type
+    prefixes = [f"{kind}_" for kind in kinds] if isinstance(kinds, dict) else [""]
+    prefixes = [p for p in prefixes if hasattr(part, f"{p}original_inv_freq")]
+    rows = []
+    for i in range(positions.shape[0]):
+        # The frequencies of a longer neighbour must not outlive its turn.
+        for prefix in prefixes:
+            setattr(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
+            setattr(part, f"{prefix}inv_freq", getattr(part, f"{prefix}original_inv_freq").to(x.device).clone())
+        rows.append(part.forward(x, positions[i : i + 1], *extra, **rest))
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def _rope_switch(config) -> int | None:
+    """The length beyond which a longrope model uses other frequencies for every position, or None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope] + [v for v in rope.values() if isinstance(v, dict)]
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            return getattr(config, "original_max_position_embeddings", None) or kind.get("original_max_position_embeddings")
+    return None
+
+
+def supported_layers(config) -> str:
+    """Empty when every layer type is known, else the reason why the model cannot use the pool."""
+    known = ATTENTION | RECURRENT | HYBRID | EMPTY
+    unknown = sorted({kind for kind, _ in layer_plan(config)} - known)
+    return f"layer type {', '.join(unknown)} is not known" if unknown else ""

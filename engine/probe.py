@@ -1,0 +1,136 @@
+"""The check at load: does a model give the same logits through our cache as through transformers' own?"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import DynamicCache
+
+from .cache import layer_plan
+from .errors import ModelError
+from .kv import BlockPool
+from .model import Model, supported_layers
+from .solo import SoloModel
+
+log = logging.getLogger("handloom")
+LENGTHS, STEPS = (9, 4), 2
+# Largest mean logit error, in standard deviations of the logits, that is rounding and not structure.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+LOOSE = 0.15
+# Models that keep recurrent state in their modules, where no cache can reach it.
+STATE_IN_MODULES = {"recurrent_gemma"}
+
+
+def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool = True):
+    """The fastest adapter that is right for a model.
+
+    Args:
+        module: a transformers causal LM in evaluation mode.
+        pool_options: arguments of `BlockPool`.
+        prefill_chunk: most prompt tokens in one forward pass.
+        self_check: compare logits with transformers' cache on two short rows; without it the static rules decide.
+
+    Returns:
+        (Model or SoloModel, BlockPool, vocabulary size of the logits).
+
+    Raises:
+        ModelError: the model cannot run a forward pass at all.
+    """
+    config = module.config.get_text_config(decoder=True)
+    prompts = _prompts(config.vocab_size)
+    references, caches = _reference(module, config, prompts)
+    vocab = references[0].shape[-1]
+    refusal = _refusal(module)
+    tried = []
+    for path in [] if refusal else _paths(module):
+        pool = BlockPool(**pool_options)
+        _allocate(pool, caches[0], layer_plan(module.config))
+        model = Model(module, pool, path, prefill_chunk)
+        error = _error(model, prompts, references) if self_check else 0.0
+        if not isinstance(error, str) and error <= _tolerance(module):
+            return model, pool, vocab
+        tried.append(f"{path}: {error if isinstance(error, str) else f'logits differ by {error:.2g} deviations'}")
+    reason = refusal or "; ".join(tried)
+    log.warning("%s runs one sequence at a time (%s)", type(module).__name__, reason)
+    pool = BlockPool(**pool_options)
+    return SoloModel(module, reason, config.model_type in STATE_IN_MODULES), pool, vocab
+
+
+def _refusal(module) -> str:
+    config = module.config.get_text_config(decoder=True)
+    if config.model_type in STATE_IN_MODULES:
+        return "it keeps recurrent state inside its modules"
+    return supported_layers(module.config)
+
+
+def _paths(module) -> list[str]:
+    kinds = {kind for kind, _ in layer_plan(module.config)}
+    # A chunk's borders exist only in the mask, and a short probe would not meet one.
+    if "chunked_attention" in kinds or not type(module)._can_set_attn_implementation():
+        return ["mask"]
+    return ["attention", "mask"]
+
+
+def _prompts(vocab: int) -> list[list[int]]:
+    return [[(7 * i + 3 * k + 1) % min(vocab, 97) for i in range(n)] for k, n in enumerate(LENGTHS)]
+
+
+@torch.no_grad()
+def _reference(module, config, prompts):
+    """Logits `[T, V]` of each prompt, and the caches they left, from transformers alone."""
+    logits, caches = [], []
+    for prompt in prompts:
+        cache = DynamicCache(config=config)
+        ids = torch.tensor([prompt], device=module.get_input_embeddings().weight.device)
+        solo = SoloModel(module, "")
+        name = "cache_params" if "cache_params" in solo._arguments else "past_key_values"
+        try:
+            out = module(input_ids=ids, use_cache=True, **{name: cache})
+        except Exception as error:
+            raise ModelError(f"{type(module).__name__} fails on a plain forward pass: {error}") from error
+        logits.append(out.logits[0].float())
+        caches.append(cache)
+    return logits, caches
+
+
+def _allocate(pool, cache, plan) -> None:
+    """Make room in the pool for every layer that has keys and values, grouped by shape."""
+    groups: dict[tuple, list[int]] = {}
+    for index, layer in enumerate(cache.layers[: len(plan)]):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is not None and keys.dim() == 4:
+            shape = (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
+            groups.setdefault((*shape, keys.dtype, keys.device), []).append(index)
+    for (key_shape, value_shape, dtype, device), layers in groups.items():
+        pool.add_store(layers, key_shape, value_shape, dtype, device)
+
+
+def _tolerance(module) -> float:
+    quantized = getattr(module, "is_quantized", False)
+    return LOOSE if quantized else TOLERANCE.get(module.dtype, LOOSE)
+
+
+@torch.no_grad()
+def _error(model, prompts, references):
+    """Mean logit error of two ragged rows over a prefill and some steps, in deviations; or what went wrong."""
+    try:
+        starts = [len(p) - STEPS for p in prompts]
+        filled = [model.prefill(p[:n]) for p, n in zip(prompts, starts, strict=True)]
+        rows = tuple(row for row, _ in filled)
+        states = tuple(torch.cat(parts) for parts in zip(*(out.states for _, out in filled), strict=True))
+        got = [[out.logits[0, -1]] for _, out in filled]
+        for step in range(STEPS):
+            tokens = [[p[n + step]] for p, n in zip(prompts, starts, strict=True)]
+            rows, out = model.extend(rows, tokens, states)
+            states = out.states
+            for logits, row in zip(got, out.logits, strict=True):
+                logits.append(row[0])
+    except Exception as error:  # noqa: BLE001 - any failure means this path does not fit the model
+        return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    want = torch.stack([r[n - 1 + i] for r, n in zip(references, starts, strict=True) for i in range(STEPS + 1)])
+    have = torch.stack([logits for row in got for logits in row])
+    if not torch.equal(want.isnan(), have.isnan()):
+        return "NaN in other places"
+    scale = want.nan_to_num().std().clamp_min(1e-6)
+    return float((want - have).nan_to_num().abs().mean() / scale)

@@ -1,0 +1,108 @@
+"""Models that cannot share a forward pass or a pool: one sequence at a time through transformers' own cache."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from .capabilities import Capabilities, Capability
+from .kv import TRASH
+from .model import Output, _longer, _padded
+from .sequence import History, Row
+
+
+@dataclass(eq=False)
+class Session:
+    """A transformers cache and how many tokens went into it; the row of that length owns it."""
+
+    cache: object
+    length: int = 0
+
+
+class SoloModel:
+    """The same operations as `Model`, always right, never batched.
+
+    A row keeps the cache that made it. Whoever continues a row whose cache has moved on pays for computing the row
+    again from its tokens, so old States stay valid.
+
+    Args:
+        module: the transformers model.
+        reason: why it is run this way.
+        exclusive: the model keeps state in its own modules, so only the cache used last is usable.
+    """
+
+    path, restart, recurrent, paged = "solo", None, False, False
+
+    def __init__(self, module, reason: str, exclusive: bool = False):
+        self.module, self.reason, self.exclusive = module, reason, exclusive
+        self.config = module.config.get_text_config(decoder=True)
+        self._arguments = set(inspect.signature(module.forward).parameters)
+        self._live: Session | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        return self.module.get_input_embeddings().weight.device
+
+    def prefill(self, tokens, embeddings=None, *, hidden=False, every=False) -> tuple[Row, Output]:
+        """See `Model.prefill`."""
+        session = Session(DynamicCache(config=self.config))
+        out = self._feed(session, tokens, embeddings, hidden)
+        history = History(tokens if embeddings is None else [-1] * len(tokens))
+        if not every:
+            out = Output(out.logits[:, -1:], out.hidden)
+        return Row(None, history, len(tokens), session), out
+
+    def extend(self, rows, tokens, states=(), *, hidden=False) -> tuple[tuple[Row, ...], Output]:
+        """See `Model.extend`; rows are computed one after the other."""
+        longer, logits, layers = [], [], []
+        width = max(len(t) for t in tokens)
+        for row, new in zip(rows, tokens, strict=True):
+            session = self._session(row)
+            parts = [self._feed(session, [token], None, hidden) for token in new]
+            logits.append(_padded(torch.cat([p.logits for p in parts], 1), width))
+            if hidden:
+                joined = [torch.cat(h, 1) for h in zip(*(p.hidden for p in parts), strict=True)]
+                layers.append([_padded(h, width) for h in joined])
+            row = Row(None, row.history, row.prompt_length, session)
+            longer += _longer([row], [None], [new])
+        joined = tuple(torch.cat(parts) for parts in zip(*layers, strict=True)) if hidden else None
+        return tuple(longer), Output(torch.cat(logits), joined)
+
+    def _session(self, row: Row) -> Session:
+        session = row.session
+        if session.length == row.length and (not self.exclusive or self._live is session):
+            return session
+        fresh = Session(DynamicCache(config=self.config))
+        self._feed(fresh, row.history.tolist(), None, False)
+        return fresh
+
+    def _feed(self, session, tokens, embeddings, hidden) -> Output:
+        positions = torch.arange(session.length, session.length + len(tokens), device=self.device)[None]
+        arguments = {"use_cache": True}
+        if embeddings is None:
+            arguments["input_ids"] = torch.tensor([list(tokens)], device=self.device)
+        else:
+            arguments["inputs_embeds"] = embeddings[None].to(self.device)
+        arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = session.cache
+        if "position_ids" in self._arguments:
+            arguments["position_ids"] = positions
+        if hidden:
+            arguments["output_hidden_states"] = True
+        out = self.module(**arguments)
+        session.length += len(tokens)
+        self._live = session
+        return Output(out.logits.float(), tuple(out.hidden_states) if hidden else None)
+
+    def capabilities(self) -> Capabilities:
+        """What this model supports: everything but sharing."""
+        no = Capability(False, self.reason)
+        slow = Capability(True, "an older State is computed again from its tokens")
+        return Capabilities("solo", no, slow, slow, Capability(True, "one forward pass per token"), no, no)
+
+    def idle_table(self) -> tuple[int, ...]:
+        """Never used: there are no idle rows."""
+        return (TRASH,)

@@ -1,0 +1,133 @@
+"""State: a batch of sequences at one moment, as an immutable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .errors import HandloomError
+from .sequence import Row
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class State:
+    """A batch of `B` sequences; keep it and it can be continued at any time, any number of times.
+
+    Args:
+        rows: the sequences.
+        logits: `[B, V]` float32, for the token after each row's last one.
+        all_logits: `[B, n, V]` float32 after each token of the last `extend`, or None.
+        counts: how many tokens the forward that made this State fed to each row.
+        hidden_states: one `[B, n, D]` per layer (embeddings first) when they were asked for.
+        states: recurrent states, `[B, ...]` each; empty for models that have none.
+        steps: recurrent states after each token of the last `extend`, for `keep`.
+    """
+
+    rows: tuple[Row, ...]
+    logits: torch.Tensor
+    all_logits: torch.Tensor | None = None
+    counts: tuple[int, ...] = ()
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    states: tuple[torch.Tensor, ...] = ()
+    steps: tuple[tuple[torch.Tensor, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"State(rows={len(self)}, lengths={[row.length for row in self.rows]})"
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """`[B]` int64 tokens of each row, which is the position of its next token."""
+        return torch.tensor([row.length for row in self.rows], device=self.logits.device)
+
+    @property
+    def prompt_lengths(self) -> torch.Tensor:
+        """`[B]` int64 tokens of each row's prompt."""
+        return torch.tensor([row.prompt_length for row in self.rows], device=self.logits.device)
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Token ids of each row, prompt included; -1 where an embedding was given."""
+        return [row.history.tolist() for row in self.rows]
+
+    @property
+    def new_tokens(self) -> list[list[int]]:
+        """Token ids of each row behind its prompt."""
+        return [row.history.tolist()[row.prompt_length :] for row in self.rows]
+
+    def select(self, index) -> State:
+        """Fork, reorder or drop rows; keys and values are shared, not copied.
+
+        Args:
+            index: row numbers, repeated ones fork; or a `[B]` bool mask.
+        """
+        picked = torch.as_tensor(index)
+        if picked.dtype == torch.bool:
+            picked = picked.nonzero().flatten()
+        numbers = [int(i) for i in picked.flatten().tolist()]
+        wrong = [i for i in numbers if not -len(self) <= i < len(self)]
+        if wrong:
+            raise HandloomError(f"row {wrong[0]} is not in a State of {len(self)} rows")
+        numbers = [i % len(self) for i in numbers]
+        where = torch.tensor(numbers, dtype=torch.long, device=self.logits.device)
+
+        def take(tensors):
+            return tuple(t.index_select(0, where.to(t.device)) for t in tensors)
+
+        return State(
+            rows=tuple(self.rows[i] for i in numbers),
+            logits=self.logits.index_select(0, where),
+            all_logits=None if self.all_logits is None else self.all_logits.index_select(0, where),
+            counts=tuple(self.counts[i] for i in numbers),
+            hidden_states=None if self.hidden_states is None else take(self.hidden_states),
+            states=take(self.states),
+            steps=tuple(take(step) for step in self.steps),
+        )
+
+    def keep(self, counts) -> State:
+        """Keep only the first `counts[i]` tokens of the last `extend` in row i, as after a speculative check.
+
+        Args:
+            counts: `[B]` int, from 1 to the number of tokens that row was extended by.
+        """
+        numbers = [int(c) for c in torch.as_tensor(counts).tolist()]
+        if self.all_logits is None or len(numbers) != len(self):
+            raise HandloomError(f"keep needs a State made by extend and one count per row, got {len(numbers)} counts")
+        for i, (count, fed) in enumerate(zip(numbers, self.counts, strict=True)):
+            if not 1 <= count <= fed:
+                raise HandloomError(f"keep: row {i} was extended by {fed} tokens, count {count} is not in 1..{fed}")
+        last = torch.tensor(numbers, device=self.logits.device) - 1
+        each = torch.arange(len(self), device=self.logits.device)
+        states = self.states
+        if self.steps:
+            states = tuple(
+                torch.stack([after[step][row] for row, step in enumerate(last.tolist())])
+                for after in zip(*self.steps, strict=True)
+            )
+        rows = tuple(
+            row.cut(row.length - fed + count)
+            for row, fed, count in zip(self.rows, self.counts, numbers, strict=True)
+        )
+        return replace(
+            self, rows=rows, logits=self.all_logits[each, last], counts=tuple(numbers), states=states
+        )
+
+    def hidden(self, layer: int = -1) -> torch.Tensor:
+        """`[B, n, D]` hidden states of the tokens that the last forward fed, rows left-aligned, zero beyond `counts`.
+
+        Args:
+            layer: index into the model's hidden states: 0 the embeddings, -1 the last (normed) layer.
+
+        Raises:
+            HandloomError: they were not asked for with `hidden=True`.
+        """
+        if self.hidden_states is None:
+            raise HandloomError("hidden states were not kept: pass hidden=True to prefill, step or extend")
+        states = self.hidden_states[layer]
+        fed = torch.tensor(self.counts, device=states.device)[:, None]
+        real = torch.arange(states.shape[1], device=states.device) < fed
+        return states.masked_fill(~real[..., None], 0)
+
