@@ -1,0 +1,82 @@
+"""Built-in processors. `DEFAULT_ORDER` is the order of the default pipeline; there is no hidden member."""
+
+from handloom.processors.base import Context, Edit, Keep, Processor
+from handloom.processors.constraints import (
+    AllowedTokens,
+    BannedTokens,
+    LogitBias,
+    MinNewTokens,
+    SuppressFirst,
+)
+from handloom.processors.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
+from handloom.processors.temperature import EDT, DynamicTemperature, Smoothing, Temperature
+from handloom.processors.truncation import (
+    Epsilon,
+    Eta,
+    MinP,
+    PLess,
+    TailFree,
+    TopA,
+    TopH,
+    TopK,
+    TopNSigma,
+    TopP,
+    Typical,
+)
+
+DEFAULT_ORDER = (
+    RepetitionPenalty,
+    PresencePenalty,
+    FrequencyPenalty,
+    LogitBias,
+    AllowedTokens,
+    BannedTokens,
+    SuppressFirst,
+    MinNewTokens,
+    TopNSigma,
+    Temperature,
+    DynamicTemperature,
+    EDT,
+    Smoothing,
+    TopK,
+    TopP,
+    MinP,
+    Typical,
+    Epsilon,
+    Eta,
+    TopA,
+    TailFree,
+    TopH,
+    PLess,
+)
+
+__all__ = [
+    "DEFAULT_ORDER",
+    "EDT",
+    "AllowedTokens",
+    "BannedTokens",
+    "Context",
+    "DynamicTemperature",
+    "Edit",
+    "Epsilon",
+    "Eta",
+    "FrequencyPenalty",
+    "Keep",
+    "LogitBias",
+    "MinNewTokens",
+    "MinP",
+    "PLess",
+    "PresencePenalty",
+    "Processor",
+    "RepetitionPenalty",
+    "Smoothing",
+    "SuppressFirst",
+    "TailFree",
+    "Temperature",
+    "TopA",
+    "TopH",
+    "TopK",
+    "TopNSigma",
+    "TopP",
+    "Typical",
+]

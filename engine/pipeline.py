@@ -1,0 +1,300 @@
+"""Pipeline: an ordered tuple of processors that prints itself, checks itself and binds to rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from handloom.errors import ParameterError
+from handloom.processors import DEFAULT_ORDER
+from handloom.processors.base import Context, Edit, Function, Keep, Processor
+from handloom.rows import Drawn, Rows
+from torch import Tensor
+
+__all__ = [
+    "Context",
+    "Drawn",
+    "Edit",
+    "Keep",
+    "Pipeline",
+    "PipelineWarning",
+    "Processor",
+    "Rows",
+    "as_processor",
+]
+
+
+class PipelineWarning(UserWarning):
+    """An order of processors that rarely means what was intended."""
+
+
+def as_processor(rule: Any) -> Processor:
+    """A `Processor` from whatever a user hands in.
+
+    A `Processor` is taken as it is, a class of processors is constructed without values, and any other
+    callable is called as `rule(logits, context)`. Raises ParameterError for anything else.
+    """
+    if isinstance(rule, Processor):
+        return rule
+    if isinstance(rule, type) and issubclass(rule, Processor):
+        return rule()
+    if callable(getattr(rule, "apply", None)) and hasattr(rule, "name"):
+        return rule
+    if callable(rule):
+        return Function(rule)
+    raise ParameterError(
+        f"{rule!r} is no processor: give a Processor or a function (logits, context) -> logits"
+    )
+
+
+class Pipeline(tuple):
+    """Processors in the order in which they run; the user's order is the order, and nothing is added to it.
+
+    processors: processors, or functions (logits [B, V], context) -> logits. Without any: the default order.
+    chain_when_greedy: run truncation rules for greedy rows too, and take the argmax of what is left
+    (llama.cpp).
+    own_place: index at which a request's own `before_temperature` processors are put.
+    """
+
+    def __new__(cls, processors: Iterable[Any] | None = None, **options: Any) -> Pipeline:
+        if processors is None:
+            processors = [rule() for rule in DEFAULT_ORDER]
+        return super().__new__(cls, [as_processor(rule) for rule in processors])
+
+    def __init__(
+        self,
+        processors: Iterable[Any] | None = None,
+        *,
+        name: str = "custom",
+        tested_against: str = "",
+        chain_when_greedy: bool = False,
+        own_place: int | None = None,
+        own_all_here: bool = False,
+    ):
+        self.name = "default" if processors is None else name
+        self.tested_against, self.chain_when_greedy = tested_against, chain_when_greedy
+        self.own_place, self.own_all_here = own_place, own_all_here
+        self.profiles: dict[str, Pipeline] = {}
+        seen = set()
+        for processor in self:
+            if id(processor) in seen:
+                raise ParameterError(f"{processor!r} is in the pipeline twice; construct a second one")
+            seen.add(id(processor))
+        if self.name == "custom":
+            for message in self.lint():
+                warnings.warn(message, PipelineWarning, stacklevel=2)
+
+    @classmethod
+    def default(cls) -> Pipeline:
+        """All built-in rules in their default order; each is off until a request asks for it."""
+        return cls(None)
+
+    def __call__(self, state: Any, context: Context | None = None) -> Tensor:
+        """Processed logits [B, V] of a `State` (or of raw logits [B, V]); stateful members start afresh."""
+        logits = state if isinstance(state, Tensor) else state.logits
+        if context is None:
+            context = Context() if isinstance(state, Tensor) else context_of(state)
+        params = context.params or [None] * logits.shape[0]
+        prompts = [[]] * logits.shape[0]
+        if context.prompt_lengths is not None and any(processor.needs_history for processor in self):
+            counts = context.prompt_lengths.tolist()
+            prompts = [row[:n].tolist() for row, n in zip(context.history, counts, strict=True)]
+        rows = self.bind(
+            list(params),
+            prompts,
+            device=logits.device,
+            vocab_size=logits.shape[-1],
+            eos_token_ids=context.eos_token_ids,
+        )
+        return rows.apply(logits, context)
+
+    def bind(
+        self,
+        params: Sequence[Any],
+        prompts: Sequence[Sequence[int]],
+        *,
+        device: Any = "cpu",
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+        capacity: int | None = None,
+        seeds: Sequence[int] | None = None,
+        streams: Sequence[int] | None = None,
+    ) -> Rows:
+        """Rows for `params` (one SamplingParams or None a row) with their prompts' ids; `capacity` rows in
+        all.
+        """
+        if len(params) != len(prompts):
+            raise ParameterError(f"{len(params)} params for {len(prompts)} prompts; give one for each")
+        site = Context(
+            vocab_size=vocab_size, device=torch.device(device), eos_token_ids=frozenset(eos_token_ids)
+        )
+        rows = Rows(self, max(capacity or 0, len(params)), site)
+        for i, (request, prompt) in enumerate(zip(params, prompts, strict=True)):
+            seed = seeds[i] if seeds is not None else getattr(request, "seed", None) or 0
+            rows.fill(i, request, prompt, seed, streams[i] if streams is not None else 0)
+        return rows
+
+    def for_params(self, params: Any) -> Pipeline:
+        """The pipeline of one request: this one or the profile it names, with the request's own processors
+        put in.
+
+        Own processors with `before_temperature` go before the temperature, the others to the end; a profile
+        may have one place for all of them.
+        """
+        base = self
+        profile = getattr(params, "profile", "default")
+        if profile != "default":
+            if profile not in self.profiles:
+                from handloom.profiles import profile as build
+
+                self.profiles[profile] = build(profile)
+            base = self.profiles[profile]
+        own = [as_processor(rule) for rule in getattr(params, "processors", ())]
+        return base.with_own(own) if own else base
+
+    def with_own(self, own: Sequence[Processor]) -> Pipeline:
+        """This pipeline with a request's own processors at their places."""
+        place = self.temperature_place() if self.own_place is None else self.own_place
+        early = [p for p in own if self.own_all_here or getattr(p, "before_temperature", False)]
+        late = [p for p in own if not any(p is other for other in early)]
+        return Pipeline(
+            [*self[:place], *early, *self[place:], *late],
+            name=f"{self.name}+own",
+            tested_against=self.tested_against,
+            chain_when_greedy=self.chain_when_greedy,
+        )
+
+    def temperature_place(self) -> int:
+        """Index of the first processor that depends on sampling (temperature or truncation), or the
+        length.
+        """
+        return next((i for i, p in enumerate(self) if getattr(p, "sampling_only", False)), len(self))
+
+    def greedy(self, params: Any, row: int = 0) -> bool:
+        """True when the row takes the argmax: its temperature, explicit here or else in `params`, is 0."""
+        for processor in self:
+            if "temperature" in getattr(processor, "explicit", ()):
+                return processor.settings(None, row)["temperature"] == 0
+        return params is not None and params.temperature == 0
+
+    def check(self, params: Any) -> None:
+        """Raise ParameterError when the request sets a field that no member of this pipeline reads."""
+        if params is None:
+            return
+        read = {field for processor in self for field in getattr(processor, "fields", ())}
+        for rule in DEFAULT_ORDER:
+            unused = rule()
+            field = unused.fields[0]
+            if field in read or not unused.active(params):
+                continue
+            members = ", ".join(processor.name for processor in self) or "none"
+            raise ParameterError(
+                f"{field}={getattr(params, field)!r} has no effect: no processor of the pipeline "
+                f"{self.name!r} reads it (members: {members}); add handloom.processors.{rule.__name__}() "
+                "or choose another profile"
+            )
+
+    def lint(self) -> list[str]:
+        """Sentences about orders that rarely mean what was intended; empty when nothing is odd."""
+        return lint_order(list(self))
+
+    def explain(self, params: Any = None) -> str:
+        """A table: order, parameters, form, properties, and where each member runs and why; `params`: one
+        request.
+        """
+        chain = self.for_params(params) if params is not None else self
+        return explain_table(chain, params)
+
+    def __repr__(self) -> str:
+        return f"Pipeline[{self.name}]({' > '.join(repr(p) if p.explicit else p.name for p in self)})"
+
+
+def context_of(state: Any) -> Context:
+    """The Context of a `State`, with no request parameters; the history is built on first use."""
+
+    def history() -> Tensor:
+        longest = max(map(len, state.tokens))
+        padded = [row + [-1] * (longest - len(row)) for row in state.tokens]
+        return torch.tensor(padded, device=state.logits.device)
+
+    zeros = torch.zeros(len(state.tokens), dtype=torch.int64, device=state.logits.device)
+    return Context(
+        tokens=history,
+        lengths=state.lengths,
+        prompt_lengths=state.prompt_lengths,
+        seeds=zeros,
+        streams=zeros,
+        vocab_size=state.logits.shape[-1],
+        device=state.logits.device,
+    )
+
+
+def lint_order(chain: list[Processor]) -> list[str]:
+    """The linter's rules, for processors in the given order."""
+    place = {}
+    for i, processor in enumerate(chain):
+        place.setdefault(processor.name, i)
+    cuts = [i for i, p in enumerate(chain) if p.kind == "keep"]
+    warm = [i for i, p in enumerate(chain) if p.sampling_only and p.kind == "edit"]
+    found = []
+    for i, processor in enumerate(chain):
+        if processor.kind == "keep" or processor.sampling_only:
+            continue
+        if cuts and cuts[0] < i:
+            found.append(
+                f"{processor.name} runs after the truncation rule {chain[cuts[0]].name}: it cannot bring "
+                "back what was cut, and bans may leave a row without a token"
+            )
+        elif warm and warm[0] < i and processor.kind == "edit":
+            found.append(
+                f"{processor.name} runs after {chain[warm[0]].name}: its strength changes with temperature"
+            )
+    if "temperature" in place and any(i < place["temperature"] for i in cuts):
+        first = chain[min(cuts)].name
+        if first != "top_n_sigma" or sum(i < place["temperature"] for i in cuts) > 1:
+            found.append(
+                f"temperature runs after {first}: the kept set is chosen at temperature 1 (as in llama.cpp)"
+            )
+    if "top_n_sigma" in place and any(i < place["top_n_sigma"] for i in cuts):
+        found.append(
+            "top_n_sigma runs after another truncation rule: its deviation is over the kept tokens alone"
+        )
+    if "mirostat" in place and any(i > place["mirostat"] for i in cuts):
+        found.append(
+            "a truncation rule runs after mirostat, whose feedback then aims at another distribution"
+        )
+    return found
+
+
+def explain_table(chain: Pipeline, params: Any) -> str:
+    """The text of `Pipeline.explain`."""
+    head = f"pipeline {chain.name!r}" + (
+        f", tested against {chain.tested_against}" if chain.tested_against else ""
+    )
+    lines = [head, "own order, first to last; a member costs nothing for rows that do not use it"]
+    for i, processor in enumerate(chain):
+        settings = processor.settings(params)
+        if params is not None and not processor.on(settings):
+            continue
+        values = [
+            f"{field}={settings[field]!r}" if params is not None or field in processor.explicit else field
+            for field in processor.fields
+        ]
+        marks = [
+            mark
+            for mark, yes in [
+                ("keeps argmax", processor.keeps_argmax),
+                ("reads history", processor.needs_history),
+                ("not speculative-safe", not processor.speculative_safe),
+            ]
+            if yes
+        ]
+        form = f"keep by {processor.limit}" if isinstance(processor, Keep) else processor.kind
+        lines.append(
+            f"{i:3d} {processor.name:20s} {form:18s} torch  {', '.join(values)}"
+            + (f"  [{'; '.join(marks)}]" if marks else "")
+        )
+    lines += [f"  ! {message}" for message in chain.lint()]
+    return "\n".join(lines)

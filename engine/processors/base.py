@@ -1,0 +1,326 @@
+"""The forms a processor can take: opaque, edit, keep; and the step context that each of them reads."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from handloom.errors import ParameterError
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+@dataclasses.dataclass
+class Context:
+    """Everything a processor may read about one decode step of B rows.
+
+    tokens: [B, T] int64 history (prompt and output), -1 beyond a row's length and at embedding positions; may
+        be given as a function without arguments, which is called the first time a processor asks for history.
+    lengths, prompt_lengths: [B] int64. `positions` is `lengths`: the absolute position of the token drawn
+    now. seeds, streams: [B] int64, the keys of the draw's noise.
+    params: one `SamplingParams` or None per row.
+    values: parameters of the processor that is running, one attribute per field, [B, 1].
+    memory: memory of the processor that is running, or None.
+    notes: what `apply` leaves for the `accept` of the same step (same Context).
+    cache: what several processors of one step share, such as the history once it is built.
+    """
+
+    tokens: Any = None
+    lengths: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    seeds: Tensor | None = None
+    streams: Tensor | None = None
+    params: Sequence[Any] | None = None
+    vocab_size: int | None = None
+    device: Any = None
+    eos_token_ids: frozenset[int] = frozenset()
+    values: Any = None
+    memory: Any = None
+    notes: dict = dataclasses.field(default_factory=dict)
+    cache: dict = dataclasses.field(default_factory=dict)
+    key: Any = None
+
+    @property
+    def positions(self) -> Tensor:
+        """[B] int64: absolute position of the token that is drawn in this step."""
+        return self.lengths
+
+    @property
+    def history(self) -> Tensor:
+        """[B, T] int64: the token history, built on first use."""
+        if not callable(self.tokens):
+            return self.tokens
+        if "history" not in self.cache:
+            self.cache["history"] = self.tokens()
+        return self.cache["history"]
+
+    @property
+    def output_lengths(self) -> Tensor:
+        """[B] int64: how many tokens each row has generated so far."""
+        return self.lengths - self.prompt_lengths
+
+    def view(self, key: Any, values: Any, memory: Any) -> Context:
+        """The same step as one processor sees it: its own values, memory and notes."""
+        other = copy.copy(self)
+        other.key, other.values, other.memory = key, values, memory
+        return other
+
+    def note(self, value: Any) -> None:
+        """Leave `value` for the `accept` that follows this `apply`."""
+        self.notes[self.key] = value
+
+    def noted(self) -> Any:
+        """What `apply` left in this step, or None."""
+        return self.notes.get(self.key)
+
+
+class Processor:
+    """A rule from logits to logits with parameters per row; subclass it and write `apply` for an opaque rule.
+
+    `defaults` maps each parameter to its off value; a rule is off for a row whose first parameter has its off
+    value. Constructed with values (a scalar, or one value per row) it uses those; constructed without, it
+    reads the fields of the same names from each row's `SamplingParams`. `Edit` and `Keep` are the forms that
+    can be fused.
+
+    keeps_argmax: the rule never changes which token is the most likely one.
+    speculative_safe: the result depends only on the history and parameters, so drafts can be verified in one
+    pass.
+    needs_history: reads `context.history`.
+    sampling_only: skipped for greedy rows (as Hugging Face and vLLM do).
+    before_temperature: where a request's own processors are put in a pipeline: before the temperature, or at
+    the end.
+    """
+
+    name = ""
+    kind = "opaque"
+    defaults: Mapping[str, Any] = {}
+    fields: tuple[str, ...] = ()
+    keeps_argmax = False
+    speculative_safe = True
+    needs_history = False
+    sampling_only = False
+    before_temperature = False
+    source = ""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.fields = tuple(cls.defaults)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+
+    def __init__(self, *values: Any, **named: Any):
+        if len(values) > len(self.fields):
+            raise ParameterError(
+                f"{self.name} takes {len(self.fields)} values {self.fields}, got {len(values)}"
+            )
+        given = dict(zip(self.fields, values, strict=False))
+        for field, value in named.items():
+            if field not in self.fields:
+                raise ParameterError(
+                    f"{self.name} has no parameter {field!r}; it has {', '.join(self.fields)}"
+                )
+            if field in given:
+                raise ParameterError(f"{self.name} got {field!r} twice")
+            given[field] = value
+        self.explicit = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in given.items()}
+
+    def settings(self, params: Any = None, row: int = 0) -> dict[str, Any]:
+        """Parameter values of one row: explicit ones first, then the row's `SamplingParams`, then the off
+        values.
+        """
+        result = {}
+        for field, off in self.defaults.items():
+            if field in self.explicit:
+                value = self.explicit[field]
+                result[field] = value[row] if self.per_row(field) else value
+            elif params is not None:
+                result[field] = getattr(params, field, off)
+            else:
+                result[field] = off
+        return result
+
+    def per_row(self, field: str) -> bool:
+        """True when `field` was given explicitly as a list with one value per row."""
+        return isinstance(self.explicit.get(field), list) and not isinstance(
+            self.defaults[field], (tuple, list)
+        )
+
+    def on(self, settings: dict[str, Any]) -> bool:
+        """False when these settings make the rule an identity."""
+        if not self.fields:
+            return True
+        return settings[self.fields[0]] != self.defaults[self.fields[0]]
+
+    def active(self, params: Any, row: int = 0) -> bool:
+        """False when the rule is off (an identity) for a row with these `SamplingParams`."""
+        return self.on(self.settings(params, row))
+
+    def pack(self, rows: list[dict[str, Any]], context: Context) -> dict[str, Any]:
+        """What `context.values` holds, from the settings of every row: by default one [B, 1] tensor a field.
+
+        Of the context only device, vocab_size and eos_token_ids are set: packing happens when rows change.
+        """
+        packed = {}
+        for field in self.fields:
+            column = [[row[field]] for row in rows]
+            kind = torch.float32 if any(isinstance(v[0], float) for v in column) else None
+            packed[field] = torch.tensor(column, dtype=kind, device=context.device)
+        return packed
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        """New logits [B, V] float32 from `logits` [B, V] float32; pure, the input is never written to."""
+        raise NotImplementedError(f"{type(self).__name__} defines no apply()")
+
+    def start(self, context: Context) -> Any:
+        """Memory for the rows of `context` (dict of tensors with leading dimension B, or `select`-able);
+        None: none.
+        """
+        return None
+
+    def accept(self, memory: Any, tokens: Tensor, context: Context) -> Any:
+        """Memory after `tokens` [B] int64 were committed; pure. `context` is the one `apply` saw."""
+        return memory
+
+    def __call__(self, logits: Tensor, context: Context | None = None) -> Tensor:
+        """Apply this one rule to `logits` [B, V]: the form for notebooks and tests; memory starts afresh."""
+        context = copy.copy(context or Context())
+        context.device, context.vocab_size = logits.device, logits.shape[1]
+        rows = logits.shape[0]
+        params = context.params or [None] * rows
+        settings = [self.settings(params[i], i) for i in range(rows)]
+        flags = [self.on(row) for row in settings]
+        if not any(flags):
+            return logits
+        view = context.view(self, values_of(self, settings, flags, context), context.memory)
+        if view.memory is None:
+            view.memory = self.start(view)
+        return guarded(self, logits, view)
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{k}={v!r}" for k, v in self.explicit.items())
+        return f"{self.name}({inner})"
+
+
+def values_of(
+    processor: Processor, settings: list[dict], flags: list[bool], context: Context
+) -> SimpleNamespace:
+    """The namespace that a processor reads as `context.values`; `rows_on` is [B, 1] bool, or None when all
+    are on.
+    """
+    values = SimpleNamespace(**processor.pack(settings, context))
+    values.rows_on = None if all(flags) else torch.tensor(flags, device=context.device)[:, None]
+    return values
+
+
+def guarded(processor: Processor, logits: Tensor, context: Context) -> Tensor:
+    """Apply `processor`; rows for which it is off come back bit-identical whatever the rule returns."""
+    result = processor.apply(logits, context)
+    rows_on = context.values.rows_on
+    if rows_on is None or isinstance(processor, (Edit, Keep)) or result is logits:
+        return result
+    return torch.where(rows_on, result, logits)
+
+
+class Edit(Processor):
+    """A rule that changes logits one by one: write `edit(logits, context)`; rows that are off are handled
+    here.
+
+    `identity_when_off = True` says that the off value already gives back the same bits, which saves a
+    selection.
+    """
+
+    kind = "edit"
+    identity_when_off = False
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        """Edited logits [B, V]; parameters are `context.values.<field>`, each [B, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} defines no edit()")
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        result = self.edit(logits, context)
+        rows_on = context.values.rows_on
+        if rows_on is None or self.identity_when_off:
+            return result
+        return torch.where(rows_on, result, logits)
+
+
+class Keep(Processor):
+    """A truncation rule: keep the tokens whose key is at or above a threshold; everything else becomes -inf.
+
+    Write exactly one of
+      threshold(logits, context) -> [B, 1]   the threshold itself, in units of the key
+      count(context) -> [B, 1] int64 >= 1    keep the count largest keys; ties with the last one are kept
+      mass(context) -> [B, 1]                keep the largest keys until their probability reaches mass; ties
+    kept and, where the key is not the logit, key(logits, context) -> [B, V], larger is better. The token with
+    the largest key is always kept.
+    """
+
+    kind = "keep"
+    keeps_argmax = True
+    sampling_only = True
+    threshold = count = mass = None
+
+    def key(self, logits: Tensor, context: Context) -> Tensor:
+        """What tokens are ranked by, [B, V] float32; the logit by default."""
+        return logits
+
+    @property
+    def limit(self) -> str:
+        """Which of the three limits the rule declares: "threshold", "count" or "mass"."""
+        found = [name for name in ("threshold", "count", "mass") if getattr(self, name) is not None]
+        if len(found) != 1:
+            raise ParameterError(f"{self.name} must define one of threshold, count, mass; it defines {found}")
+        return found[0]
+
+    def cut(self, logits: Tensor, key: Tensor, context: Context) -> Tensor:
+        """The threshold of every row in units of the key, [B, 1]."""
+        limit = self.limit
+        if limit == "threshold":
+            return torch.minimum(self.threshold(logits, context), key.amax(-1, keepdim=True))
+        if limit == "count":
+            return count_threshold(key, self.count(context), getattr(context.values, "largest", None))
+        return mass_threshold(logits, key, self.mass(context))
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        key = self.key(logits, context)
+        threshold = self.cut(logits, key, context)
+        if context.values.rows_on is not None:
+            threshold = torch.where(context.values.rows_on, threshold, NEG_INF)
+        return logits.masked_fill(key < threshold, NEG_INF)
+
+
+def count_threshold(key: Tensor, count: Tensor, largest: int | None = None) -> Tensor:
+    """The count-th largest key of every row, [B, 1], at most V-th; `largest` = max(count), if known, saves a
+    sync.
+    """
+    largest = int(count.max()) if largest is None else largest
+    top = key.topk(min(largest, key.shape[-1]), dim=-1).values
+    return top.gather(-1, count.clamp(1, key.shape[-1]) - 1)
+
+
+def mass_threshold(logits: Tensor, key: Tensor, mass: Tensor) -> Tensor:
+    """The smallest key that must be kept so that the kept probability reaches `mass`, [B, 1]."""
+    sorted_key, order = key.sort(dim=-1, descending=True)
+    sorted_logits = sorted_key if key is logits else logits.gather(-1, order)
+    sorted_probs = sorted_logits.softmax(-1)
+    before = (sorted_probs.cumsum(-1) < mass).sum(-1, keepdim=True)
+    return sorted_key.gather(-1, before.clamp(max=key.shape[-1] - 1))
+
+
+class Function(Processor):
+    """A plain callable `(logits, context) -> logits` as an opaque processor."""
+
+    speculative_safe = False
+
+    def __init__(self, function: Callable[[Tensor, Context], Tensor]):
+        super().__init__()
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        return self.function(logits, context)

@@ -1,0 +1,99 @@
+"""Rules that reshape the distribution: temperature and its entropy-driven kin, and quadratic smoothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from handloom.processors.base import NEG_INF, Context, Edit
+from torch import Tensor
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy in nats of softmax(logits [B, V]), [B, 1]; excluded tokens (-inf) count nothing."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp.masked_fill(logp == NEG_INF, 0.0)).sum(-1, keepdim=True)
+
+
+class Temperature(Edit):
+    """Divide logits by a temperature (Ackley et al. 1985): logit' = logit * (1 / T). T = 0 makes the row
+    greedy.
+
+    Off at 1. Steps aside for rows that use `dynatemp_range` or `edt_theta`, which set the temperature
+    themselves.
+    """
+
+    name = "temperature"
+    defaults = {"temperature": 1.0, "dynatemp_range": 0.0, "edt_theta": 0.0}
+    keeps_argmax = True
+    sampling_only = True
+    identity_when_off = True
+
+    def on(self, settings: dict[str, Any]) -> bool:
+        if "temperature" not in self.explicit and (settings["dynatemp_range"] or settings["edt_theta"]):
+            return False
+        return settings["temperature"] not in (0.0, 1.0)
+
+    def pack(self, rows, context):
+        inverse = [[1.0 / row["temperature"] if self.on(row) else 1.0] for row in rows]
+        return {"inverse": torch.tensor(inverse, dtype=torch.float32, device=context.device)}
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        return logits * context.values.inverse
+
+
+class DynamicTemperature(Edit):
+    """Temperature from the row's entropy (kalomaze; llama.cpp): T = low + (high - low) * (H / ln n)^exponent.
+
+    low, high = max(0, temperature -+ dynatemp_range); n = number of tokens that are not excluded. Off at
+    range 0.
+    """
+
+    name = "dynatemp"
+    defaults = {"dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "temperature": 1.0}
+    keeps_argmax = True
+    sampling_only = True
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        v = context.values
+        low = (v.temperature - v.dynatemp_range).clamp(min=0.0)
+        high = v.temperature + v.dynatemp_range
+        n = (logits > NEG_INF).sum(-1, keepdim=True)
+        normalised = entropy(logits) / n.clamp(min=2).log()
+        return logits / (low + (high - low) * normalised.clamp(0.0, 1.0) ** v.dynatemp_exponent).clamp(
+            min=1e-6
+        )
+
+
+class EDT(Edit):
+    """Entropy-based dynamic temperature (2403.14541): T = temperature * base^(theta / H). Off at theta 0."""
+
+    name = "edt"
+    defaults = {"edt_theta": 0.0, "edt_base": 0.8, "temperature": 1.0}
+    keeps_argmax = True
+    sampling_only = True
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        v = context.values
+        temperature = v.temperature * v.edt_base ** (v.edt_theta / entropy(logits))
+        return logits / temperature.clamp(min=1e-6)
+
+
+class Smoothing(Edit):
+    """Quadratic smoothing (kalomaze; text-generation-webui): with d = logit - max, k = (3-c)/2, s = (c-1)/2,
+    logit' = max - k*f*d^2 + s*f*d^3. f = smoothing_factor, c = smoothing_curve. Off at factor 0.
+
+    Per row; text-generation-webui takes the maximum over the whole batch.
+    """
+
+    name = "smoothing"
+    defaults = {"smoothing_factor": 0.0, "smoothing_curve": 1.0}
+    keeps_argmax = True
+    sampling_only = True
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        factor, curve = context.values.smoothing_factor, context.values.smoothing_curve
+        top = logits.amax(-1, keepdim=True)
+        d = (logits - top).masked_fill(logits == NEG_INF, 0.0)
+        smoothed = top - (3 - curve) / 2 * factor * d**2 + (curve - 1) / 2 * factor * d**3
+        return smoothed.masked_fill(logits == NEG_INF, NEG_INF)

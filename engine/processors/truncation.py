@@ -1,0 +1,221 @@
+"""Truncation rules in the keep-form: a key, and a threshold, a count or a mass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from handloom.processors.base import NEG_INF, Context, Keep
+from handloom.processors.temperature import entropy
+from torch import Tensor
+
+
+class TopK(Keep):
+    """Keep the k most probable tokens (Fan et al. 2018, 1805.04833); ties with the k-th are kept.
+    Off at 0.
+    """
+
+    name = "top_k"
+    defaults = {"top_k": 0}
+
+    def on(self, settings: dict[str, Any]) -> bool:
+        return settings["top_k"] > 0
+
+    def pack(self, rows, context):
+        counts = [row["top_k"] if self.on(row) else 1 for row in rows]
+        return {"top_k": torch.tensor(counts, device=context.device)[:, None], "largest": max(counts)}
+
+    def count(self, context: Context) -> Tensor:
+        return context.values.top_k
+
+
+class TopP(Keep):
+    """Nucleus: the smallest set with probability >= p (Holtzman et al. 2019, 1904.09751). Off at 1."""
+
+    name = "top_p"
+    defaults = {"top_p": 1.0}
+
+    def on(self, settings: dict[str, Any]) -> bool:
+        return settings["top_p"] < 1.0
+
+    def mass(self, context: Context) -> Tensor:
+        return context.values.top_p
+
+
+class MinP(Keep):
+    """Keep p >= min_p * max p (Nguyen et al. 2024, 2407.01082). Off at 0."""
+
+    name = "min_p"
+    defaults = {"min_p": 0.0}
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        return logits.amax(-1, keepdim=True) + context.values.min_p.log()
+
+
+class Typical(Keep):
+    """Locally typical sampling (Meister et al. 2022, 2202.00666): mass p of the tokens whose surprise is
+    nearest to the entropy, key = -|-log p - H|. Off at 1. May drop the most likely token.
+    """
+
+    name = "typical"
+    defaults = {"typical_p": 1.0}
+    keeps_argmax = False
+
+    def on(self, settings: dict[str, Any]) -> bool:
+        return settings["typical_p"] < 1.0
+
+    def key(self, logits: Tensor, context: Context) -> Tensor:
+        return -(logits.log_softmax(-1) + entropy(logits)).abs()
+
+    def mass(self, context: Context) -> Tensor:
+        return context.values.typical_p
+
+
+class Epsilon(Keep):
+    """Keep p >= epsilon (Hewitt et al. 2022, 2210.15191). Off at 0."""
+
+    name = "epsilon"
+    defaults = {"epsilon_cutoff": 0.0}
+
+    def key(self, logits: Tensor, context: Context) -> Tensor:
+        return logits.softmax(-1)
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        return context.values.epsilon_cutoff
+
+
+class Eta(Keep):
+    """Keep p >= min(eta, sqrt(eta) * exp(-H)) (Hewitt et al. 2022, 2210.15191). Off at 0."""
+
+    name = "eta"
+    defaults = {"eta_cutoff": 0.0}
+
+    def key(self, logits: Tensor, context: Context) -> Tensor:
+        return logits.softmax(-1)
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        eta = context.values.eta_cutoff
+        return torch.minimum(eta, eta.sqrt() * torch.exp(-entropy(logits)))
+
+
+class TopA(Keep):
+    """Keep p >= a * (max p)^2 (RWKV, 2022). Off at 0."""
+
+    name = "top_a"
+    defaults = {"top_a": 0.0}
+
+    def key(self, logits: Tensor, context: Context) -> Tensor:
+        return logits.softmax(-1)
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        return context.values.top_a * logits.softmax(-1).amax(-1, keepdim=True) ** 2
+
+
+class TailFree(Keep):
+    """Tail-free sampling (Bricken 2019): keep sorted tokens while the normalised |second difference| of p
+    sums to at most z. Off at 1. The first token is kept and, as in text-generation-webui, the very last is
+    not.
+    """
+
+    name = "tfs"
+    defaults = {"tfs": 1.0}
+
+    def on(self, settings: dict[str, Any]) -> bool:
+        return settings["tfs"] < 1.0
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        ordered = logits.sort(dim=-1, descending=True).values
+        if ordered.shape[-1] < 3:
+            return ordered[:, -1:]
+        curvature = ordered.softmax(-1).diff(dim=-1).diff(dim=-1).abs()
+        share = (curvature / curvature.sum(-1, keepdim=True).clamp(min=1e-30)).cumsum(-1)
+        kept = 1 + (share <= context.values.tfs).sum(-1, keepdim=True)
+        return ordered.gather(-1, kept - 1)
+
+
+class TopNSigma(Keep):
+    """Keep logits within n standard deviations of the maximum (Tang et al. 2024, 2411.07641). Off at 0.
+
+    The deviation (unbiased) is over the tokens that are not excluded; text-generation-webui counts them as 0.
+    """
+
+    name = "top_n_sigma"
+    defaults = {"top_n_sigma": 0.0}
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        return logits.amax(-1, keepdim=True) - context.values.top_n_sigma * finite_std(logits)
+
+
+def finite_std(logits: Tensor) -> Tensor:
+    """Unbiased standard deviation over the finite logits of every row, [B, 1]; 0 where fewer than two are
+    finite.
+    """
+    finite = logits > NEG_INF
+    n = finite.sum(-1, keepdim=True)
+    mean = logits.masked_fill(~finite, 0.0).sum(-1, keepdim=True) / n.clamp(min=1)
+    square = ((logits - mean) ** 2).masked_fill(~finite, 0.0).sum(-1, keepdim=True)
+    return (square / (n - 1).clamp(min=1)).sqrt()
+
+
+class TopH(Keep):
+    """Grow the sorted set while its entropy stays within alpha * H(p) (2509.02510). Off at 0.
+
+    rule "paper": entropy of the kept set renormalised to 1, over the whole vocabulary.
+    rule "code" (the authors' code and Hugging Face): the partial sum -p log p, unnormalised, over the 100
+    most probable tokens renormalised; so at most 100 tokens are kept.
+    """
+
+    name = "top_h"
+    defaults = {"top_h": 0.0, "top_h_rule": "paper"}
+
+    def pack(self, rows, context):
+        alpha = torch.tensor([[row["top_h"]] for row in rows], device=context.device)
+        return {
+            "top_h": alpha,
+            "code": torch.tensor([[row["top_h_rule"] == "code"] for row in rows], device=context.device),
+            "any_code": any(row["top_h_rule"] == "code" for row in rows),
+            "any_paper": any(row["top_h_rule"] != "code" for row in rows),
+        }
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        v = context.values
+        code = paper_cut = None
+        if v.any_code:
+            top = logits.topk(min(100, logits.shape[-1]), dim=-1).values
+            code = self.cut_at(top, v.top_h, renormalise=False)
+        if v.any_paper:
+            paper_cut = self.cut_at(logits.sort(dim=-1, descending=True).values, v.top_h, renormalise=True)
+        if code is None or paper_cut is None:
+            return paper_cut if code is None else code
+        return torch.where(v.code, code, paper_cut)
+
+    @staticmethod
+    def cut_at(ordered: Tensor, alpha: Tensor, renormalise: bool) -> Tensor:
+        """The last kept logit of descending `ordered` [B, K], [B, 1]."""
+        logp = ordered.log_softmax(-1)
+        terms = -(logp.exp() * logp.masked_fill(logp == NEG_INF, 0.0))
+        total = terms.sum(-1, keepdim=True)
+        partial = terms.cumsum(-1)
+        if renormalise:  # H(q) of the first n tokens, q = p / mass: (sum of -p log p) / mass + log mass
+            mass = logp.exp().cumsum(-1)
+            partial = partial / mass + mass.log()
+        inside = (partial <= alpha * total).long().cumprod(-1)
+        return ordered.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
+
+
+class PLess(Keep):
+    """p-less (2509.23234): keep p >= sum p^2; "norm": p >= (V * sum p^2 - 1) / (V - 1). Off at False."""
+
+    name = "p_less"
+    defaults = {"p_less": False}
+
+    def pack(self, rows, context):
+        return {"norm": torch.tensor([[row["p_less"] == "norm"] for row in rows], device=context.device)}
+
+    def key(self, logits: Tensor, context: Context) -> Tensor:
+        return logits.softmax(-1)
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        collision = (logits.softmax(-1) ** 2).sum(-1, keepdim=True)
+        vocab = logits.shape[-1]
+        return torch.where(context.values.norm, (vocab * collision - 1) / max(vocab - 1, 1), collision)

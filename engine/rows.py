@@ -1,0 +1,268 @@
+"""Rows: the per-row parameters and memory of a pipeline, and the draw of one token a row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from handloom.errors import ParameterError
+from handloom.kernels.draw import draw
+from handloom.processors.base import Context, Processor, guarded, values_of
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Drawn:
+    """One drawn token a row.
+
+    tokens: [B] int64. raw_logprobs: [B] float32, log_softmax of the logits as the model gave them, at the
+    token.
+    logprobs: [B] float32, the same after all processors (greedy rows: without temperature and truncation).
+    processed: [B, V] float32, or None where it was never written. A row whose logits are NaN, or which has no
+    token left, has NaN in a log-probability (and an arbitrary valid token).
+    """
+
+    tokens: Tensor
+    raw_logprobs: Tensor
+    logprobs: Tensor
+    processed: Tensor | None
+
+
+class Member:
+    """One processor of a `Rows`: for which rows it is on, their settings, packed values and memory."""
+
+    def __init__(self, processor: Processor, size: int):
+        self.processor = processor
+        self.settings: list[dict[str, Any]] = [processor.settings(None)] * size
+        self.on = [False] * size
+        self.memory: Any = None
+        self.values: Any = None
+
+    def copy(self, **changes: Any) -> Member:
+        """A shallow copy with some attributes replaced."""
+        other = Member.__new__(Member)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.update(changes)
+        return other
+
+    def set(self, row: int, settings: dict[str, Any], on: bool) -> None:
+        """Replace one row's settings; the packed values are rebuilt when they are next needed."""
+        self.settings[row], self.on[row], self.values = settings, on, None
+
+    def ready(self, site: Context) -> Any:
+        """The packed values, built if a row has changed."""
+        if self.values is None:
+            self.values = values_of(self.processor, self.settings, self.on, site)
+        return self.values
+
+
+def select_memory(memory: Any, index: Tensor) -> Any:
+    """Memory of the rows `index` [N] int64, in that order; repeated rows get memory of their own."""
+    if memory is None:
+        return None
+    if isinstance(memory, dict):
+        return {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in memory.items()}
+    return memory.select(index.tolist())
+
+
+def put_memory(memory: Any, row: int, fresh: Any) -> Any:
+    """`memory` with one row replaced by the memory `fresh` of a single row."""
+    if not isinstance(memory, dict):
+        return memory.put(row, fresh)
+    memory = {name: tensor.clone() for name, tensor in memory.items()}
+    for name, tensor in memory.items():
+        tensor[row] = fresh[name][0]
+    return memory
+
+
+class Rows:
+    """What a `Pipeline` keeps for B rows: made by `Pipeline.bind`.
+
+    `accept` and `select` return new values and leave the old ones usable (fork, rewind). `fill` and `clear`
+    change one row of this object; they are for the loop, which owns its rows. Processors that no row uses
+    cost nothing.
+    """
+
+    def __init__(self, pipeline: Any, size: int, site: Context):
+        self.pipeline, self.site, self.size = pipeline, site, size
+        self.params: list[Any] = [None] * size
+        self.chains: list[Any] = [None] * size
+        self.members: list[Member] = []
+        self.greedy = [True] * size  # an empty row must not cost the others a draw
+        self._greedy_tensor: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def fill(
+        self, row: int, params: Any, prompt_ids: Sequence[int] = (), seed: int = 0, stream: int = 0
+    ) -> None:
+        """Give `row` to a new request; its memory starts afresh. Raises ParameterError for fields nobody
+        reads.
+        """
+        chain = self.pipeline.for_params(params)
+        chain.check(params)
+        if not 0 <= row < self.size:
+            raise ParameterError(f"row {row} does not exist; rows are 0 to {self.size - 1}")
+        self.params[row], self.chains[row] = params, chain
+        self._place(row, chain, params)
+        site = dataclasses.replace(self.site, params=[params])
+        site.tokens = torch.tensor([list(prompt_ids)], dtype=torch.int64, device=site.device).view(1, -1)
+        site.lengths = torch.tensor([len(prompt_ids)], device=site.device)
+        site.prompt_lengths = site.lengths
+        site.seeds = torch.tensor([seed], device=site.device)
+        site.streams = torch.tensor([stream], device=site.device)
+        for member in self.members:
+            if member.on[row]:
+                self._start(member, row, site)
+
+    def clear(self, row: int) -> None:
+        """Take `row` back: no processor runs for it until it is filled again."""
+        self.params[row], self.chains[row] = None, None
+        for member in self.members:
+            if member.on[row]:
+                member.set(row, member.settings[row], False)
+        self._set_greedy(row, True)
+
+    def _place(self, row: int, chain: Any, params: Any) -> None:
+        """Switch the row's processors on, and everyone else's off for this row."""
+        chains = list({id(other): other for other in self.chains if other is not None}.values())
+        old = {id(member.processor): member for member in self.members}
+        self.members = [old.get(id(p)) or Member(p, self.size) for p in merge(chains)]
+        greedy = chain.greedy(params, row)
+        mine = {id(processor) for processor in chain}
+        for member in self.members:
+            processor, on = member.processor, False
+            settings = processor.settings(params, row) if id(processor) in mine else None
+            if settings is not None:
+                skipped = greedy and processor.sampling_only and not chain.chain_when_greedy
+                on = processor.on(settings) and not skipped
+            if on or member.on[row]:
+                member.set(row, settings or member.settings[row], on)
+        self._set_greedy(row, greedy)
+
+    def _set_greedy(self, row: int, value: bool) -> None:
+        if self.greedy[row] != value:
+            self.greedy[row], self._greedy_tensor = value, None
+
+    def _start(self, member: Member, row: int, site: Context) -> None:
+        """Fresh memory for one row of one member."""
+        values = values_of(member.processor, [member.settings[row]], [True], site)
+        fresh = member.processor.start(site.view(member.processor, values, None))
+        if fresh is None:
+            return
+        if member.memory is None:
+            member.memory = select_memory(fresh, torch.zeros(self.size, dtype=torch.int64))
+        else:
+            member.memory = put_memory(member.memory, row, fresh)
+
+    def active(self) -> list[Member]:
+        """The members that are on for at least one row, in order."""
+        return [member for member in self.members if any(member.on)]
+
+    def _views(self, context: Context) -> list[tuple[Processor, Context]]:
+        """The step as each active member sees it."""
+        result = []
+        for member in self.active():
+            view = context.view(member.processor, member.ready(self.site), member.memory)
+            view.vocab_size, view.eos_token_ids = self.site.vocab_size, self.site.eos_token_ids
+            view.device = self.site.device
+            result.append((member.processor, view))
+        return result
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        """Processed logits [B, V] float32; the same tensor when no processor is on. Never writes to
+        `logits`.
+        """
+        for processor, view in self._views(context):
+            logits = guarded(processor, logits, view)
+        return logits
+
+    def accept(self, tokens: Tensor, context: Context) -> Rows:
+        """Rows after `tokens` [B] int64 were committed; give the Context that `apply` or `sample` saw."""
+        stateful = [member for member in self.active() if member.memory is not None]
+        if not stateful:
+            return self
+        changed = {}
+        for member in stateful:
+            view = context.view(member.processor, member.ready(self.site), member.memory)
+            view.vocab_size, view.device = self.site.vocab_size, self.site.device
+            changed[id(member)] = member.copy(memory=member.processor.accept(member.memory, tokens, view))
+        return self._with([changed.get(id(member), member) for member in self.members])
+
+    def _with(self, members: list[Member]) -> Rows:
+        other = Rows.__new__(Rows)
+        other.__dict__.update(self.__dict__)
+        other.members = members
+        return other
+
+    def select(self, index: Sequence[int] | Tensor) -> Rows:
+        """Rows `index` [N] in that order: fork, reorder or drop. Forked memory is independent."""
+        index = torch.as_tensor(index, dtype=torch.int64).flatten()
+        rows = index.tolist()
+        pick = lambda values: [values[i] for i in rows]  # noqa: E731
+        other = self._with(
+            [
+                member.copy(
+                    settings=pick(member.settings),
+                    on=pick(member.on),
+                    values=None,
+                    memory=select_memory(member.memory, index),
+                )
+                for member in self.members
+            ]
+        )
+        other.size, other.params, other.chains = len(rows), pick(self.params), pick(self.chains)
+        other.greedy, other._greedy_tensor = pick(self.greedy), None
+        return other
+
+    def sample(self, logits: Tensor, context: Context) -> Drawn:
+        """Process raw `logits` [B, V] float32 and draw one token a row."""
+        processed = self.apply(logits, context)
+        if all(self.greedy):
+            tokens = processed.argmax(-1)
+        else:
+            tokens = draw(processed, context.seeds, context.positions, context.streams, self.greedy_rows())
+            tokens = tokens.clamp(
+                min=0
+            )  # -1 marks a row without a drawable token; its log-probabilities are NaN
+        raw = logprob_of(logits, tokens)
+        final = raw if processed is logits else logprob_of(processed, tokens)
+        return Drawn(tokens, raw, final, processed)
+
+    def greedy_rows(self) -> Tensor | None:
+        """[B] bool: rows that take the argmax; None when there are none."""
+        if not any(self.greedy):
+            return None
+        if self._greedy_tensor is None:
+            self._greedy_tensor = torch.tensor(self.greedy, device=self.site.device)
+        return self._greedy_tensor
+
+
+def logprob_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log_softmax(logits [B, V]) at tokens [B], [B] float32; NaN for rows of NaN or of -inf alone."""
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def merge(chains: Sequence[Sequence[Processor]]) -> list[Processor]:
+    """One order of all chains' processors that keeps the order of each; shared processors appear once.
+
+    Raises ParameterError when two chains hold the same two processors in opposite orders.
+    """
+    merged: list[Processor] = []
+    for chain in chains:
+        place = 0
+        for processor in chain:
+            found = next((i for i, other in enumerate(merged) if other is processor), None)
+            if found is None:
+                merged.insert(place, processor)
+                place += 1
+            elif found < place:
+                raise ParameterError(
+                    f"{processor!r} stands at different places in the pipelines of this batch"
+                )
+            else:
+                place = found + 1
+    return merged
