@@ -1,24 +1,136 @@
-"""Attention over a paged key/value cache: a torch reference, a Triton decode kernel, and the choice between them."""
+"""Attention over a paged key/value cache: its torch reference, and the choice between that and Triton."""
+
+import math
 
 import torch
 
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def paged_attention(
+    q, keys, values, block_table, lengths, *, counts=None, scale=None, sliding_window=None, softcap=None,
+    sinks=None, tree=None, backend="auto", splits=None, workspace=None, out=None,
+):  # fmt: skip
+    """Attention of fresh queries over paged cells; reads no value on the host, so a CUDA graph can hold it.
+
+    Args:
+        q: [B, Q, Hq, D] queries, the real ones first in each row; float16, bfloat16 or float32.
+        keys: [N_blocks, block_size, Hk, D] in q's dtype; Hq a multiple of Hk.
+        values: [N_blocks, block_size, Hk, Dv] in q's dtype.
+        block_table: [B, M] int32 or int64, valid block ids; arbitrary ones beyond a row's length.
+        lengths: [B] int32 or int64, valid cells with the fresh ones, <= M * block_size; 0 gives zeros.
+        counts: [B] int, real queries of each row in 0..Q; None means Q. Query j of a row stands at position
+            lengths - counts + j and sees the cells up to its own.
+        scale: float, default D ** -0.5.
+        sliding_window: int >= 1; a query at position p sees positions p - sliding_window + 1 .. p.
+        softcap: float > 0; logits become softcap * tanh(logits / softcap) (arXiv 2408.00118).
+        sinks: [Hq] float, one more logit per head in the softmax's denominator (arXiv 2508.10925).
+        tree: [B, Q, Q] bool; tree[b, j, f]: query j sees fresh cell f, which is itself or an ancestor
+            (older cells are all seen). A query's position is then lengths - counts + its number of ancestors.
+        backend: "auto" (Triton on an accelerator where it can), "triton" or "torch".
+        splits: programs a sequence (Triton only); default fills the device. It touches the last bits.
+        workspace: float32, what `attention_workspace` gives, for a launch that allocates nothing.
+        out: [B, Q, Hq, Dv] contiguous, written instead of a new tensor.
+
+    Returns:
+        [B, Q, Hq, Dv] in q's dtype; queries beyond a row's count are finite and mean nothing.
+
+    Raises:
+        ValueError: unknown backend, shapes that do not fit, or "triton" for what the kernel does not cover.
+    """
+    _check(q, keys, values, block_table)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "tree": tree,
+    }
+    if not _takes_triton(backend, q, keys, values):
+        result = paged_attention_reference(q, keys, values, block_table, lengths, counts=counts, **options)
+        return result if out is None else out.copy_(result)
+    from . import attention_triton
+
+    batch, queries, heads, _ = q.shape
+    dim_v = values.shape[-1]
+    if splits is None:
+        splits = default_splits(batch, keys.shape[2], block_table.shape[1] * keys.shape[1], q.device)
+    if workspace is None:
+        workspace = attention_workspace(batch, queries, heads, dim_v, splits, q.device)
+    parts, lse = _workspace_views(workspace, batch * queries * heads, splits, dim_v)
+    out = q.new_empty(batch, queries, heads, dim_v) if out is None else out
+    return attention_triton.launch(
+        q if q.stride(-1) == 1 else q.contiguous(),
+        keys, values, block_table, lengths, out, parts, lse, splits=splits, counts=counts, **options,
+    )  # fmt: skip
+
+
+def attention_workspace(batch, queries, heads, dim_v, splits, device):
+    """Scratch memory of `paged_attention` for calls up to this size: float32 [n], n = 0 for one split."""
+    cells = batch * queries * heads * splits * (dim_v + 1) if splits > 1 else 0
+    return torch.empty(cells, dtype=torch.float32, device=device)
+
+
+def default_splits(batch, kv_heads, cells, device):
+    """Programs a sequence that give each multiprocessor about two, each at least 128 cells: 1, 2, 4 .. 64."""
+    processors = 1
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = min(2 * processors / (batch * kv_heads), cells / 128, 64)
+    return 1 << max(0, math.ceil(math.log2(max(wanted, 1))))
+
+
+def _workspace_views(workspace, outputs, splits, dim_v):
+    """The parts [outputs * splits * dim_v] and their log-weights [outputs * splits] inside a workspace."""
+    if splits == 1:
+        return workspace, workspace
+    parts, weights = outputs * splits * dim_v, outputs * splits
+    if workspace.numel() < parts + weights:
+        raise ValueError(f"workspace has {workspace.numel()} floats; this call needs {parts + weights}")
+    return workspace[:parts], workspace[parts : parts + weights]
+
+
+def _check(q, keys, values, block_table):
+    heads, dim, kv_heads = q.shape[2], q.shape[3], keys.shape[2]
+    if keys.shape[3] != dim or heads % kv_heads or values.shape[:3] != keys.shape[:3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit: "
+            f"head size and a whole number of query heads per key head are needed"
+        )
+    if len(block_table) != len(q):
+        raise ValueError(f"block_table has {len(block_table)} rows, q has {len(q)}")
+
+
+def _takes_triton(backend, q, keys, values):
+    """Whether the kernel runs; "triton" raises for what it does not cover, "auto" leaves that to torch."""
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend {backend!r}: expected "auto", "triton" or "torch"')
+    if backend == "torch" or (backend == "auto" and q.device.type == "cpu"):
+        return False
+    lacking = uncovered(q, keys, values)
+    if lacking and backend == "triton":
+        raise ValueError(f"the Triton attention kernel does not cover {lacking}")
+    return not lacking
+
+
+def uncovered(q, keys, values):
+    """What keeps the Triton kernel from this call, in words; "" where nothing does."""
+    if q.dtype not in DTYPES or keys.dtype != q.dtype or values.dtype != q.dtype:
+        return f"q {q.dtype} with keys {keys.dtype} and values {values.dtype} (one of {DTYPES} for all three)"
+    if max(q.shape[-1], values.shape[-1]) > MAX_HEAD_DIM:
+        return f"head sizes {q.shape[-1]} and {values.shape[-1]} (at most {MAX_HEAD_DIM})"
+    if keys.stride(-1) != 1 or values.stride(-1) != 1:
+        return "keys or values whose last axis is not contiguous"
+    return ""
+
 
 def paged_attention_reference(
-    q, keys, values, block_table, lengths, *, counts=None, scale=None, sliding_window=None, softcap=None, sinks=None,
-    tree=None,
+    q, keys, values, block_table, lengths, *, counts=None, scale=None, sliding_window=None, softcap=None,
+    sinks=None, tree=None,
 ):  # fmt: skip
-    """Attention of fresh queries over paged cells; defines what the kernels compute. No value is read on the host.
-
-    q: [B, Q, Hq, D], real queries first in each row. keys: [N_blocks, block_size, Hk, D]; values: last axis may be
-    another Dv; Hq a multiple of Hk. block_table: [B, M] int, valid block ids, arbitrary beyond a row's length.
-    lengths: [B] int, valid cells with the fresh ones; a row without cells returns zeros. counts: [B] int, real
-    queries (None: Q); query j stands at position lengths - counts + j. scale: float, default D ** -0.5.
-    sliding_window: a query at position p sees positions p - sliding_window + 1 .. p. softcap: logits become
-    softcap * tanh(logits / softcap) (arXiv 2408.00118). sinks: [Hq] one more logit per head in the denominator
-    (arXiv 2309.17453). tree: [B, Q, Q] bool, tree[b, j, f]: query j sees fresh cell f (itself and its ancestors;
-    all older cells are seen); None is causal.
-    Returns [B, Q, Hq, Dv] in q's dtype; queries beyond a row's count are finite and mean nothing.
-    """
+    """Defines `paged_attention`, whose arguments it shares: cells gathered, softmax in float32 (or 64)."""
     batch, queries, heads, dim = q.shape
     size, kv_heads = keys.shape[1], keys.shape[2]
     scale = dim**-0.5 if scale is None else scale

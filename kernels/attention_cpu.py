@@ -11,11 +11,15 @@ _FOLDED_MASK_ENTRIES = 1 << 22
 class CellPlan:
     """Where the cells of each row lie; worked out once a step and shared by all layers.
 
-    tables: per row its block ids in order (tuple, list or ndarray of int), ceil(length / block_size) of them used.
-    lengths: per row the number of valid cells, the fresh ones included (python int >= 1).
-    block_size: cells per block. counts: per row how many of the Q queries are real (None: all Q).
-    tree: [B, Q, Q] bool, tree[b, j, f] = query j sees fresh cell f (itself and its ancestors), or None: causal.
-    Raises ValueError when a row has no cell or too few blocks.
+    Args:
+        tables: per row its block ids in order (tuple, list or ndarray), at least ceil(length / block_size).
+        lengths: per row the number of valid cells, the fresh ones included (python int >= 1).
+        block_size: cells per block.
+        counts: per row how many of the Q queries are real, 1..Q; None means all.
+        tree: [B, Q, Q] bool, tree[b, j, f] = query j sees fresh cell f (itself, ancestors); None is causal.
+
+    Raises:
+        ValueError: a row has no cell or too few blocks.
     """
 
     def __init__(self, tables, lengths, block_size, *, counts=None, tree=None):
@@ -38,27 +42,26 @@ class CellPlan:
 
     def _start(self, table):
         """First cell of a row whose blocks follow each other in the pool, else None."""
-        consecutive = int(table[-1]) - int(table[0]) == len(table) - 1 and bool((table.diff() == 1).all())
-        return int(table[0]) * self.block_size if consecutive else None
+        ids = table.numpy()
+        consecutive = ids[-1] - ids[0] == len(ids) - 1 and bool((np.diff(ids) == 1).all())
+        return int(ids[0]) * self.block_size if consecutive else None
 
-    def cells(self, pool, row, first):
-        """Cells first..length-1 of a row as [1, Hk, n, D]: a view where its blocks are consecutive, else a copy.
+    def cells(self, pool, flat, row, first):
+        """Cells first..length-1 of a row, [1, Hk, n, D]: a view of consecutive blocks, else a copy.
 
-        pool: [N_blocks, block_size, Hk, D].
+        pool: [N_blocks, block_size, Hk, D]; flat: the same cells as `flat_cells(pool)`, made once for all.
         """
-        length, start, size = self.lengths[row], self.starts[row], self.block_size
+        start = self.starts[row]
         if start is None:
-            skipped = first // size
-            flat, start = pool.index_select(0, self._tables[row][skipped:]), -skipped * size
-        else:
-            flat = pool
-        flat = flat.view(1, -1, *pool.shape[2:])
-        return flat[:, start + first : start + length].transpose(1, 2)
+            skipped = first // self.block_size
+            start = -skipped * self.block_size
+            flat = flat_cells(pool.index_select(0, self._tables[row][skipped:]))
+        return flat[:, :, start + first : start + self.lengths[row]]
 
     def mask(self, row, queries, n, window, group, like):
-        """Additive mask [queries * group, n] over the last n cells of a row, in the dtype of `like`; made once a step.
+        """Additive mask [queries * group, n] over a row's last n cells, in `like`'s dtype; kept for the step.
 
-        Rows are ordered (query, head of the group).
+        Its rows are ordered (query, head of the group).
         """
         key = (queries, n, window, group, like.dtype, None if self.tree is None else row)
         if key not in self._masks:
@@ -83,31 +86,42 @@ class CellPlan:
         return seen
 
 
+def flat_cells(pool):
+    """A pool [N_blocks, block_size, Hk, D] seen as one run of cells, [1, Hk, N_blocks * block_size, D]."""
+    return pool.view(1, -1, *pool.shape[2:]).transpose(1, 2)
+
+
 def paged_attention_cpu(
     q, keys, values, tables=None, lengths=None, *, counts=None, scale=None, sliding_window=None, softcap=None,
     sinks=None, tree=None, plan=None,
 ):  # fmt: skip
-    """Attention of the fresh queries of each row over its own cells; nothing is padded, so no row sees another.
+    """Attention of the fresh queries of each row over its own cells; nothing is padded, no row sees another.
 
-    q: [B, Q, Hq, D] queries, the real ones first in each row. keys: [N_blocks, block_size, Hk, D], contiguous;
-    values: [N_blocks, block_size, Hk, Dv]; Hq a multiple of Hk. tables, lengths, counts, tree: see `CellPlan`; or
-    `plan`, which holds all four. scale: float, default D ** -0.5. sliding_window: a query at position p sees
-    positions p - sliding_window + 1 .. p. softcap: logits become softcap * tanh(logits / softcap).
-    sinks: [Hq] one more logit per head in the softmax's denominator.
-    Returns [B, Q, Hq, Dv] in q's dtype; zero for queries beyond a row's count. Raises ValueError (see `CellPlan`).
+    Args:
+        q: [B, Q, Hq, D] queries, the real ones first in each row.
+        keys: [N_blocks, block_size, Hk, D], contiguous; Hq a multiple of Hk.
+        values: [N_blocks, block_size, Hk, Dv], contiguous.
+        tables, lengths, counts, tree: see `CellPlan`; `plan` holds all four instead.
+        scale, sliding_window, softcap, sinks: see `attention.paged_attention`.
+
+    Returns:
+        [B, Q, Hq, Dv] in q's dtype; zero for queries beyond a row's count.
+
+    Raises:
+        ValueError: see `CellPlan`.
     """
     if plan is None:
         plan = CellPlan(tables, lengths, keys.shape[1], counts=counts, tree=tree)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = softcap is None and sinks is None
+    flat_keys, flat_values = flat_cells(keys), flat_cells(values)
     rows = []
-    for row in range(q.shape[0]):
+    for row, length in enumerate(plan.lengths):
         count = q.shape[1] if plan.counts is None else plan.counts[row]
-        length = plan.lengths[row]
-        first = 0 if sliding_window is None else max(0, length - count - sliding_window + 1)
-        k, v = plan.cells(keys, row, first), plan.cells(values, row, first)
-        window = sliding_window if sliding_window is not None and sliding_window < length else None
-        if plain:
+        first, window = 0, None
+        if sliding_window is not None and sliding_window < length:
+            first, window = max(0, length - count - sliding_window + 1), sliding_window
+        k, v = plan.cells(keys, flat_keys, row, first), plan.cells(values, flat_values, row, first)
+        if softcap is None and sinks is None:
             out = _attend(q[row, :count], k, v, plan, row, window, scale)
         else:
             out = _attend_explicitly(q[row, :count], k, v, plan, row, window, scale, softcap, sinks)
@@ -118,9 +132,9 @@ def paged_attention_cpu(
 
 
 def _attend(q, k, v, plan, row, window, scale):
-    """One row through torch's fused attention: q [n, Hq, D], k [1, Hk, L, D], v [1, Hk, L, Dv] -> [n, Hq, Dv].
+    """One row through torch's fused attention: q [n, Hq, D], k, v [1, Hk, L, D or Dv] -> [n, Hq, Dv].
 
-    The query heads of a group are folded into the query axis, so that K and V are read once and never repeated.
+    The query heads of a group are folded into the query axis, so K and V are read once and never repeated.
     """
     queries, heads, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
@@ -145,7 +159,7 @@ def _attend(q, k, v, plan, row, window, scale):
 
 
 def _attend_explicitly(q, k, v, plan, row, window, scale, softcap, sinks):
-    """One row with softcap or sinks, which torch's fused attention lacks; float32 inside. Shapes as in `_attend`."""
+    """One row with softcap or sinks, which fused attention lacks; float32 inside, shapes as in `_attend`."""
     queries, heads, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     group = heads // kv_heads

@@ -1,0 +1,246 @@
+"""Triton kernels of the paged decode attention; importing this file needs triton.
+
+One program attends the queries of one (row, key/value head, tile of queries, split of the sequence) over that
+split's cells. The queries of a row and the query heads of a group share one tile, so a cell is read once for all
+of them. With more than one split a second small kernel merges the parts (flash-decoding). Lengths, counts and
+block ids are read on the device, so one captured launch serves every later step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, parts_ptr, lse_ptr, table_ptr, lengths_ptr, counts_ptr, sinks_ptr,
+    tree_ptr, depth_ptr, scale, softcap, kv_heads, table_stride, q_row, q_query, q_head,
+    k_block, k_cell, k_head, v_block, v_cell, v_head,
+    QUERIES: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, TREE: tl.constexpr, COUNTS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0), tl.program_id(2)
+    kv_head, tile = tl.program_id(1) % kv_heads, tl.program_id(1) // kv_heads
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    query, head = m // GROUP, kv_head * GROUP + m % GROUP
+    real = m < QUERIES * GROUP
+    length = tl.load(lengths_ptr + row).to(tl.int32)
+    base = length - QUERIES
+    if COUNTS:
+        base = length - tl.load(counts_ptr + row).to(tl.int32)
+    depth = query
+    if TREE and WINDOW > 0:
+        depth = tl.load(depth_ptr + row * QUERIES + query, mask=real, other=0)
+    first, last = _span(base, length, split, SPLITS, WINDOW, BLOCK_N)
+
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    q_at = row.to(tl.int64) * q_row + query * q_query + head * q_head
+    q = tl.load(q_ptr + q_at[:, None] + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        valid = n < last
+        block = tl.load(table_ptr + row * table_stride + n // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+        k_at = block * k_block + (n % BLOCK_SIZE) * k_cell + kv_head * k_head
+        inside = valid[:, None] & (d < DIM)[None, :]
+        k = tl.load(k_ptr + k_at[:, None] + d[None, :], mask=inside, other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if SOFTCAP:
+            scores = softcap * (1.0 - 2.0 / (tl.exp(scores * (2.0 / softcap)) + 1.0))
+        seen = _seen(n, query, depth, base, valid, real, tree_ptr, depth_ptr, row, QUERIES, WINDOW, TREE)
+        scores = tl.where(seen, scores * LOG2E, float("-inf"))
+        raised = tl.maximum(peak, tl.max(scores, 1))
+        finite = tl.where(raised == float("-inf"), 0.0, raised)
+        weights = tl.exp2(scores - finite[:, None])
+        fade = tl.exp2(peak - finite)
+        v_at = block * v_block + (n % BLOCK_SIZE) * v_cell + kv_head * v_head
+        inside = valid[:, None] & (dv < DIM_V)[None, :]
+        v = tl.load(v_ptr + v_at[:, None] + dv[None, :], mask=inside, other=0.0)
+        if UPCAST:
+            v = v.to(tl.float32)
+        total = total * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        peak = raised
+
+    at = (row.to(tl.int64) * QUERIES + query) * (kv_heads * GROUP) + head
+    _finish(
+        out_ptr, parts_ptr, lse_ptr, sinks_ptr, at, split, head, dv, real, peak, total, acc,
+        DIM_V, SPLITS, SINKS, UPCAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    out_ptr, parts_ptr, lse_ptr, sinks_ptr, at, split, head, dv, real, peak, total, acc,
+    DIM_V: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Write the tile: the result where the sequence is in one piece, else its part and log2 of its weight."""
+    if SPLITS == 1 and SINKS:
+        sink = tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+        raised = tl.maximum(peak, sink)
+        fade = tl.exp2(peak - raised)
+        total, acc = total * fade + tl.exp2(sink - raised), acc * fade[:, None]
+    divisor = tl.where(total == 0.0, 1.0, total)
+    acc = acc / divisor[:, None]
+    write = real[:, None] & (dv < DIM_V)[None, :]
+    if SPLITS == 1:
+        _store(out_ptr + at[:, None] * DIM_V + dv[None, :], acc, write, UPCAST)
+    else:
+        lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(divisor))
+        tl.store(lse_ptr + at * SPLITS + split, lse, mask=real)
+        tl.store(parts_ptr + (at * SPLITS + split)[:, None] * DIM_V + dv[None, :], acc, mask=write)
+
+
+@triton.jit
+def _span(base, length, split, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First cell and end of one split's share of the cells that some query of the row can see."""
+    oldest = 0
+    if WINDOW > 0:
+        oldest = tl.maximum(base - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    share = tl.cdiv(tl.cdiv(length - oldest, BLOCK_N), SPLITS) * BLOCK_N
+    first = oldest + split * share
+    return first, tl.minimum(first + share, length)
+
+
+@triton.jit
+def _seen(
+    n, query, depth, base, valid, real, tree_ptr, depth_ptr, row,
+    QUERIES: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr,
+):  # fmt: skip
+    """Mask [BLOCK_M, BLOCK_N] of the cells that each query sees."""
+    fresh = n - base
+    if TREE:
+        inside = (n >= base) & (fresh < QUERIES) & valid
+        at = (row * QUERIES + query)[:, None] * QUERIES + fresh[None, :]
+        ancestor = tl.load(tree_ptr + at, mask=real[:, None] & inside[None, :], other=0)
+        seen = valid[None, :] & ((n < base)[None, :] | (ancestor != 0))
+        if WINDOW > 0:
+            position = tl.load(depth_ptr + row * QUERIES + fresh, mask=inside, other=0)
+            fresh = tl.where(n < base, fresh, position)
+    else:
+        seen = valid[None, :] & (fresh[None, :] <= query[:, None])
+    if WINDOW > 0:
+        seen = seen & (fresh[None, :] > depth[:, None] - WINDOW)
+    return seen
+
+
+@triton.jit
+def _merge_kernel(
+    parts_ptr, lse_ptr, sinks_ptr, out_ptr, heads,
+    DIM_V: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one (row, query, head) by their weights 2 ** lse; a sink joins the denominator."""
+    at = tl.program_id(0).to(tl.int64)
+    s, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    lse = tl.load(lse_ptr + at * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
+    peak = tl.max(lse, 0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + at % heads).to(tl.float32) * LOG2E
+        peak = tl.maximum(peak, sink)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = tl.exp2(lse - peak)
+    total = tl.sum(weights, 0)
+    if SINKS:
+        total += tl.exp2(sink - peak)
+    kept = (lse > float("-inf"))[:, None] & (dv < DIM_V)[None, :]
+    parts = tl.load(parts_ptr + (at * SPLITS + s)[:, None] * DIM_V + dv[None, :], mask=kept, other=0.0)
+    acc = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    _store(out_ptr + at * DIM_V + dv, acc, dv < DIM_V, UPCAST)
+
+
+@triton.jit
+def _store(ptr, value, mask, UPCAST: tl.constexpr):
+    """Store float32 values in the pointer's dtype, rounding to nearest even.
+
+    UPCAST: the interpreter truncates float32 to bfloat16, so there the rounding is spelled out.
+    """
+    if UPCAST and ptr.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        tl.store(ptr, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    else:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of the decode kernel: constexprs by name, and the warps and stages it runs with."""
+
+    constexprs: dict
+    num_warps: int
+    num_stages: int
+
+
+def variant(
+    dtype, *, queries, group, dim, dim_v, block_size, splits, window=0, softcap=False, sinks=False,
+    tree=False, counts=False, upcast=False,
+):  # fmt: skip
+    """Tile sizes for one shape; the launch and the offline compile both take them from here.
+
+    Args:
+        dtype: torch dtype of the cache.
+        queries: Q, fresh queries a row. group: query heads a key/value head. dim, dim_v: head sizes, 1..256.
+        block_size: cells a block. splits: programs a sequence. window: cells, 0 for none.
+        upcast: compute in float32 whatever the dtype (the interpreter cannot compute in bfloat16).
+    """
+    block_d, block_v = (max(16, triton.next_power_of_2(n)) for n in (dim, dim_v))
+    wide, single = max(block_d, block_v) > 128, dtype == torch.float32
+    block_m = min(32 if wide or single else 64, max(16, triton.next_power_of_2(queries * group)))
+    block_n = (32 if wide else 64) // (2 if single else 1)
+    shape = {"QUERIES": queries, "GROUP": group, "DIM": dim, "DIM_V": dim_v, "BLOCK_SIZE": block_size}
+    options = {"WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks, "TREE": tree, "COUNTS": counts}
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_V": block_v}
+    constexprs = {**shape, "SPLITS": splits, **options, "UPCAST": upcast, **tiles}
+    return Variant(constexprs, num_warps=4, num_stages=2)
+
+
+def launch(
+    q, keys, values, block_table, lengths, out, parts, lse, *, splits, counts, scale, sliding_window, softcap,
+    sinks, tree,
+):  # fmt: skip
+    """Run the kernels into `out`; arguments as in `attention.paged_attention`, all settled.
+
+    parts [B, Q, Hq, splits, Dv] and lse [B, Q, Hq, splits] float32: the splits' parts, unused for one split.
+    """
+    batch, queries, heads, dim = q.shape
+    kv_heads, dim_v = keys.shape[2], values.shape[-1]
+    depth = None
+    if tree is not None:
+        depth = (tree.sum(-1) - 1).to(torch.int32) if sliding_window is not None else None
+        tree = tree.contiguous().view(torch.uint8)
+    upcast = interpreted() and q.dtype == torch.bfloat16
+    chosen = variant(
+        q.dtype, queries=queries, group=heads // kv_heads, dim=dim, dim_v=dim_v, block_size=keys.shape[1],
+        splits=splits, window=sliding_window or 0, softcap=softcap is not None, sinks=sinks is not None,
+        tree=tree is not None, counts=counts is not None, upcast=upcast,
+    )  # fmt: skip
+    tiles = triton.cdiv(queries * (heads // kv_heads), chosen.constexprs["BLOCK_M"])
+    _decode_kernel[(batch, kv_heads * tiles, splits)](
+        q, keys, values, out, parts, lse, block_table, lengths, counts, sinks, tree, depth,
+        scale, softcap or 1.0, kv_heads, block_table.stride(0), *q.stride()[:3], *keys.stride()[:3],
+        *values.stride()[:3], **chosen.constexprs, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(batch * queries * heads,)](
+            parts, lse, sinks, out, heads, DIM_V=dim_v, SPLITS=splits, SINKS=sinks is not None, UPCAST=upcast,
+            BLOCK_V=chosen.constexprs["BLOCK_V"], BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def interpreted():
+    """Whether triton runs in its interpreter (TRITON_INTERPRET=1 at its import) instead of compiling."""
+    return not isinstance(tl.sum, triton.runtime.jit.JITFunction)
