@@ -75,10 +75,10 @@ def philox_words_reference(seeds, positions, streams, token_ids):
 def gumbel_from_words_reference(words):
     """Gumbel noise of Philox words in torch: words int64 [...] in [0, 2**32) -> float32 [...]."""
     uniform = (words | 1).to(torch.float32) * 2.0**-32
-    return -_log_torch(-_log_torch(1.0 - uniform, minus=uniform))
+    return -log_reference(-log_reference(1.0 - uniform, minus=uniform))
 
 
-def _log_torch(x, minus=None):
+def log_reference(x, minus=None):
     """Cephes logf of float32 x >= 0; with `minus`, x is 1 - minus and is never rounded where that matters."""
     bits = x.view(torch.int32)
     exponent = (bits - SQRT_HALF_BITS) >> 23
@@ -140,11 +140,11 @@ def philox_words_numpy(seeds, positions, streams, token_ids):
 def gumbel_from_words_numpy(words):
     """Gumbel noise of Philox words in NumPy: words uint32 [...] -> float32 [...]."""
     uniform = (words | np.uint32(1)).astype(np.float32) * np.float32(2.0**-32)
-    return -_log_numpy(-_log_numpy(np.float32(1.0) - uniform, minus=uniform))
+    return -log_numpy(-log_numpy(np.float32(1.0) - uniform, minus=uniform))
 
 
-def _log_numpy(x, minus=None):
-    """`_log_torch` in NumPy, operation for operation."""
+def log_numpy(x, minus=None):
+    """`log_reference` in NumPy, operation for operation."""
     bits = x.view(np.int32)
     exponent = (bits - np.int32(SQRT_HALF_BITS)) >> 23
     fraction = (bits - (exponent << 23)).view(np.float32) - np.float32(1.0)

@@ -1,0 +1,209 @@
+"""What a sampling call is asked for: truncation rules, sparse edits, and what it returns.
+
+A truncation rule keeps the tokens of a row whose logit is at or above a threshold. The threshold is given
+* by a count: keep the k largest, ties at the k-th kept;
+* by a mass: keep the smallest set of largest tokens with at least the share p of what the rules before left, ties at
+  the boundary kept;
+* directly, as a function of row statistics over the tokens that the rules before left.
+Rules act in the order given; a row's largest token is always kept.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import philox
+
+MASS_SHARE = (
+    1 - 2.0**-21
+)  # a mass limit counts as reached this close to it: float32 cannot tell .3 + .5 from .8
+
+
+class Drawn(NamedTuple):
+    """What `sample` returns; fields that were not asked for are None.
+
+    A row without a drawable token (a NaN in it, or all -inf) has token -1, float fields NaN, kept 0 and rank 0.
+    """
+
+    tokens: torch.Tensor  # int64 [B]
+    raw_logprob: torch.Tensor | None = None  # float32 [B], log-softmax of the logits as given, at the token
+    logprob: torch.Tensor | None = None  # float32 [B], log-softmax of what the rules left, at the token
+    entropy: torch.Tensor | None = None  # float32 [B], nats, of what the rules left
+    kept: torch.Tensor | None = None  # int64 [B], number of tokens that the rules left
+    rank: torch.Tensor | None = None  # int64 [B], 1 + number of tokens above the drawn one after edits
+    top_ids: torch.Tensor | None = None  # int64 [B, n_top], by the logits as given, lowest id first on ties
+    top_logprobs: torch.Tensor | None = None  # float32 [B, n_top], log-softmax of the logits as given
+
+
+class Statistics(NamedTuple):
+    """Row statistics over the kept tokens, each float32 [B] (or NumPy / Triton scalars), logits in temperature units."""
+
+    maximum: torch.Tensor
+    log_mass: torch.Tensor  # log of the sum of exp(logit)
+    entropy: torch.Tensor  # nats
+    collision: torch.Tensor  # sum of squared probabilities
+    count: torch.Tensor
+    mean: torch.Tensor  # of the logits
+    deviation: torch.Tensor  # standard deviation of the logits, divisor count
+
+
+class Rule(NamedTuple):
+    """A truncation rule with one parameter a row.
+
+    Args:
+        kind: "count", "mass" or "value".
+        parameter: float32 [B]; off is k <= 0 or k >= V for a count, p >= 1 for a mass; a value rule returns -inf.
+        threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B].
+        device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy, collision, count,
+            mean, deviation, parameter) -> threshold, or the name of one in `kernels.triton_rules`. Without it the
+            rule cannot run in the fused kernel.
+    """
+
+    kind: str
+    parameter: torch.Tensor
+    threshold: Callable | None = None
+    device: object | None = None
+
+
+class SparseEdits(NamedTuple):
+    """Edits of listed tokens: logit + bias (-inf bans), then penalties. Ids are unique in a row; -1 is padding.
+
+    `touched` has bit id % 32 of word id // 32 set for the listed ids; `touched_bits` makes it.
+    """
+
+    ids: torch.Tensor  # int32 [B, N]
+    bias: torch.Tensor  # float32 [B, N]
+    seen: torch.Tensor  # int32 [B, N], > 0 where the repetition penalty acts
+    counts: torch.Tensor  # int32 [B, N], occurrences that presence and frequency penalties count
+    repetition: torch.Tensor  # float32 [B], > 0; 1 is off
+    presence: torch.Tensor  # float32 [B]; 0 is off
+    frequency: torch.Tensor  # float32 [B]; 0 is off
+    touched: torch.Tensor  # int32 [B, ceil(V / 32)]
+
+
+def touched_bits(ids, vocab_size):
+    """Packed bitmap of the listed ids: int [B, N] unique, -1 = padding -> int32 [B, ceil(vocab_size / 32)]."""
+    words = torch.zeros(len(ids), (vocab_size + 31) // 32, dtype=torch.int64, device=ids.device)
+    listed = ids >= 0
+    ids = ids.clamp(min=0).long()
+    words.scatter_add_(1, ids >> 5, torch.where(listed, 1 << (ids & 31), 0))
+    return _to_int32(words)
+
+
+def pack_mask(allowed):
+    """Packed bitmask of a bool [B, V] tensor: int32 [B, ceil(V / 32)], bit id % 32 of word id // 32."""
+    rows, vocab_size = allowed.shape
+    padded = torch.zeros(rows, (vocab_size + 31) // 32 * 32, dtype=torch.int64, device=allowed.device)
+    padded[:, :vocab_size] = allowed
+    bits = padded.view(rows, -1, 32) << torch.arange(32, device=allowed.device)
+    return _to_int32(bits.sum(dim=-1))
+
+
+def _to_int32(words):
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_mask(bitmask, vocab_size):
+    """Inverse of `pack_mask`: int32 [B, ceil(V / 32)] -> bool [B, vocab_size]; tail bits are ignored."""
+    bits = (bitmask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bitmask.device)) & 1
+    return bits.flatten(1)[:, :vocab_size].bool()
+
+
+def count_tokens(tokens, starts, ends, capacity=None):
+    """Distinct ids of a history with their counts in two windows, ready for `SparseEdits`.
+
+    Args:
+        tokens: int64 [B, T] history; -1 where it holds no token.
+        starts: pair of int64 [B], first history index of the repetition window and of the count window.
+        ends: pair of int64 [B], one past the last index of each.
+        capacity: columns of the result; default T.
+
+    Returns:
+        (ids int32 [B, N], seen int32 [B, N], counts int32 [B, N]), ids ascending, padded with -1.
+    """
+    rows, length = tokens.shape
+    order = tokens.argsort(dim=1, stable=True)
+    ids = tokens.gather(1, order)
+    fresh = torch.ones_like(ids, dtype=torch.bool)
+    fresh[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    fresh &= ids >= 0
+    slot = (fresh.cumsum(dim=1) - 1).clamp(min=0)
+    width = length if capacity is None else capacity
+    result = [torch.full((rows, width), -1, dtype=torch.int32, device=tokens.device)]
+    result[0].scatter_reduce_(1, slot, ids.clamp(min=-1).to(torch.int32), "amax")
+    for start, end in zip(starts, ends, strict=True):
+        inside = (order >= start[:, None]) & (order < end[:, None]) & (ids >= 0)
+        counts = torch.zeros_like(result[0])
+        result.append(counts.scatter_add_(1, slot, inside.to(torch.int32)))
+    return tuple(result)
+
+
+def top_k(k):
+    """Keep the k largest logits and all ties of the k-th; k int or float [B], <= 0 or >= V is off."""
+    return Rule("count", k.to(torch.float32))
+
+
+def top_p(p):
+    """Keep the smallest set of largest tokens with mass >= p, and the ties of its last; p [B], >= 1 is off (1904.09751)."""
+    return Rule("mass", p.to(torch.float32))
+
+
+def min_p(p):
+    """Keep tokens at least p times as probable as the most probable one; p [B], <= 0 is off (arXiv 2407.01082)."""
+    return Rule("value", p.to(torch.float32), _min_p_threshold, "min_p_threshold")
+
+
+def _min_p_threshold(statistics, parameter):
+    floor = philox.log_reference(parameter.clamp(min=1e-37, max=1.0))
+    return torch.where(parameter > 0, statistics.maximum + floor, -torch.inf)
+
+
+def top_n_sigma(n):
+    """Keep logits within n standard deviations of the maximum; n [B], <= 0 is off (arXiv 2411.07641)."""
+    return Rule("value", n.to(torch.float32), _top_n_sigma_threshold, "top_n_sigma_threshold")
+
+
+def _top_n_sigma_threshold(statistics, parameter):
+    return torch.where(parameter > 0, statistics.maximum - parameter * statistics.deviation, -torch.inf)
+
+
+def epsilon(cutoff):
+    """Keep tokens of probability >= cutoff; cutoff [B], <= 0 is off (arXiv 2210.15191)."""
+    return Rule("value", cutoff.to(torch.float32), _epsilon_threshold, "epsilon_threshold")
+
+
+def _epsilon_threshold(statistics, parameter):
+    floor = statistics.log_mass + torch.log(parameter.clamp(min=1e-37))
+    return torch.where(parameter > 0, floor, -torch.inf)
+
+
+def eta(cutoff):
+    """Keep p >= min(cutoff, sqrt(cutoff) * exp(-entropy)); cutoff [B], <= 0 is off (arXiv 2210.15191)."""
+    return Rule("value", cutoff.to(torch.float32), _eta_threshold, "eta_threshold")
+
+
+def _eta_threshold(statistics, parameter):
+    level = torch.log(parameter.clamp(min=1e-37))
+    floor = statistics.log_mass + torch.minimum(level, 0.5 * level - statistics.entropy)
+    return torch.where(parameter > 0, floor, -torch.inf)
+
+
+def top_a(a):
+    """Keep p >= a * (largest p)**2; a [B], <= 0 is off (KoboldAI, 2022)."""
+    return Rule("value", a.to(torch.float32), _top_a_threshold, "top_a_threshold")
+
+
+def _top_a_threshold(statistics, parameter):
+    floor = torch.log(parameter.clamp(min=1e-37)) + 2 * statistics.maximum - statistics.log_mass
+    return torch.where(parameter > 0, floor, -torch.inf)
+
+
+def p_less(on):
+    """Keep p >= the collision probability, the sum of p**2; on [B], 0 is off (arXiv 2509.23234)."""
+    return Rule("value", on.to(torch.float32), _p_less_threshold, "p_less_threshold")
+
+
+def _p_less_threshold(statistics, parameter):
+    floor = statistics.log_mass + torch.log(statistics.collision)
+    return torch.where(parameter > 0, floor, -torch.inf)

@@ -1,0 +1,224 @@
+"""`sample` on the CPU: the tokens of the reference, from a few passes over each row and never a full sort.
+
+The first rule that is on decides which tokens matter. A count needs only the tokens above a bound taken from maxima of
+groups; a mass finds its boundary by a histogram of weights, refined inside the crossing bin; all later rules work on
+the few candidates left. Noise is made for survivors alone.
+"""
+
+import numpy as np
+import torch
+
+from . import philox
+from .draw import FLOAT_MAX, NO_TOKEN, _contenders, draw_ragged
+from .rules import MASS_SHARE, Drawn, Statistics
+from .sample_reference import apply_edits
+
+GROUPS = 512  # group maxima taken per row before a count limit
+BINS = 4096
+SORT_BELOW = 4096  # candidates that are sorted rather than binned
+WEIGHT_SPAN = 64.0  # tokens further below the maximum share the last bin
+
+
+def sample_cpu(
+    logits,
+    *,
+    seeds,
+    positions,
+    streams=None,
+    temperature=None,
+    rules=(),
+    edits=None,
+    bitmask=None,
+    logprobs=False,
+    n_top=0,
+):
+    """`sample` for CPU tensors; arguments and result as `sample_reference`."""
+    if edits is None and bitmask is None:
+        rows = logits.detach().float().numpy()
+    else:
+        rows = apply_edits(logits.detach(), edits=edits, bitmask=bitmask).numpy()
+    temperature = np.ones(len(rows), np.float32) if temperature is None else temperature.numpy()
+    streams = torch.zeros_like(seeds) if streams is None else streams
+    key = seeds.numpy(), positions.numpy(), streams.numpy()
+    parameters = [rule.parameter.numpy() for rule in rules]
+    drawn = [None] * len(rows)
+    pending = []
+    for index, row in enumerate(rows):
+        drawn[index] = left = _Row(row, temperature[index])
+        if left.bad or left.greedy:
+            continue
+        for rule, values in zip(rules, parameters, strict=True):
+            left.apply(rule, values[index])
+        pending.append((index, *left.candidates(*(part[index : index + 1] for part in key))))
+    tokens = np.array([left.token for left in drawn], dtype=np.int64)
+    if pending:
+        index, winners = draw_ragged(pending, *key)
+        tokens[index] = winners
+    result = Drawn(torch.from_numpy(tokens))
+    if logprobs:
+        result = _describe(logits, drawn, tokens)
+    return _with_top(result, logits, n_top) if n_top else result
+
+
+class _Row:
+    """One row on its way through the rules: its candidates (all tokens while `ids` is None) and their logits."""
+
+    def __init__(self, row, temperature):
+        best = row.argmax() if len(row) else 0
+        self.top = row[best] if len(row) else -np.inf
+        self.bad = not self.top > -np.inf  # True for NaN too: argmax stops at the first one
+        self.greedy = not temperature > 0
+        self.token = NO_TOKEN if self.bad else best
+        self.full = self.values = row
+        self.ids = None
+        if self.bad:
+            return
+        if self.top > FLOAT_MAX:
+            self.full = self.values = np.minimum(row, np.float32(FLOAT_MAX))
+        if not self.greedy and temperature != 1:
+            self.full = self.values = _scale(self.values, temperature)
+        self.top = self.values[best]
+
+    def apply(self, rule, parameter):
+        """Narrow the candidates by one rule; `parameter` is a float32 scalar."""
+        if rule.kind == "count":
+            if 0 < parameter < len(self.full):
+                self._count(int(parameter))
+        elif rule.kind == "mass":
+            if parameter < 1:
+                self.keep(_mass_limit(self.values, self.top, float(parameter)))
+        elif rule.device == "min_p_threshold":
+            if parameter > 0:
+                floor = philox.log_numpy(
+                    np.clip(np.float32(parameter), np.float32(1e-37), np.float32(1.0))[None]
+                )
+                self.keep(min(self.top + floor[0], self.top))
+        else:
+            limit = rule.threshold(self.statistics(), torch.tensor([parameter]))
+            self.keep(min(limit.numpy()[0], self.top))
+
+    def _count(self, k):
+        if self.ids is None:
+            self.keep(_count_bound(self.values, k))
+        if k < len(self.values):
+            self.keep(np.partition(self.values, -k)[-k])
+
+    def keep(self, limit):
+        """Keep candidates at or above a limit."""
+        if not limit > -np.inf:
+            return
+        chosen = (self.values >= limit).nonzero()[0]
+        if len(chosen) == len(self.values):
+            return
+        self.ids = chosen if self.ids is None else self.ids[chosen]
+        self.values = self.values[chosen]
+
+    def statistics(self):
+        """`Statistics` of the candidates, tensors of one element."""
+        values = self.values if self.values.min() > -np.inf else self.values[self.values > -np.inf]
+        shifted = values.astype(np.float64) - self.top
+        weights = np.exp(shifted)
+        mass, count = weights.sum(), len(values)
+        mean = shifted.mean()
+        parts = (
+            self.top,
+            self.top + np.log(mass),
+            np.log(mass) - weights @ shifted / mass,
+            weights @ weights / mass**2,
+            count,
+            self.top + mean,
+            np.sqrt(((shifted - mean) ** 2).mean()),
+        )
+        return Statistics(*(torch.tensor([part], dtype=torch.float32) for part in parts))
+
+    def candidates(self, seed, position, stream):
+        """(ids ascending, logits minus their maximum) of the tokens that may win the draw."""
+        ids, values = self.ids, self.values
+        if len(values) > max(len(self.full) // 16, 64):
+            left = values
+            if ids is not None:
+                left = np.full_like(self.full, -np.inf)
+                left[ids] = values
+            ids = _contenders(left, self.top, seed, position, stream)
+            values = left[ids]
+        elif ids is None:
+            ids = np.arange(len(values))
+        return ids, values - self.top
+
+
+def _scale(values, temperature):
+    with np.errstate(over="ignore", invalid="ignore"):  # -inf / inf is put right below
+        scaled = np.clip(values / np.float32(temperature), -np.float32(FLOAT_MAX), np.float32(FLOAT_MAX))
+    if values.min() == -np.inf:
+        scaled[values == -np.inf] = -np.inf
+    return scaled
+
+
+def _count_bound(values, k):
+    """A lower bound of the k-th largest value: the k-th largest of disjoint groups' maxima."""
+    width = len(values) // max(GROUPS, 2 * k)
+    if width < 4:
+        return -np.inf
+    groups = len(values) // width
+    maxima = values[: groups * width].reshape(width, groups).max(axis=0)
+    return np.partition(maxima, -k)[-k]
+
+
+def _mass_limit(values, top, share):
+    """Smallest kept value when the smallest set of largest values with this share of the mass is kept.
+
+    Values are binned by distance from the top; the bin in which the mass crosses the limit is binned again by its own
+    range until it is small or of equal values.
+    """
+    shifted = (values - top).astype(np.float64)
+    weights = np.exp(shifted)
+    limit = share * MASS_SHARE * weights.sum()
+    above = 0.0
+    low, high = max(shifted.min(), -WEIGHT_SPAN), 0.0
+    while len(values) > SORT_BELOW and high > low:
+        bins = np.minimum((high - shifted) * ((BINS - 1) / (high - low)), BINS - 1).astype(np.int32)
+        mass = np.bincount(bins, weights=weights, minlength=BINS)
+        total = above + np.cumsum(mass)
+        crossing = min(int(np.searchsorted(total, limit)), BINS - 1)
+        above = total[crossing] - mass[crossing]
+        inside = (bins == crossing).nonzero()[0]
+        if len(inside) == len(values):
+            break
+        values, shifted, weights = values[inside], shifted[inside], weights[inside]
+        low, high = shifted.min(), shifted.max()
+    order = np.argsort(-values)
+    ordered = weights[order]
+    before = above + np.cumsum(ordered) - ordered
+    last = max(int(np.searchsorted(before, limit)) - 1, 0)
+    return values[order[last]]
+
+
+def _describe(logits, drawn, tokens):
+    raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1).numpy()
+    floats = np.full((3, len(drawn)), np.nan, dtype=np.float32)
+    counts = np.zeros((2, len(drawn)), dtype=np.int64)
+    for index, (left, token) in enumerate(zip(drawn, tokens, strict=True)):
+        if left.bad:
+            continue
+        stats = left.statistics()
+        value = left.full[token]
+        floats[:, index] = raw[index, token], value - stats.log_mass[0], stats.entropy[0]
+        counts[:, index] = stats.count[0], 1 + np.count_nonzero(left.full > value)
+    floats, counts = torch.from_numpy(floats), torch.from_numpy(counts)
+    return Drawn(torch.from_numpy(tokens), floats[0], floats[1], floats[2], counts[0], counts[1])
+
+
+def _with_top(result, logits, n_top):
+    """Add the n_top highest raw log-probabilities, ties by lowest id."""
+    raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1)
+    limit = raw.topk(n_top, dim=1).values[:, -1:]
+    ids = torch.zeros(len(raw), n_top, dtype=torch.int64)
+    values = torch.full((len(raw), n_top), torch.nan)
+    for index, row in enumerate(raw):
+        if row.isnan().any():
+            ids[index] = torch.arange(n_top)
+            continue
+        found = (row >= limit[index]).nonzero()[:, 0]
+        order = row[found].sort(descending=True, stable=True).indices[:n_top]
+        ids[index], values[index] = found[order], row[found[order]]
+    return result._replace(top_ids=ids, top_logprobs=values)

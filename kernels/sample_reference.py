@@ -1,0 +1,149 @@
+"""The reference of `sample` in plain torch: what every other path must reproduce. It defines, it does not hurry."""
+
+import torch
+
+from .draw import FLOAT_MAX, NO_TOKEN, draw_reference
+from .rules import MASS_SHARE, Drawn, Statistics, unpack_mask
+
+
+def apply_edits(logits, *, edits=None, bitmask=None):
+    """Sparse edits, then the bitmask: logits [B, V] -> float32 [B, V], a new tensor; +inf becomes the largest float."""
+    x = logits.float().clamp(max=FLOAT_MAX)
+    if edits is not None:
+        x = _apply_sparse(x, edits)
+    if bitmask is not None:
+        x = torch.where(unpack_mask(bitmask, x.shape[1]), x, -torch.inf)
+    return x
+
+
+def _apply_sparse(x, edits):
+    listed = (edits.ids >= 0) & (edits.ids < x.shape[1])
+    ids = torch.where(listed, edits.ids, 0).long()
+    values = penalise(x.gather(1, ids) + edits.bias, edits)
+    delta = torch.where(listed, ids, x.shape[1])  # padding goes to a column that is dropped
+    padded = torch.cat([x, x.new_zeros(len(x), 1)], dim=1)
+    return padded.scatter(1, delta, values)[:, :-1]
+
+
+def penalise(values, edits):
+    """Repetition penalty, then presence and frequency penalties, on the values [B, N] of the listed tokens."""
+    factor = edits.repetition[:, None]
+    repeated = torch.where(values < 0, values * factor, values / factor)
+    values = torch.where((edits.seen > 0) & (factor != 1), repeated, values)
+    presence = torch.where(edits.counts > 0, edits.presence[:, None], 0.0)
+    values = values - (presence + edits.frequency[:, None] * edits.counts)
+    return values.clamp(max=FLOAT_MAX)
+
+
+def scale(x, temperature):
+    """x / temperature, finite values staying finite, -inf staying -inf; rows of temperature 0 stay as they are."""
+    temperature = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    scaled = (x / temperature).clamp(-FLOAT_MAX, FLOAT_MAX)
+    return torch.where(x == -torch.inf, x, scaled)
+
+
+def statistics(x):
+    """`Statistics` of the tokens above -inf of each row of float32 [B, V]; probabilities are summed in float64."""
+    kept = x > -torch.inf
+    top = x.amax(dim=1, keepdim=True)
+    shifted = torch.where(kept, x - top, -torch.inf).double()
+    weights = shifted.exp()
+    finite = torch.where(kept, shifted, 0.0)
+    mass = weights.sum(dim=1)
+    count = kept.sum(dim=1)
+    mean = finite.sum(dim=1) / count
+    variance = torch.where(kept, (finite - mean[:, None]) ** 2, 0.0).sum(dim=1) / count
+    return Statistics(
+        maximum=top[:, 0],
+        log_mass=(top[:, 0] + mass.log()).float(),
+        entropy=(mass.log() - (weights * finite).sum(dim=1) / mass).float(),
+        collision=((weights**2).sum(dim=1) / mass**2).float(),
+        count=count.float(),
+        mean=(top[:, 0] + mean).float(),
+        deviation=variance.sqrt().float(),
+    )
+
+
+def threshold(x, rule):
+    """The logit threshold [B] of one rule on rows [B, V]; -inf where it is off."""
+    if rule.kind == "count":
+        return _count_threshold(x, rule.parameter)
+    if rule.kind == "mass":
+        return _mass_threshold(x, rule.parameter)
+    limit = rule.threshold(statistics(x), rule.parameter)
+    return torch.minimum(limit, x.amax(dim=1))  # the largest token always stays
+
+
+def _count_threshold(x, k):
+    size = x.shape[1]
+    place = k.clamp(1, size).long() - 1
+    limit = x.sort(dim=1, descending=True).values.gather(1, place[:, None])[:, 0]
+    return torch.where((k > 0) & (k < size), limit, -torch.inf)
+
+
+def _mass_threshold(x, p):
+    """Keep a token iff the mass strictly above it is less than p of the whole; the largest always."""
+    ordered = x.sort(dim=1, descending=True).values
+    weights = (ordered - ordered[:, :1]).double().exp()
+    above = weights.cumsum(dim=1) - weights
+    needed = above < (p.double() * MASS_SHARE)[:, None] * weights.sum(dim=1, keepdim=True)
+    last = (needed.sum(dim=1) - 1).clamp(min=0)
+    return torch.where(p < 1, ordered.gather(1, last[:, None])[:, 0], -torch.inf)
+
+
+def truncate(x, rules):
+    """Apply rules in order: float32 [B, V] -> float32 [B, V] with dropped tokens at -inf."""
+    for rule in rules:
+        x = torch.where(x >= threshold(x, rule)[:, None], x, -torch.inf)
+    return x
+
+
+def sample_reference(
+    logits,
+    *,
+    seeds,
+    positions,
+    streams=None,
+    temperature=None,
+    rules=(),
+    edits=None,
+    bitmask=None,
+    logprobs=False,
+    n_top=0,
+):
+    """`sample` in plain torch on any device; `rules` is the tuple of all truncation rules in order."""
+    edited = apply_edits(logits, edits=edits, bitmask=bitmask)
+    temperature = torch.ones(len(logits), device=logits.device) if temperature is None else temperature
+    greedy = temperature <= 0
+    bad = ~(edited.amax(dim=1) > -torch.inf) | logits.isnan().any(dim=1)
+    scaled = scale(edited, temperature)
+    usable = torch.where(bad[:, None], 0.0, scaled)
+    left = torch.where(greedy[:, None], usable, truncate(usable, rules))
+    tokens = draw_reference(left, seeds, positions, streams, greedy)
+    tokens = torch.where(bad, NO_TOKEN, tokens)
+    return describe(logits, usable, left, tokens, logprobs, n_top)
+
+
+def describe(logits, usable, left, tokens, logprobs, n_top):
+    """The result tuple from raw logits, edited and scaled logits, what the rules left, and the tokens."""
+    if not logprobs and not n_top:
+        return Drawn(tokens)
+    raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1)
+    result = Drawn(tokens)
+    if logprobs:
+        bad = tokens < 0
+        at = tokens.clamp(min=0)[:, None]
+        stats = statistics(left)
+        rank = 1 + (usable > usable.gather(1, at)).sum(dim=1)
+        result = Drawn(
+            tokens,
+            raw_logprob=torch.where(bad, torch.nan, raw.gather(1, at)[:, 0]),
+            logprob=torch.where(bad, torch.nan, (left.gather(1, at)[:, 0] - stats.log_mass)),
+            entropy=torch.where(bad, torch.nan, stats.entropy),
+            kept=torch.where(bad, 0, stats.count.long()),
+            rank=torch.where(bad, 0, rank),
+        )
+    if n_top:
+        order = raw.sort(dim=1, descending=True, stable=True)
+        result = result._replace(top_ids=order.indices[:, :n_top], top_logprobs=order.values[:, :n_top])
+    return result
