@@ -35,9 +35,9 @@ class PagedLayer(CacheLayerMixin):
 
     is_compileable, is_sliding = True, False
 
-    def __init__(self, pool, index: int, whole: bool):
+    def __init__(self, pool, index: int, path: str):
         super().__init__()
-        self.pool, self.index, self.whole = pool, index, whole
+        self.pool, self.index, self.path = pool, index, path
         self.feed: Feed | None = None
         self.is_initialized = True
 
@@ -51,7 +51,7 @@ class PagedLayer(CacheLayerMixin):
         for store, new in ((keys, key_states), (values, value_states)):
             flat = new.transpose(1, 2).reshape(-1, *store.shape[2:])
             store.view(-1, *store.shape[2:]).index_copy_(0, cells, flat.to(store.dtype))
-        if self.whole:
+        if self.path == "attention":
             return keys, values
         table = self.feed.blocks().to(keys.device)
         return self._gather(keys, table), self._gather(values, table)
@@ -59,10 +59,13 @@ class PagedLayer(CacheLayerMixin):
     def _gather(self, store, table):
         rows, width = table.shape
         picked = store.index_select(0, table.reshape(-1))
-        return picked.view(rows, width * store.shape[1], *store.shape[2:]).transpose(1, 2)
+        cells = picked.view(rows, width * store.shape[1], *store.shape[2:]).transpose(1, 2)
+        return cells[:, :, : self.feed.lengths[0]] if self.path == "rows" else cells
 
     def get_mask_sizes(self, query_length: int):
         """(key length, offset) of the rectangle that `update` returns."""
+        if self.path == "rows":
+            return self.feed.lengths[0], 0
         return self.feed.blocks().shape[1] * self.pool.block_size, 0
 
     def get_seq_length(self) -> int:
@@ -80,9 +83,9 @@ class PagedLayer(CacheLayerMixin):
 class PagedHybridLayer(PagedLayer, LinearAttentionLayer):
     """A layer with both paged keys and values and a recurrent state."""
 
-    def __init__(self, pool, index: int, whole: bool, number_of_states: int = 1):
+    def __init__(self, pool, index: int, path: str, number_of_states: int = 1):
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        PagedLayer.__init__(self, pool, index, whole)
+        PagedLayer.__init__(self, pool, index, path)
 
     def lazy_initialization(self, *args, **kwargs):
         """Recurrent states are made on their first update; the pool owns the cells."""
@@ -96,19 +99,21 @@ class PagedCache(Cache):
     Args:
         plan: `layer_plan(config)`.
         pool: the block pool.
-        whole: hand the whole pool to the attention function (True) or gather each row's cells (False).
+        path: `attention` hands the whole pool to our attention function; `mask` gathers whole blocks of each row,
+            for the model's own attention under a mask per row; `rows` gathers the exact cells of a single row.
     """
 
-    def __init__(self, plan, pool, whole: bool):
+    def __init__(self, plan, pool, path: str):
+        self.path = path
         layers = []
         for index, (kind, arguments) in enumerate(plan):
             states = arguments.get("number_of_states", 1)
             if kind in ATTENTION:
-                layers.append(PagedLayer(pool, index, whole))
+                layers.append(PagedLayer(pool, index, path))
             elif kind in RECURRENT:
                 layers.append(LinearAttentionLayer(number_of_states=states))
             elif kind in HYBRID:
-                layers.append(PagedHybridLayer(pool, index, whole, states))
+                layers.append(PagedHybridLayer(pool, index, path, states))
             else:
                 layers.append(DummyLayer())
         super().__init__(layers=layers)
@@ -126,7 +131,9 @@ class PagedCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0):
         """`[B, Q]` positions of the new tokens; the mask functions broadcast over them."""
-        return self.feed.positions if self._paged else 0
+        if not self._paged:
+            return 0
+        return self.get_seq_length() if self.path == "rows" else self.feed.positions
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Cells before this pass; for recurrent models, whether there were any."""

@@ -22,7 +22,8 @@ class Capabilities:
 
     Args:
         path: `attention` (our attention function over the block pool), `mask` (the model's own attention over
-            gathered cells, with a mask per row) or `solo` (one sequence at a time through transformers' cache).
+            gathered cells, with a mask per row), `rows` (the same, one row per forward pass) or `solo` (one sequence
+            at a time through transformers' cache).
         ragged: rows of different length in one forward pass.
         fork: `State.select` shares what was computed.
         rewind: an older State continues without recomputing.

@@ -46,6 +46,23 @@ class Feed:
             self.block_table = torch.tensor(padded, dtype=torch.int32, device=self.positions.device)
         return self.block_table
 
+    def rows(self) -> list[Feed]:
+        """The same tokens as one Feed per row, without surplus."""
+        single = []
+        for i, (table, length) in enumerate(zip(self.tables, self.lengths, strict=True)):
+            take = (slice(i, i + 1), slice(0, self.width if self.counts is None else self.counts[i]))
+            single.append(
+                Feed(
+                    ids=None if self.ids is None else self.ids[take],
+                    positions=self.positions[take],
+                    cells=self.cells[take],
+                    tables=[table],
+                    lengths=[length],
+                    embeddings=None if self.embeddings is None else self.embeddings[take],
+                )
+            )
+        return single
+
     @classmethod
     def build(cls, tokens, starts, tables, block_size: int, device, embeddings=None) -> Feed:
         """A Feed for ragged rows.
@@ -66,7 +83,8 @@ class Feed:
             span = range(start, start + len(row))
             ids.append(list(row) + [0] * pad)
             positions.append([*span, *[0] * pad])
-            cells.append([table.blocks[p // block_size] * block_size + p % block_size for p in span])
+            blocks = table.blocks if len(table) else (TRASH,) * (1 + (start + width) // block_size)
+            cells.append([blocks[p // block_size] * block_size + p % block_size for p in span])
             cells[-1] += [TRASH * block_size] * pad
         return cls(
             ids=None if embeddings is not None else torch.tensor(ids, device=device),

@@ -130,6 +130,12 @@ class BlockPool:
         """Blocks that nobody holds, kept for prompts that begin with the same tokens."""
         return len(self._idle)
 
+    def obtainable(self) -> float:
+        """Blocks that could be handed out now; infinite for a pool that may grow without bound."""
+        if self.max_blocks is None:
+            return float("inf")
+        return int(self._free.sum()) + len(self._idle) + self.max_blocks + RESERVED - self.capacity
+
     # -- references
 
     def table(self, blocks=()) -> Table:

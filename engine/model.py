@@ -19,7 +19,7 @@ from .errors import CapabilityError
 from .feed import Feed
 from .kernels.attention_cpu import CellPlan, paged_attention_cpu
 from .kernels.attention import paged_attention_reference
-from .kv import TRASH, BlockPool
+from .kv import BlockPool
 from .sequence import EMBEDDING, History, Row
 
 log = logging.getLogger("handloom")
@@ -44,7 +44,7 @@ class Model:
     Args:
         module: the transformers model, in evaluation mode.
         pool: the block pool to use.
-        path: `attention` or `mask`, see `Capabilities`.
+        path: `attention`, `mask` or `rows`, see `Capabilities`.
         prefill_chunk: most prompt tokens in one forward pass.
     """
 
@@ -55,7 +55,7 @@ class Model:
         self.recurrent = any(kind in RECURRENT | HYBRID for kind, _ in self.plan)
         self.paged = any(kind in ATTENTION | HYBRID for kind, _ in self.plan)
         pool.scrub = pool.scrub or path == "mask"
-        self.cache = PagedCache(self.plan, pool, whole=path == "attention")
+        self.cache = PagedCache(self.plan, pool, path)
         self.layout = self.cache  # a cache whose recurrent states are laid out as the model wants them
         self._arguments = self._accepted(module)
         self._name = f"handloom_{next(_names)}"
@@ -67,8 +67,13 @@ class Model:
             me = weakref.ref(self)
             AttentionInterface.register(self._name, lambda *a, **kw: me()._attend(*a, **kw))
             weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
-        else:
+        elif path == "mask":
             install_mask_hook()
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what a cell holds depends on the tokens up to it alone, so that equal prefixes may share it."""
+        return self.paged and not self.recurrent and not self._hooks
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +95,8 @@ class Model:
             hidden: return hidden states as well.
             last_only: logits of the last token only, `[B, 1, V]`.
         """
+        if self.path == "rows" and len(feed.tables) > 1:
+            return self._forward_rows(feed, hidden, last_only)
         cache = self.cache if cache is None else cache
         cache.bind(feed)
         arguments = {"use_cache": True}
@@ -110,6 +117,16 @@ class Model:
         logits = out.logits[:, -1:] if last_only else out.logits
         states = tuple(out.hidden_states) if hidden else None
         return Output(logits.float(), states, cache.states() if self.recurrent else ())
+
+    def _forward_rows(self, feed: Feed, hidden, last_only) -> Output:
+        """One forward pass per row, for models that take the position of a whole batch from its first row."""
+        parts = [self.forward(row, hidden=hidden, last_only=last_only) for row in feed.rows()]
+        width = 1 if last_only else feed.width
+        logits = torch.cat([_padded(part.logits, width) for part in parts])
+        if not hidden:
+            return Output(logits)
+        layers = zip(*(part.hidden for part in parts), strict=True)
+        return Output(logits, tuple(torch.cat([_padded(h, feed.width) for h in layer]) for layer in layers))
 
     @contextmanager
     def _our_attention(self, feed: Feed):
@@ -146,28 +163,28 @@ class Model:
 
     # -- rows
 
-    def prefill(self, tokens, embeddings=None, *, hidden=False, every=False) -> tuple[Row, Output]:
+    def prefill(self, tokens, embeddings=None, *, hidden=False, every=False, room=0) -> tuple[Row, Output]:
         """A new row that holds a prompt, computed alone and unpadded.
 
         Args:
             tokens: the prompt's ids, at least one.
             embeddings: `[T, D]` instead; `tokens` then only gives the length.
+            room: blocks that the row may grow to, a hint for placing it.
             hidden, every: return hidden states, or logits, of every prompt token. Turns prefix sharing off.
 
         Returns:
             The row, and its Output: logits `[1, 1, V]`, or `[1, T, V]` with `every`.
         """
-        coupled = self.recurrent or bool(self._hooks)  # what a cell holds depends on more than the tokens before it
-        whole = hidden or every or embeddings is not None or coupled or not self.paged
+        whole = hidden or every or embeddings is not None or not self.shares_prefixes
         table = self.pool.table(() if whole else self.pool.match(tokens))
         start, chunk = len(table) * self.pool.block_size, self.prefill_chunk
-        if coupled:
+        if not self.shares_prefixes:
             chunk = len(tokens)
-        cache = PagedCache(self.plan, self.pool, self.path == "attention") if self.recurrent else None
+        cache = PagedCache(self.plan, self.pool, self.path) if self.recurrent else None
         outputs = []
         for begin in range(start, len(tokens), chunk):
             part = tokens[begin : begin + chunk]
-            table = self._writable(table, begin, len(part))
+            table = self._writable(table, begin, len(part), room)
             piece = None if embeddings is None else embeddings[None, begin : begin + chunk].to(self.device)
             feed = Feed.build([part], [begin], [table], self.pool.block_size, self.device, piece)
             outputs.append(self.forward(feed, cache, hidden=hidden, last_only=not every))
@@ -198,8 +215,8 @@ class Model:
         feed = Feed.build(tokens, [r.length for r in rows], tables, self.pool.block_size, self.device)
         return _longer(rows, tables, tokens), self.forward(feed, hidden=hidden)
 
-    def _writable(self, table, start, count):
-        return self.pool.writable(table, start, count) if self.paged else table
+    def _writable(self, table, start, count, room=0):
+        return self.pool.writable(table, start, count, room) if self.paged else table
 
     def _extend_stepwise(self, rows, tokens, states, hidden):
         """One token at a time: the only way that is right for every recurrent layer."""
@@ -208,7 +225,7 @@ class Model:
         for j in range(max(len(t) for t in tokens)):
             active = [i for i, t in enumerate(tokens) if j < len(t)]
             where = torch.tensor(active, device=states[0].device)
-            cache = PagedCache(self.plan, self.pool, self.path == "attention")
+            cache = PagedCache(self.plan, self.pool, self.path)
             cache.load_states(tuple(t.index_select(0, where) for t in states), self.layout)
             picked, new = [rows[i] for i in active], [[tokens[i][j]] for i in active]
             tables = [self._writable(r.table, r.length, 1) for r in picked]
@@ -251,20 +268,22 @@ class Model:
     def capabilities(self) -> Capabilities:
         """What this model supports on its path."""
         yes = Capability(True)
-        note = "" if self.path == "attention" else "its own attention over gathered cells"
+        note = {
+            "attention": "",
+            "mask": "its own attention over gathered cells",
+            "rows": "one forward pass per row: it takes positions from the whole batch",
+        }[self.path]
+        if not self.paged:
+            note = "recurrent states only, no keys and values"
         if self._hooks:
             note = "rotations are computed row by row"
         extend = Capability(True, "one forward pass per token: recurrent layers" if self.recurrent else "")
         if self.path == "attention" and not self.recurrent:
             tree = Capability(False, "the engine has no tree step yet")
         else:
-            tree = Capability(False, "recurrent layers" if self.recurrent else "mask path")
+            tree = Capability(False, "recurrent layers" if self.recurrent else f"{self.path} path")
         graph = Capability(False, "this build captures no graphs")
         return Capabilities(self.path, Capability(True, note), yes, yes, extend, tree, graph)
-
-    def idle_table(self) -> tuple[int, ...]:
-        """Blocks for a row that nobody reads."""
-        return (TRASH,)
 
 
 def _longer(rows, tables, tokens):

@@ -7,7 +7,7 @@ import logging
 import torch
 from transformers import DynamicCache
 
-from .cache import layer_plan
+from .cache import HYBRID, RECURRENT, layer_plan
 from .errors import ModelError
 from .kv import BlockPool
 from .model import Model, supported_layers
@@ -20,6 +20,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOOSE = 0.15
 # Models that keep recurrent state in their modules, where no cache can reach it.
 STATE_IN_MODULES = {"recurrent_gemma"}
+# Models that find a query's position by counting back from the number of keys.
+POSITION_FROM_KEYS = {"gpt_neo"}
 
 
 def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool = True):
@@ -65,11 +67,15 @@ def _refusal(module) -> str:
 
 
 def _paths(module) -> list[str]:
-    kinds = {kind for kind, _ in layer_plan(module.config)}
-    # A chunk's borders exist only in the mask, and a short probe would not meet one.
+    config = module.config.get_text_config(decoder=True)
+    kinds = {kind for kind, _ in layer_plan(config)}
+    rows = [] if kinds & (RECURRENT | HYBRID) else ["rows"]
+    # Rules for what a short probe would not meet: one temperature for all rows, borders that only a mask knows.
+    if getattr(config, "attn_temperature_tuning", None) or config.model_type in POSITION_FROM_KEYS:
+        return rows
     if "chunked_attention" in kinds or not type(module)._can_set_attn_implementation():
-        return ["mask"]
-    return ["attention", "mask"]
+        return ["mask", *rows]
+    return ["attention", "mask", *rows]
 
 
 def _prompts(vocab: int) -> list[list[int]]:

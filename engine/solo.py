@@ -9,7 +9,6 @@ import torch
 from transformers import DynamicCache
 
 from .capabilities import Capabilities, Capability
-from .kv import TRASH
 from .model import Output, _longer, _padded
 from .sequence import History, Row
 
@@ -34,7 +33,7 @@ class SoloModel:
         exclusive: the model keeps state in its own modules, so only the cache used last is usable.
     """
 
-    path, restart, recurrent, paged = "solo", None, False, False
+    path, restart, recurrent, paged, shares_prefixes = "solo", None, False, False, False
 
     def __init__(self, module, reason: str, exclusive: bool = False):
         self.module, self.reason, self.exclusive = module, reason, exclusive
@@ -47,7 +46,7 @@ class SoloModel:
         """Where input ids go."""
         return self.module.get_input_embeddings().weight.device
 
-    def prefill(self, tokens, embeddings=None, *, hidden=False, every=False) -> tuple[Row, Output]:
+    def prefill(self, tokens, embeddings=None, *, hidden=False, every=False, room=0) -> tuple[Row, Output]:
         """See `Model.prefill`."""
         session = Session(DynamicCache(config=self.config))
         out = self._feed(session, tokens, embeddings, hidden)
@@ -102,7 +101,3 @@ class SoloModel:
         no = Capability(False, self.reason)
         slow = Capability(True, "an older State is computed again from its tokens")
         return Capabilities("solo", no, slow, slow, Capability(True, "one forward pass per token"), no, no)
-
-    def idle_table(self) -> tuple[int, ...]:
-        """Never used: there are no idle rows."""
-        return (TRASH,)

@@ -1,0 +1,428 @@
+"""Engine: a loaded model with its tokenizer and block pool; the object that most users touch."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+import torch
+
+from .errors import CapabilityError, HandloomError, ParameterError, PromptError
+from .generation import Event, Generation
+from .loop import run
+from .params import SamplingParams
+from .pipeline import Pipeline
+from .probe import adapt
+from .request import Prefilled, Request
+from .state import State
+from .text import Prompt, chat_ids, encode_prompts
+
+log = logging.getLogger("handloom")
+UNBOUNDED = 1 << 20  # positions of a model that names no limit
+
+
+class Engine:
+    """A causal LM ready to decode.
+
+    Args:
+        model: a transformers causal LM; it is used as it is and stays usable.
+        tokenizer: its tokenizer, or None where prompts are ids.
+        slots: most rows decoded together, >= 1.
+        fixed_slots: always decode all slots, so that a row's logits do not depend, to the last bit, on how many
+            requests there are. Otherwise the batch shrinks with them.
+        max_length: most tokens of prompt and output together; None takes the model's limit.
+        block_size: tokens in a block of the key/value pool, >= 1.
+        max_blocks: most blocks in the pool; None lets it grow.
+        prefill_chunk: most prompt tokens in one forward pass, >= 1.
+        pipeline: the processors every request goes through; None is `Pipeline.default()`, which does nothing
+            that a request does not ask for.
+        prefix_cache: keep prompts' blocks for prompts that begin alike.
+        self_check: compare a few logits with transformers' own cache when loading, and fall back if they differ.
+
+    Raises:
+        ParameterError: an argument is out of range.
+        ModelError: the model fails on a plain forward pass.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer=None,
+        *,
+        slots: int = 8,
+        fixed_slots: bool = False,
+        max_length: int | None = None,
+        block_size: int = 16,
+        max_blocks: int | None = None,
+        prefill_chunk: int = 512,
+        pipeline: Pipeline | None = None,
+        prefix_cache: bool = True,
+        self_check: bool = True,
+    ):
+        for name, value in (("slots", slots), ("block_size", block_size), ("prefill_chunk", prefill_chunk)):
+            if not isinstance(value, int) or value < 1:
+                raise ParameterError(f"{name}={value!r} must be a whole number of at least 1")
+        if model.training:
+            log.info("the model was in training mode; it is switched to evaluation mode")
+            model.eval()
+        self.model, self.tokenizer = model, tokenizer
+        self.config = model.config.get_text_config(decoder=True)
+        options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": prefix_cache}
+        self.runner, self.pool, self.vocab_size = adapt(model, options, prefill_chunk, self_check)
+        self.capabilities = self.runner.capabilities()
+        self.slots = slots if self.capabilities.ragged else 1
+        self.fixed_slots = fixed_slots
+        self.pipeline = Pipeline.default() if pipeline is None else pipeline
+        self.eos_token_ids = frozenset(_eos(model, tokenizer))
+        self.max_length = self._limit(max_length)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path,
+        *,
+        dtype="auto",
+        device=None,
+        device_map=None,
+        quantization: str | None = None,
+        gguf_file: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        model_kwargs: dict | None = None,
+        **engine_kwargs,
+    ) -> Engine:
+        """An Engine for a hub id or a local folder.
+
+        Args:
+            name_or_path, dtype, device, device_map, quantization, gguf_file, revision, trust_remote_code: see
+                `handloom.loading.load`.
+            model_kwargs: further arguments for transformers' `from_pretrained`.
+            engine_kwargs: arguments of `Engine`.
+
+        Raises:
+            ModelError: no usable model is found there.
+        """
+        from .loading import load
+
+        model, tokenizer = load(
+            name_or_path,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            quantization=quantization,
+            gguf_file=gguf_file,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            **(model_kwargs or {}),
+        )
+        return cls(model, tokenizer, **engine_kwargs)
+
+    def __repr__(self) -> str:
+        return (
+            f"Engine({type(self.model).__name__}, vocab={self.vocab_size}, slots={self.slots}, "
+            f"max_length={self.max_length}, {self.dtype}, {self.device}, path={self.capabilities.path})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.runner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype."""
+        return self.model.dtype
+
+    # -- generating
+
+    def generate(
+        self,
+        prompts,
+        params=None,
+        *,
+        defaults: str = "none",
+        progress: bool | None = None,
+        **overrides,
+    ) -> Generation | list[Generation]:
+        """Decode prompts to their end.
+
+        Args:
+            prompts: a string, a list of ids, a list of messages, a tokenizer's output, an `[T, D]` embedding
+                tensor, or a list of any of these.
+            params: SamplingParams, a Hugging Face GenerationConfig or a dict for all prompts, or a list of one
+                per prompt; None is greedy, 256 new tokens.
+            defaults: `none`, or `model` to start from the model's `generation_config.json`.
+            progress: show a progress bar; None shows it for several prompts in a terminal.
+            overrides: single parameters, under any of their known names.
+
+        Returns:
+            One Generation for one prompt with `n=1`; else a list in the order of the prompts, samples of one
+            prompt together. After Ctrl-C what is unfinished has `finish_reason="cancelled"`.
+
+        Raises:
+            PromptError, ParameterError: before anything is decoded.
+        """
+        requests, single = self._requests(prompts, params, defaults, overrides)
+        results: dict[tuple[int, int], Generation] = {}
+        with _bar(len(requests), progress) as bar, closing(run(self, requests)) as events:
+            try:
+                for event in events:
+                    if event.generation is not None:
+                        results[event.request, event.sample] = event.generation
+                        bar.update()
+            except KeyboardInterrupt:
+                log.warning("interrupted: %d of %d results are complete", len(results), len(requests))
+        for request in requests:
+            if (request.index, request.sample) not in results:
+                if request.stopper is None:
+                    request.start(self)
+                results[request.index, request.sample] = request.end("cancelled").generation
+        ordered = [results[r.index, r.sample] for r in requests]
+        return ordered[0] if single and len(ordered) == 1 else ordered
+
+    def stream(self, prompts, params=None, *, defaults: str = "none", **overrides) -> Iterator[Event]:
+        """Decode prompts and yield an Event for every token of every row, as it comes.
+
+        The last Event of a row carries its Generation. Close the generator to stop early. Arguments and errors as
+        for `generate`, raised before the first Event.
+        """
+        requests, _ = self._requests(prompts, params, defaults, overrides)
+        return run(self, requests)
+
+    def chat(self, messages, params=None, *, tools=None, **overrides) -> Generation | list[Generation]:
+        """Answer a conversation in the tokenizer's chat template.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` mappings, or a string that becomes one user message.
+            params, overrides: as for `generate`.
+            tools: functions or JSON schemas for the template.
+
+        Raises:
+            PromptError: the tokenizer has no chat template, or refuses the messages.
+        """
+        return self.generate(self.chat_prompt(messages, tools=tools), params, **overrides)
+
+    def chat_prompt(self, messages, *, tools=None, **template) -> list[int]:
+        """The token ids of a conversation, ready for `generate`, `stream` or `prefill`."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return chat_ids(self.tokenizer, messages, tools, **template)
+
+    def bucket(self, rows: int) -> int:
+        """Slots to decode `rows` running requests with."""
+        if self.fixed_slots or rows >= self.slots:
+            return self.slots
+        if self.device.type == "cpu":
+            return max(1, rows)  # no graph is captured, so any shape will do
+        return min(self.slots, 1 << max(0, rows - 1).bit_length())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds by default."""
+        return self._encode(text)[0][0].ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        if self.tokenizer is None:
+            raise PromptError("this engine has no tokenizer to decode with")
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    # -- States
+
+    @torch.no_grad()
+    def prefill(self, prompts=None, *, embeddings=None, hidden: bool = False) -> State:
+        """A State that holds prompts, each computed alone and unpadded.
+
+        Args:
+            prompts: as for `generate`.
+            embeddings: `[T, D]` or a list of them, instead of prompts.
+            hidden: keep the hidden states of every prompt token (see `State.hidden`).
+
+        Raises:
+            PromptError: a prompt is not usable; PoolExhausted: it does not fit.
+        """
+        if (prompts is None) == (embeddings is None):
+            raise PromptError("prefill takes prompts or embeddings, one of them")
+        given = self._encode(prompts if embeddings is None else embeddings)[0]
+        filled = [self.runner.prefill(p.ids, p.embeddings, hidden=hidden) for p in given]
+        rows, outs = zip(*filled, strict=True)
+        return State(
+            rows=tuple(rows),
+            logits=torch.cat([out.logits[:, -1] for out in outs]),
+            counts=tuple(row.length for row in rows),
+            hidden_states=_stack_hidden(outs) if hidden else None,
+            states=tuple(torch.cat(parts) for parts in zip(*(out.states for out in outs), strict=True)),
+        )
+
+    @torch.no_grad()
+    def step(self, state: State, tokens, *, hidden: bool = False) -> State:
+        """The State after one more token per row.
+
+        Args:
+            state: where to continue; it stays valid.
+            tokens: `[B]` token ids.
+            hidden: keep hidden states.
+        """
+        ids = torch.as_tensor(tokens).reshape(-1).tolist()
+        longer = self.extend(state, [[t] for t in ids], hidden=hidden)
+        return State(
+            rows=longer.rows,
+            logits=longer.logits,
+            counts=longer.counts,
+            hidden_states=longer.hidden_states,
+            states=longer.states,
+        )
+
+    @torch.no_grad()
+    def extend(self, state: State, tokens, counts=None, *, hidden: bool = False) -> State:
+        """The State after several more tokens per row, with the logits behind each of them.
+
+        Args:
+            state: where to continue; it stays valid.
+            tokens: `[B, n]` token ids, or one list of ids per row.
+            counts: `[B]` how many of a row's `n` tokens are real, 1 to n; None for all.
+            hidden: keep hidden states.
+
+        Returns:
+            A State with `all_logits [B, n, V]`; `state.keep(counts)` goes back to a part of the extension.
+        """
+        given = self._ragged(state, tokens, counts)
+        rows, out = self.runner.extend(state.rows, given, state.states, hidden=hidden)
+        fed = tuple(len(row) for row in given)
+        last = torch.tensor(fed, device=out.logits.device) - 1
+        return State(
+            rows=rows,
+            logits=out.logits[torch.arange(len(rows), device=last.device), last],
+            all_logits=out.logits,
+            counts=fed,
+            hidden_states=out.hidden,
+            states=out.states,
+            steps=out.steps,
+        )
+
+    def score(self, state: State, tokens, counts=None) -> torch.Tensor:
+        """Log-probabilities of continuations; nothing is kept.
+
+        Args:
+            state: where the continuations begin.
+            tokens, counts: as for `extend`.
+
+        Returns:
+            `[B, n]` float32, nats; 0 beyond a row's count.
+        """
+        given = self._ragged(state, tokens, counts)
+        width = max(len(row) for row in given)
+        logits = [state.logits[:, None]]
+        if width > 1:
+            logits.append(self.extend(state, [row[:-1] or row for row in given]).all_logits[:, : width - 1])
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in given], device=self.device)
+        logp = torch.cat(logits, 1).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        real = torch.arange(width) < torch.tensor([len(row) for row in given])[:, None]
+        return logp.masked_fill(~real.to(logp.device), 0.0)
+
+    # -- inputs
+
+    def _ragged(self, state: State, tokens, counts) -> list[list[int]]:
+        rows = tokens.tolist() if torch.is_tensor(tokens) else [list(row) for row in tokens]
+        if counts is not None:
+            rows = [row[: int(n)] for row, n in zip(rows, counts, strict=True)]
+        if len(rows) != len(state):
+            raise HandloomError(f"{len(rows)} rows of tokens for a State of {len(state)} rows")
+        for i, (new, row) in enumerate(zip(rows, state.rows, strict=True)):
+            if not new:
+                raise HandloomError(f"row {i} is given no token; select the rows that go on first")
+            wrong = [t for t in new if not 0 <= t < self.vocab_size]
+            if wrong:
+                raise HandloomError(f"row {i}: token id {wrong[0]} is not in 0..{self.vocab_size - 1}")
+            if row.length + len(new) > self.max_length:
+                raise CapabilityError(
+                    f"row {i} would have {row.length + len(new)} tokens, more than max_length={self.max_length}"
+                )
+        return rows
+
+    def _encode(self, prompts) -> tuple[list[Prompt], bool]:
+        return encode_prompts(
+            self.tokenizer,
+            prompts,
+            vocab_size=self.model.get_input_embeddings().weight.shape[0],
+            hidden_size=self.model.get_input_embeddings().weight.shape[1],
+            max_length=self.max_length,
+        )
+
+    def _requests(self, prompts, params, defaults, overrides) -> tuple[list[Request], bool]:
+        encoded, single = self._encode(prompts)
+        wanted = self._params(params, len(encoded), defaults, overrides)
+        requests = []
+        for index, (prompt, asked) in enumerate(zip(encoded, wanted, strict=True)):
+            if asked.stop and self.tokenizer is None:
+                raise ParameterError(f"request {index}: stop={asked.stop!r} needs a tokenizer; use stop_token_ids")
+            if asked.max_length is not None and asked.max_length <= len(prompt):
+                raise ParameterError(
+                    f"request {index}: max_length={asked.max_length} counts the prompt, which has {len(prompt)} tokens"
+                )
+            asked = asked.resolve(self.tokenizer)
+            self.pipeline.for_params(asked).check(asked)
+            seed = int(torch.randint(2**62, ())) if asked.seed is None else asked.seed
+            shared = Prefilled(waiting=asked.n)
+            requests += [Request(index, sample, prompt, asked, seed, shared) for sample in range(asked.n)]
+        return requests, single
+
+    def _params(self, params, count: int, defaults: str, overrides) -> list[SamplingParams]:
+        if defaults not in ("none", "model"):
+            raise ParameterError(f'defaults={defaults!r} is not "none" or "model"')
+        listed = list(params) if isinstance(params, list | tuple) else [params] * count
+        if len(listed) != count:
+            raise ParameterError(f"{len(listed)} params for {count} prompts; give one, or one for each")
+        base = {}
+        if defaults == "model":
+            base = SamplingParams.from_generation_config(self.model.generation_config)
+        return [_one(item, base, overrides) for item in listed]
+
+    def _limit(self, max_length: int | None) -> int:
+        names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+        limits = [getattr(self.config, name, None) for name in names]
+        own = next((n for n in limits if isinstance(n, int) and n > 0), UNBOUNDED)
+        if max_length is None:
+            return own
+        if not isinstance(max_length, int) or not 2 <= max_length <= own:
+            raise ParameterError(f"max_length={max_length!r} must be from 2 to {own}, the model's limit")
+        return max_length
+
+
+def _one(item, base, overrides) -> SamplingParams:
+    if item is None:
+        params = base or SamplingParams()
+    elif isinstance(item, SamplingParams):
+        params = item
+    elif isinstance(item, dict):
+        params = base.replace(**item) if base else SamplingParams(**item)
+    elif hasattr(item, "to_diff_dict"):
+        params = SamplingParams.from_generation_config(item)
+    else:
+        raise ParameterError(
+            f"params={item!r} is not SamplingParams, a GenerationConfig, a dict, or a list of one per prompt"
+        )
+    return params.replace(**overrides) if overrides else params
+
+
+def _eos(model, tokenizer) -> set[int]:
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return found
+
+
+def _stack_hidden(outs) -> tuple[torch.Tensor, ...]:
+    width = max(out.hidden[0].shape[1] for out in outs)
+    layers = zip(*(out.hidden for out in outs), strict=True)
+    pad = torch.nn.functional.pad
+    return tuple(torch.cat([pad(h, (0, 0, 0, width - h.shape[1])) for h in layer]) for layer in layers)
+
+
+def _bar(total: int, progress: bool | None):
+    from tqdm.auto import tqdm
+
+    shown = total > 1 and sys.stderr.isatty() if progress is None else progress
+    return tqdm(total=total, disable=not shown, unit="request", dynamic_ncols=True)

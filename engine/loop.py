@@ -1,0 +1,115 @@
+"""The decode loop: admit, draw, collect, feed. Everything else in handloom is a wrapper around it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from .batch import Batch
+from .errors import HandloomError, PoolExhausted
+from .generation import Event
+from .request import Request
+
+
+@torch.no_grad()
+def run(engine, requests: list[Request]) -> Iterator[Event]:
+    """Decode `requests` in the engine's slots and yield an Event for every token.
+
+    A finished row is replaced by the next waiting request; it is never decoded as padding. Closing the generator
+    gives every block back. What a row draws depends on its own prompt, seed and parameters alone.
+    """
+    waiting = deque(requests)
+    width = max((min(r.room, engine.max_length) for r in requests), default=1)
+    batch = Batch(engine, engine.bucket(len(waiting)), width)
+    try:
+        while waiting or batch.running:
+            yield from admit(engine, batch, waiting)
+            drawn, top = batch.draw()
+            yield from collect(batch, drawn, top)
+            if not waiting and engine.bucket(len(batch.running)) < batch.size:
+                batch = batch.resized(engine, engine.bucket(len(batch.running)))
+            yield from feed(batch)
+    finally:
+        for slot in batch.running:
+            batch.clear(slot)
+
+
+def admit(engine, batch: Batch, waiting: deque[Request]) -> Iterator[Event]:
+    """Prefill waiting requests into free slots, one at a time; the samples of one prompt share its prefill."""
+    while waiting and (slot := batch.free()) is not None:
+        if batch.running and not fits(batch, waiting[0]):
+            return
+        request = waiting.popleft()
+        request.start(engine)
+        try:
+            prefill(batch.model, request)
+            batch.place(slot, request)
+        except (HandloomError, torch.OutOfMemoryError) as error:
+            request.prefilled.taken()
+            yield request.end("error", f"request {request.index}: {error}")
+
+
+def fits(batch: Batch, request: Request) -> bool:
+    """Whether the pool can serve a request to its end beside those that run."""
+    promised = sum(
+        -(-batch.requests[i].room // batch.block) - len(batch.rows[i].table or ()) for i in batch.running
+    )
+    return batch.pool.obtainable() - promised >= -(-request.room // batch.block)
+
+
+def prefill(model, request: Request) -> None:
+    """Compute the prompt, unless a sibling already has."""
+    ready, prompt = request.prefilled, request.prompt
+    if ready.row is None:
+        every = request.params.prompt_logprobs is not None
+        room = -(-request.room // getattr(getattr(model, "pool", None), "block_size", 1))
+        ready.row, out = model.prefill(prompt.ids, prompt.embeddings, every=every, room=room)
+        ready.logits, ready.states = out.logits[0, -1], out.states
+        if every:
+            ready.prompt_logprobs = prompt_logprobs(prompt.ids, out.logits[0])
+    request.prefill_done()
+
+
+def prompt_logprobs(ids: list[int], logits: torch.Tensor) -> list[float | None]:
+    """Log-probability of each prompt token after those before it, from `logits [T, V]`; None for the first."""
+    if len(ids) < 2 or min(ids) < 0:
+        return [None] * len(ids)
+    targets = torch.tensor(ids[1:], device=logits.device)[:, None]
+    return [None, *logits[:-1].log_softmax(-1).gather(-1, targets)[:, 0].tolist()]
+
+
+def collect(batch: Batch, drawn, top) -> Iterator[Event]:
+    """Hand each drawn token to its request; those that finish leave their slot."""
+    tokens, raw, processed = drawn.tokens.tolist(), drawn.raw_logprobs.tolist(), drawn.logprobs.tolist()
+    for slot in batch.running:
+        request = batch.requests[slot]
+        if math.isnan(raw[slot]) or math.isnan(processed[slot]):
+            event = request.end("error", f"request {request.index}: {blame(raw[slot])}")
+        else:
+            event = request.push(tokens[slot], raw[slot], processed[slot], top and top[slot])
+        if event.finish:
+            batch.clear(slot)
+        yield event
+
+
+def blame(raw: float) -> str:
+    """Why no token could be drawn."""
+    if math.isnan(raw):
+        return "the model's logits hold NaN, or nothing finite"
+    return "no token is left: the request's bans, masks and processors exclude all of them"
+
+
+def feed(batch: Batch) -> Iterator[Event]:
+    """Append the drawn tokens and run the model over all slots."""
+    for slot in batch.running:
+        try:
+            batch.prepare(slot)
+        except PoolExhausted as error:
+            event = batch.requests[slot].end("error", f"request {batch.requests[slot].index}: {error}")
+            batch.clear(slot)
+            yield event
+    if batch.running:
+        batch.feed()
