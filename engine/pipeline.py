@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from handloom.errors import ParameterError
 from handloom.processors import DEFAULT_ORDER
-from handloom.processors.base import Context, Edit, Function, Keep, Processor
+from handloom.processors.base import Adapted, Context, Edit, Function, Keep, Processor
+from handloom.processors.huggingface import HFProcessor, is_huggingface
 from handloom.rows import Drawn, Rows
-from torch import Tensor
 
 __all__ = [
     "Context",
@@ -33,15 +35,18 @@ class PipelineWarning(UserWarning):
 def as_processor(rule: Any) -> Processor:
     """A `Processor` from whatever a user hands in.
 
-    A `Processor` is taken as it is, a class of processors is constructed without values, and any other
+    A `Processor` is taken as it is, a class of processors is constructed without values, an object with
+    `apply(logits, context)` or a Hugging Face `LogitsProcessor` is adapted, and any other
     callable is called as `rule(logits, context)`. Raises ParameterError for anything else.
     """
     if isinstance(rule, Processor):
         return rule
     if isinstance(rule, type) and issubclass(rule, Processor):
         return rule()
-    if callable(getattr(rule, "apply", None)) and hasattr(rule, "name"):
-        return rule
+    if callable(getattr(rule, "apply", None)):
+        return Adapted(rule)
+    if is_huggingface(rule):
+        return HFProcessor(rule)
     if callable(rule):
         return Function(rule)
     raise ParameterError(
@@ -274,10 +279,12 @@ def explain_table(chain: Pipeline, params: Any) -> str:
         f", tested against {chain.tested_against}" if chain.tested_against else ""
     )
     lines = [head, "own order, first to last; a member costs nothing for rows that do not use it"]
+    shown = []
     for i, processor in enumerate(chain):
         settings = processor.settings(params)
         if params is not None and not processor.on(settings):
             continue
+        shown.append(processor)
         values = [
             f"{field}={settings[field]!r}" if params is not None or field in processor.explicit else field
             for field in processor.fields
@@ -296,5 +303,9 @@ def explain_table(chain: Pipeline, params: Any) -> str:
             f"{i:3d} {processor.name:20s} {form:18s} torch  {', '.join(values)}"
             + (f"  [{'; '.join(marks)}]" if marks else "")
         )
-    lines += [f"  ! {message}" for message in chain.lint()]
+    lines += (
+        [f"  ! {message}" for message in lint_order(shown)]
+        if params is not None or chain.name == "custom"
+        else []
+    )
     return "\n".join(lines)

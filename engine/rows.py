@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from handloom.errors import ParameterError
 from handloom.kernels.draw import draw
 from handloom.processors.base import Context, Processor, guarded, values_of
-from torch import Tensor
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """Built-in processors. `DEFAULT_ORDER` is the order of the default pipeline; there is no hidden member."""
 
+from handloom.processors.adaptive import XTC, AdaptiveP, Mirostat
 from handloom.processors.base import Context, Edit, Keep, Processor
 from handloom.processors.constraints import (
     AllowedTokens,
@@ -8,7 +9,16 @@ from handloom.processors.constraints import (
     MinNewTokens,
     SuppressFirst,
 )
+from handloom.processors.masks import BiasHook, Bitmask, Watermark, watermark_score
 from handloom.processors.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
+from handloom.processors.repeats import DRY, NoRepeatNGram
+from handloom.processors.sequences import (
+    BadWords,
+    ExponentialDecay,
+    ForcedTokens,
+    PrefixFunction,
+    SequenceBias,
+)
 from handloom.processors.temperature import EDT, DynamicTemperature, Smoothing, Temperature
 from handloom.processors.truncation import (
     Epsilon,
@@ -25,14 +35,21 @@ from handloom.processors.truncation import (
 )
 
 DEFAULT_ORDER = (
+    LogitBias,
+    SequenceBias,
     RepetitionPenalty,
     PresencePenalty,
     FrequencyPenalty,
-    LogitBias,
+    DRY,
+    ExponentialDecay,
+    NoRepeatNGram,
     AllowedTokens,
+    PrefixFunction,
     BannedTokens,
+    BadWords,
     SuppressFirst,
     MinNewTokens,
+    ForcedTokens,
     TopNSigma,
     Temperature,
     DynamicTemperature,
@@ -48,27 +65,42 @@ DEFAULT_ORDER = (
     TailFree,
     TopH,
     PLess,
+    XTC,
+    AdaptiveP,
+    Mirostat,
 )
 
 __all__ = [
     "DEFAULT_ORDER",
+    "DRY",
     "EDT",
+    "XTC",
+    "AdaptiveP",
     "AllowedTokens",
+    "BadWords",
     "BannedTokens",
+    "BiasHook",
+    "Bitmask",
     "Context",
     "DynamicTemperature",
     "Edit",
     "Epsilon",
     "Eta",
+    "ExponentialDecay",
+    "ForcedTokens",
     "FrequencyPenalty",
     "Keep",
     "LogitBias",
     "MinNewTokens",
     "MinP",
+    "Mirostat",
+    "NoRepeatNGram",
     "PLess",
+    "PrefixFunction",
     "PresencePenalty",
     "Processor",
     "RepetitionPenalty",
+    "SequenceBias",
     "Smoothing",
     "SuppressFirst",
     "TailFree",
@@ -79,4 +111,6 @@ __all__ = [
     "TopNSigma",
     "TopP",
     "Typical",
+    "Watermark",
+    "watermark_score",
 ]

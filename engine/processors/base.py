@@ -9,8 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from handloom.errors import ParameterError
 from torch import Tensor
+
+from handloom.errors import ParameterError
+from handloom.kernels.rules import MASS_SHARE
 
 NEG_INF = float("-inf")
 
@@ -213,6 +215,7 @@ def values_of(
     are on.
     """
     values = SimpleNamespace(**processor.pack(settings, context))
+    values.flags = flags
     values.rows_on = None if all(flags) else torch.tensor(flags, device=context.device)[:, None]
     return values
 
@@ -304,12 +307,17 @@ def count_threshold(key: Tensor, count: Tensor, largest: int | None = None) -> T
 
 
 def mass_threshold(logits: Tensor, key: Tensor, mass: Tensor) -> Tensor:
-    """The smallest key that must be kept so that the kept probability reaches `mass`, [B, 1]."""
-    sorted_key, order = key.sort(dim=-1, descending=True)
-    sorted_logits = sorted_key if key is logits else logits.gather(-1, order)
-    sorted_probs = sorted_logits.softmax(-1)
-    before = (sorted_probs.cumsum(-1) < mass).sum(-1, keepdim=True)
-    return sorted_key.gather(-1, before.clamp(max=key.shape[-1] - 1))
+    """The smallest key that must be kept so that the kept probability reaches `mass`, [B, 1].
+
+    A token is kept iff the probability of all larger keys is below mass * MASS_SHARE, summed in float64: the
+    share absorbs what float32 cannot tell apart, so that .3 + .5 reaches .8.
+    """
+    ordered, order = key.sort(dim=-1, descending=True)
+    weights = ordered if key is logits else logits.gather(-1, order)
+    weights = (weights - logits.amax(-1, keepdim=True)).double().exp()
+    above = weights.cumsum(-1) - weights
+    needed = above < mass.double() * MASS_SHARE * weights.sum(-1, keepdim=True)
+    return ordered.gather(-1, (needed.sum(-1, keepdim=True) - 1).clamp(min=0))
 
 
 class Function(Processor):
@@ -324,3 +332,30 @@ class Function(Processor):
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
         return self.function(logits, context)
+
+
+class Adapted(Processor):
+    """A duck-typed processor: any object with `apply(logits, context)`; what else it defines is used, too."""
+
+    def __init__(self, rule: Any):
+        super().__init__()
+        self.rule = rule
+        self.name = getattr(rule, "name", type(rule).__name__)
+        for attribute in ("kind", "keeps_argmax", "speculative_safe", "needs_history", "sampling_only"):
+            setattr(self, attribute, getattr(rule, attribute, getattr(Processor, attribute)))
+        self.before_temperature = getattr(rule, "before_temperature", False)
+
+    def settings(self, params: Any = None, row: int = 0) -> dict[str, Any]:
+        return {"on": self.rule.active(params) if hasattr(self.rule, "active") else True}
+
+    def on(self, settings: dict[str, Any]) -> bool:
+        return settings["on"]
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        return self.rule.apply(logits, context)
+
+    def start(self, context: Context) -> Any:
+        return self.rule.start(context) if hasattr(self.rule, "start") else None
+
+    def accept(self, memory: Any, tokens: Tensor, context: Context) -> Any:
+        return self.rule.accept(memory, tokens, context) if hasattr(self.rule, "accept") else memory

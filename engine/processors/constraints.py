@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from handloom.errors import ParameterError
 from handloom.processors.base import NEG_INF, Context, Edit
-from torch import Tensor
 
 
 def id_table(rows: list[list[int]], device, fill: int) -> Tensor:

@@ -5,9 +5,10 @@ vocabulary.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from handloom.errors import ParameterError
 from handloom.processors.base import Context, Edit
-from torch import Tensor
 
 SCOPES = ("auto", "prompt", "output", "all")
 

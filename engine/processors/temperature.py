@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from handloom.processors.base import NEG_INF, Context, Edit
 from torch import Tensor
+
+from handloom.processors.base import NEG_INF, Context, Edit
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy in nats of softmax(logits [B, V]), [B, 1]; excluded tokens (-inf) count nothing."""
     logp = logits.log_softmax(-1)
-    return -(logp.exp() * logp.masked_fill(logp == NEG_INF, 0.0)).sum(-1, keepdim=True)
+    return (logp.exp() * -logp.masked_fill(logp == NEG_INF, 0.0)).sum(-1, keepdim=True).clamp(min=0.0)
 
 
 class Temperature(Edit):
-    """Divide logits by a temperature (Ackley et al. 1985): logit' = logit * (1 / T). T = 0 makes the row
+    """Divide logits by a temperature (Ackley et al. 1985): logit' = logit / T. T = 0 makes the row
     greedy.
 
     Off at 1. Steps aside for rows that use `dynatemp_range` or `edt_theta`, which set the temperature
@@ -35,11 +36,11 @@ class Temperature(Edit):
         return settings["temperature"] not in (0.0, 1.0)
 
     def pack(self, rows, context):
-        inverse = [[1.0 / row["temperature"] if self.on(row) else 1.0] for row in rows]
-        return {"inverse": torch.tensor(inverse, dtype=torch.float32, device=context.device)}
+        values = [[row["temperature"] if self.on(row) else 1.0] for row in rows]
+        return {"temperature": torch.tensor(values, dtype=torch.float32, device=context.device)}
 
     def edit(self, logits: Tensor, context: Context) -> Tensor:
-        return logits * context.values.inverse
+        return logits / context.values.temperature
 
 
 class DynamicTemperature(Edit):
@@ -75,7 +76,7 @@ class EDT(Edit):
 
     def edit(self, logits: Tensor, context: Context) -> Tensor:
         v = context.values
-        temperature = v.temperature * v.edt_base ** (v.edt_theta / entropy(logits))
+        temperature = v.temperature * v.edt_base ** (v.edt_theta / entropy(logits).clamp(min=1e-9))
         return logits / temperature.clamp(min=1e-6)
 
 

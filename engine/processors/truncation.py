@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from handloom.kernels.philox import log_reference
 from handloom.processors.base import NEG_INF, Context, Keep
 from handloom.processors.temperature import entropy
-from torch import Tensor
 
 
 class TopK(Keep):
@@ -48,8 +50,12 @@ class MinP(Keep):
     name = "min_p"
     defaults = {"min_p": 0.0}
 
+    def pack(self, rows, context):
+        shares = torch.tensor([[float(row["min_p"])] for row in rows])
+        return {"floor": log_reference(shares.clamp(1e-37, 1.0)).to(context.device)}
+
     def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        return logits.amax(-1, keepdim=True) + context.values.min_p.log()
+        return logits.amax(-1, keepdim=True) + context.values.floor
 
 
 class Typical(Keep):
@@ -136,25 +142,23 @@ class TailFree(Keep):
 class TopNSigma(Keep):
     """Keep logits within n standard deviations of the maximum (Tang et al. 2024, 2411.07641). Off at 0.
 
-    The deviation (unbiased) is over the tokens that are not excluded; text-generation-webui counts them as 0.
+    The deviation (divisor: their number) is over the tokens that are not excluded.
     """
 
     name = "top_n_sigma"
     defaults = {"top_n_sigma": 0.0}
 
     def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        return logits.amax(-1, keepdim=True) - context.values.top_n_sigma * finite_std(logits)
+        return logits.amax(-1, keepdim=True) - context.values.top_n_sigma * deviation(logits)
 
 
-def finite_std(logits: Tensor) -> Tensor:
-    """Unbiased standard deviation over the finite logits of every row, [B, 1]; 0 where fewer than two are
-    finite.
-    """
+def deviation(logits: Tensor) -> Tensor:
+    """Standard deviation over the logits of every row that are not -inf, divided by their number, [B, 1]."""
     finite = logits > NEG_INF
-    n = finite.sum(-1, keepdim=True)
-    mean = logits.masked_fill(~finite, 0.0).sum(-1, keepdim=True) / n.clamp(min=1)
+    n = finite.sum(-1, keepdim=True).clamp(min=1)
+    mean = logits.masked_fill(~finite, 0.0).sum(-1, keepdim=True) / n
     square = ((logits - mean) ** 2).masked_fill(~finite, 0.0).sum(-1, keepdim=True)
-    return (square / (n - 1).clamp(min=1)).sqrt()
+    return (square / n).sqrt()
 
 
 class TopH(Keep):

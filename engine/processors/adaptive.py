@@ -1,0 +1,181 @@
+"""Rules with memory or randomness of their own: mirostat, adaptive-p, XTC. None of them samples
+inside `apply`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from handloom.errors import ParameterError
+from handloom.kernels.philox import philox_words_numpy, philox_words_reference
+from handloom.processors.base import NEG_INF, Context, Edit, Keep
+
+LN2 = math.log(2.0)
+XTC_COUNTER = 2**33  # a token id that no vocabulary reaches: its noise is independent of the draw's
+
+
+def token_logprob(logits: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
+    """log p of tokens [B] under softmax(logits), [B]; with `kept`, under the distribution kept to those
+    logits.
+
+    A token outside `kept` (one that was forced from outside) still gets a finite value.
+    """
+    total = (logits if kept is None else kept).logsumexp(-1)
+    return logits.gather(-1, tokens[:, None])[:, 0] - total
+
+
+class Mirostat(Keep):
+    """Feedback control of surprise (Basu et al. 2020, 2007.14966). Off at 0.
+
+    Version 2 keeps -log2 p <= mu. Version 1 keeps the top k, with k from mu and a Zipf exponent fitted to the
+    100 most probable tokens (as llama.cpp does). mu starts at 2 * tau; each committed token of surprise s (in
+    bits, under the kept distribution) moves it by -eta * (s - tau).
+    """
+
+    name = "mirostat"
+    defaults = {"mirostat": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1}
+    speculative_safe = False
+    fitted = 100
+
+    def pack(self, rows, context):
+        packed = super().pack(rows, context)
+        return packed | {"versions": {row["mirostat"] for row in rows}}
+
+    def start(self, context: Context) -> dict[str, Tensor]:
+        return {"mu": 2 * context.values.mirostat_tau[:, 0].to(torch.float32)}
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        v, mu = context.values, context.memory["mu"][:, None]
+        second = logits.logsumexp(-1, keepdim=True) - mu * LN2
+        if 1 not in v.versions:
+            return second
+        return torch.where(v.mirostat == 1, self.zipf_cut(logits, mu), second)
+
+    def zipf_cut(self, logits: Tensor, mu: Tensor) -> Tensor:
+        """Version 1: the k-th largest logit, [B, 1]."""
+        vocab = logits.shape[-1]
+        top = logits.topk(min(self.fitted, vocab), dim=-1).values
+        rank = torch.arange(1, top.shape[-1], device=logits.device, dtype=torch.float32)
+        step = ((rank + 1) / rank).log()
+        drop = top[:, :-1] - top[:, 1:]
+        valid = drop.isfinite()
+        share = (step * valid * drop.masked_fill(~valid, 0.0)).sum(-1, keepdim=True)
+        zipf = share / (step**2 * valid).sum(-1, keepdim=True).clamp(min=1e-9)
+        epsilon = zipf - 1
+        count = (epsilon * 2**mu / (1 - float(vocab) ** -epsilon)) ** (1 / zipf)
+        count = count.nan_to_num(nan=1.0, posinf=vocab).clamp(1, vocab).long()
+        return logits.sort(dim=-1, descending=True).values.gather(-1, count - 1)
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        kept = super().apply(logits, context)
+        context.note((logits, kept))
+        return kept
+
+    def accept(self, memory: dict[str, Tensor], tokens: Tensor, context: Context) -> dict[str, Tensor]:
+        logits, kept = noted(self, context)
+        surprise = -token_logprob(logits, tokens, kept) / LN2
+        v = context.values
+        moved = memory["mu"] - v.mirostat_eta[:, 0] * (surprise - v.mirostat_tau[:, 0])
+        return {"mu": torch.where(moved.isfinite(), moved, memory["mu"])}
+
+
+class AdaptiveP(Edit):
+    """Steer the probability of chosen tokens to a target (llama.cpp #17927). Off at target 0.
+
+    With weighted sum ws and weight tw of past probabilities (decay d): a = clamp(2 * target - ws / tw, 0, 1);
+    x = |p - a| / 0.3; logit' = 5 - 10 * x^2 / (1 + x). Excluded tokens stay excluded.
+    """
+
+    name = "adaptive_p"
+    defaults = {"adaptive_target": 0.0, "adaptive_decay": 0.9}
+    speculative_safe = False
+    sampling_only = True
+
+    def on(self, settings):
+        return settings["adaptive_target"] > 0.0
+
+    def start(self, context: Context) -> dict[str, Tensor]:
+        weight = 1 / (1 - context.values.adaptive_decay[:, 0].clamp(max=0.99))
+        return {"sum": context.values.adaptive_target[:, 0] * weight, "weight": weight}
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        target, memory = context.values.adaptive_target, context.memory
+        aim = (2 * target - (memory["sum"] / memory["weight"])[:, None]).clamp(0.0, 1.0)
+        context.note(logits)
+        x = (logits.softmax(-1) - aim).abs() / 0.3
+        return (5 - 10 * x**2 / (1 + x)).masked_fill(logits == NEG_INF, NEG_INF)
+
+    def accept(self, memory: dict[str, Tensor], tokens: Tensor, context: Context) -> dict[str, Tensor]:
+        probability = token_logprob(noted(self, context), tokens).exp().nan_to_num(0.0)
+        decay = context.values.adaptive_decay[:, 0].clamp(max=0.99)
+        return {"sum": probability + decay * memory["sum"], "weight": 1 + decay * memory["weight"]}
+
+
+def noted(processor, context: Context):
+    """What `apply` left in this step; raises ParameterError when `accept` was given another step's
+    Context.
+    """
+    value = context.noted()
+    if value is None:
+        raise ParameterError(
+            f"{processor.name}.accept needs the Context that its apply saw; give the same object"
+        )
+    return value
+
+
+class XTC(Keep):
+    """Exclude top choices (p-e-w 2024): with a probability, drop all tokens with p >= threshold but the least
+    likely of them. Off at probability 0.
+
+    The coin of a row is Philox noise of (seed, position, stream) at a reserved counter, so it is
+    reproducible, row-independent, and independent of the draw. `xtc_guard`: ids that must not be dropped
+    ("eos": every end id); where one would be, the row is left alone, as text-generation-webui does.
+    """
+
+    name = "xtc"
+    defaults = {"xtc_probability": 0.0, "xtc_threshold": 0.1, "xtc_guard": ()}
+    keeps_argmax = False
+
+    def pack(self, rows, context):
+        from handloom.processors.constraints import id_table
+
+        def column(field):
+            return torch.tensor([[float(row[field])] for row in rows], device=context.device)
+
+        guards = [context.eos_token_ids if row["xtc_guard"] == "eos" else row["xtc_guard"] for row in rows]
+        table = id_table([sorted(guard) for guard in guards], context.device, -1) if any(guards) else None
+        return {"chance": column("xtc_probability"), "limit": column("xtc_threshold"), "guard": table}
+
+    def key(self, logits: Tensor, context: Context) -> Tensor:
+        return -logits
+
+    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+        v = context.values
+        top = logits.softmax(-1) >= v.limit
+        least = logits.masked_fill(~top, math.inf).amin(-1, keepdim=True)
+        tossed = coin(context) < v.chance
+        if v.guard is not None:
+            guarded = logits.gather(-1, v.guard.clamp(min=0)).masked_fill(v.guard < 0, NEG_INF)
+            tossed &= ~(guarded > least).any(-1, keepdim=True)
+        return torch.where(tossed, -least, NEG_INF)
+
+
+def coin(context: Context) -> Tensor:
+    """A uniform number in [0, 1) for every row, [B, 1] float32, from the row's seed, position and stream."""
+    if context.seeds is None or context.lengths is None:
+        raise ParameterError(
+            "XTC needs seeds and lengths in its Context: its coin is keyed by seed and position"
+        )
+    streams = torch.zeros_like(context.seeds) if context.streams is None else context.streams
+    keys = (context.seeds, context.positions, streams)
+    ids = torch.tensor([XTC_COUNTER], device=context.seeds.device)
+    if ids.device.type == "cpu":
+        words = torch.from_numpy(
+            philox_words_numpy(*(key.numpy() for key in keys), ids.numpy()).astype("int64")
+        )
+    else:
+        words = philox_words_reference(*keys, ids)
+    return (words >> 8).to(torch.float32) * 2.0**-24

@@ -1,0 +1,168 @@
+"""Constraints that depend on the end of the text or on the place in the output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from handloom.errors import ParameterError
+from handloom.processors.base import NEG_INF, Context, Edit, Processor
+from handloom.processors.constraints import check_ids, id_table
+from handloom.processors.repeats import recent
+
+ANY = -1
+
+
+def as_sequence(name: str, sequence, vocab_size: int) -> tuple[int, ...]:
+    """A non-empty tuple of token ids; raises ParameterError for anything else."""
+    if isinstance(sequence, str):
+        raise ParameterError(
+            f"{name} holds the string {sequence!r}; params.resolve(tokenizer) turns it into ids"
+        )
+    sequence = (sequence,) if isinstance(sequence, int) else tuple(int(i) for i in sequence)
+    if not sequence:
+        raise ParameterError(f"{name} holds an empty sequence")
+    check_ids(name, sequence, vocab_size)
+    return sequence
+
+
+class SequenceBias(Edit):
+    """Add a bias to the last token of a sequence when the text ends with the rest of it: `{(ids): bias}`.
+
+    As Hugging Face's: a sequence of one token is biased always; biases with the same last token add up. Off
+    when empty.
+    """
+
+    name = "sequence_bias"
+    defaults = {"sequence_bias": {}}
+    needs_history = True
+    identity_when_off = True
+
+    def on(self, settings):
+        return bool(settings[self.fields[0]])
+
+    def table(self, settings, context: Context) -> dict[tuple[int, ...], float]:
+        """The biased sequences of one row."""
+        given = settings["sequence_bias"] or {}
+        return {as_sequence(self.name, ids, context.vocab_size): float(bias) for ids, bias in given.items()}
+
+    def pack(self, rows, context):
+        tables = [self.table(row, context) for row in rows]
+        count = max([1, *map(len, tables)])
+        depth = max([0, *(len(ids) - 1 for table in tables for ids in table)])
+        prefix = torch.full((len(rows), count, depth), ANY)
+        last = torch.full((len(rows), count), context.vocab_size)
+        bias = torch.zeros(len(rows), count)
+        for i, table in enumerate(tables):
+            for j, (ids, value) in enumerate(table.items()):
+                last[i, j], bias[i, j] = ids[-1], value
+                for k, token in enumerate(reversed(ids[:-1])):
+                    prefix[i, j, k] = token
+        packed = {"prefix": prefix, "last": last, "bias": bias}
+        return {name: tensor.to(context.device) for name, tensor in packed.items()}
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        v, vocab = context.values, logits.shape[-1]
+        ids = v.last
+        if v.prefix.shape[-1]:
+            newest = recent(context, v.prefix.shape[-1])[:, None]
+            ids = torch.where(((v.prefix == newest) | (v.prefix == ANY)).all(-1), ids, vocab)
+        spare = torch.nn.functional.pad(logits, (0, 1))
+        return spare.scatter_add_(1, ids, v.bias)[:, :vocab]
+
+
+class BadWords(SequenceBias):
+    """Never complete one of these token sequences. Off when empty.
+
+    `spare_eos`: ignore sequences that are a single end-of-sequence token, as Hugging Face does.
+    """
+
+    name = "bad_words"
+    defaults = {"bad_words": (), "spare_eos": False}
+
+    def table(self, settings, context: Context) -> dict[tuple[int, ...], float]:
+        words = [as_sequence(self.name, word, context.vocab_size) for word in settings["bad_words"] or ()]
+        spared = context.eos_token_ids if settings["spare_eos"] else ()
+        return {word: NEG_INF for word in words if len(word) > 1 or word[0] not in spared}
+
+
+class ForcedTokens(Edit):
+    """Force tokens at chosen places of the output: `{position: token id}`, position 0 first. Off
+    when empty.
+    """
+
+    name = "forced_tokens"
+    defaults = {"forced_tokens": {}}
+
+    def on(self, settings):
+        return bool(settings["forced_tokens"])
+
+    def pack(self, rows, context):
+        tables = [dict(row["forced_tokens"] or {}) for row in rows]
+        ids = [list(map(int, table.values())) for table in tables]
+        for row in ids:
+            check_ids(self.name, row, context.vocab_size)
+        places = id_table([list(map(int, table)) for table in tables], context.device, -1)
+        return {"places": places, "ids": id_table(ids, context.device, 0)}
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        v = context.values
+        now = v.places == context.output_lengths[:, None]
+        token = (v.ids * now).sum(-1, keepdim=True)
+        forced = torch.full_like(logits, NEG_INF).scatter_(1, token, 0.0)
+        return torch.where(now.any(-1, keepdim=True), forced, logits)
+
+
+class ExponentialDecay(Edit):
+    """Raise the end-of-sequence logits more and more after `start` output tokens (Hugging Face): with n
+    tokens beyond it, logit += |logit| * (factor^n - 1). Off at None.
+    """
+
+    name = "exponential_decay"
+    defaults = {"exponential_decay": None}
+    identity_when_off = True
+
+    def pack(self, rows, context):
+        pairs = [row["exponential_decay"] or (0, 1.0) for row in rows]
+        eos = sorted(i for i in context.eos_token_ids if i < context.vocab_size)
+        return {
+            "start": torch.tensor([[int(start)] for start, _ in pairs], device=context.device),
+            "factor": torch.tensor([[float(factor)] for _, factor in pairs], device=context.device),
+            "eos": torch.tensor(eos, dtype=torch.int64, device=context.device),
+        }
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        v = context.values
+        beyond = (context.output_lengths[:, None] - v.start).clamp(min=0)
+        old = logits.index_select(1, v.eos)
+        gain = old.abs() * (v.factor**beyond - 1)
+        return logits.index_copy(1, v.eos, torch.where(old.isfinite(), old + gain, old))
+
+
+class PrefixFunction(Processor):
+    """Ask a function which tokens may follow: `prefix_fn(sample index, ids [T] of the text) -> allowed ids`.
+
+    The sample index is the row's stream. Called for every row and step on the host. A row for which nothing
+    is allowed is left without a token, which ends it with an error. Off at None.
+    """
+
+    name = "prefix_fn"
+    defaults = {"prefix_fn": None}
+    needs_history = True
+    speculative_safe = False
+
+    def pack(self, rows, context):
+        return {"functions": [row["prefix_fn"] for row in rows]}
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        result = logits.clone()
+        lengths = context.lengths.tolist()
+        streams = [0] * len(lengths) if context.streams is None else context.streams.tolist()
+        for row, function in enumerate(context.values.functions):
+            if function is None:
+                continue
+            allowed = function(streams[row], context.history[row, : lengths[row]])
+            allowed = check_ids(self.name, allowed, logits.shape[-1])
+            result[row] = NEG_INF
+            result[row, allowed] = logits[row, allowed]
+        return result
