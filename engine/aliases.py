@@ -64,13 +64,26 @@ def _replaced(old: int, new: Any) -> Callable[[str, Any], Any]:
     return convert
 
 
+def _unlimited(name: str, value: Any) -> Any:
+    """llama.cpp's n_predict: -1 = without end, -2 = until the context is full."""
+    return _replaced(-2, UNLIMITED)(name, _replaced(-1, UNLIMITED)(name, value))
+
+
 def _not_below_zero(name: str, value: Any) -> Any:
     number = scalar(value)
     return 0 if is_number(number) and number < 0 else value
 
 
-def _scaled(factor: float) -> Callable[[str, Any], float]:
-    return lambda name, value: to_float(name, value) * factor
+def _target_or_off(name: str, value: Any) -> Any:
+    """llama.cpp's adaptive-p target: below 0 is off, and 0 is a target, which handloom has no way to say."""
+    number = scalar(value)
+    if is_number(number) and number == 0:
+        raise ParameterError(f"{name}=0 is not valid: expected a target in (0, 1], or -1 to switch it off")
+    return _not_below_zero(name, value)
+
+
+def _divided(divisor: float) -> Callable[[str, Any], float]:
+    return lambda name, value: to_float(name, value) / divisor
 
 
 def _tiny_if_zero(name: str, value: Any) -> Any:
@@ -78,12 +91,22 @@ def _tiny_if_zero(name: str, value: Any) -> Any:
     return _replaced(0, 1e-9)(name, value)
 
 
+def _sequences(name: str, value: Any) -> Any:
+    """A sequence bias with keys such as "(6, 7)", which is how transformers writes tuples into JSON."""
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        tuple(_integers(name, key.strip("()"))) if isinstance(key, str) else key: bias
+        for key, bias in value.items()
+    }
+
+
 # spelling -> field, or (field, conversion of the value)
 ALIASES: dict[str, str | tuple[str, Callable[[str, Any], Any]]] = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "max_gen_toks": "max_new_tokens",
-    "n_predict": ("max_new_tokens", _replaced(-1, UNLIMITED)),
+    "n_predict": ("max_new_tokens", _unlimited),
     "min_tokens": "min_new_tokens",
     "temp": "temperature",
     "num_return_sequences": "n",
@@ -350,7 +373,7 @@ def _finish_hf(values: Values, special: Values, base: Mapping[str, Any]) -> None
 
 def _finish_vllm(values: Values, special: Values, base: Mapping[str, Any]) -> None:
     """vLLM and OpenAI's completions: sampling at temperature 1 is the default."""
-    _default_temperature(values, 1.0)
+    _default_temperature(values, special, 1.0)
     _finish_handloom(values, special, base)
 
 
@@ -378,27 +401,25 @@ def _finish_llamacpp(values: Values, special: Values, base: Mapping[str, Any]) -
                 values.pop(penalty, None)
     if _window(values, special, "dry_penalty_last_n", "dry_window") == 0:
         values.pop("dry_multiplier", None)
-    _default_temperature(values, 0.8)
+    _default_temperature(values, special, 0.8)
     _clamp_dynamic_range(values)
     _finish_handloom(values, special, base)
     _count_the_prompt(values)
 
 
 def _finish_textgen(values: Values, special: Values, base: Mapping[str, Any]) -> None:
-    """text-generation-webui: `do_sample` (default True) sets the mode; one range for all penalties and DRY."""
+    """text-generation-webui: `do_sample`, by default True, sets the mode; DRY has the penalties' range."""
     if to_bool("auto_max_new_tokens", special.get("auto_max_new_tokens", False)):
         values["max_new_tokens"] = UNLIMITED
     if values.get("penalty_window"):
         values.setdefault("dry_window", values["penalty_window"])
-    if special.get("dynamic_temperature") is not None:
-        if (
-            to_bool("dynamic_temperature", special["dynamic_temperature"])
-            and values.get("temperature") == 1.0
-        ):
-            values.pop("temperature")
-        # text-generation-webui divides by both temperatures in turn; any other pair is a contradiction here
-    else:
+    if not special.get(
+        "dynamic_temperature"
+    ):  # presets hold dynatemp_low and _high even when they are not used
         special = {name: value for name, value in special.items() if not name.startswith("dynatemp_")}
+    elif values.get("temperature") == 1.0:
+        # text-generation-webui divides by both temperatures in turn: 1 is none, another one a contradiction
+        values.pop("temperature")
     _dynamic_temperature(values, special)
     _do_sample_decides(values, special, default=True)
     _one_of_best(values, special, base)
@@ -409,9 +430,9 @@ def _do_sample_decides(values: Values, special: Values, *, default: bool) -> Non
     """Let do_sample set the mode whatever the temperature says, and warn where that drops a temperature."""
     sampling = to_bool("do_sample", special.get("do_sample", default))
     given = values.get("temperature")
-    if sampling and given == 0.0:
-        raise ParameterError("do_sample=True asks for sampling, temperature=0 for greedy decoding")
     if sampling:
+        if given == 0.0 and "do_sample" in special:
+            raise ParameterError("do_sample=True asks for sampling, temperature=0 for greedy decoding")
         values["temperature"] = 1.0 if given is None else given
         return
     if given not in (None, 0.0, 1.0) and "do_sample" not in special:
@@ -421,8 +442,9 @@ def _do_sample_decides(values: Values, special: Values, *, default: bool) -> Non
     values["temperature"] = 0.0
 
 
-def _default_temperature(values: Values, temperature: float) -> None:
-    if values.get("temperature") is None:
+def _default_temperature(values: Values, special: Values, temperature: float) -> None:
+    """Set an engine's temperature where nothing that was written says anything about it."""
+    if values.get("temperature") is None and not {"do_sample", "dynatemp_low"} & special.keys():
         values["temperature"] = temperature
 
 
@@ -467,12 +489,15 @@ def _one_of_best(values: Values, special: Values, base: Mapping[str, Any]) -> No
         )
 
 
-def _window(values: Values, special: Values, spelling: str, field: str) -> Any:
+def _window(values: Values, special: Values, spelling: str, field: str) -> int | None:
     """Move a llama.cpp window (-1 = all) into its field; returns it as it was written."""
-    written = special.get(spelling)
-    if written is not None:
-        values[field] = _replaced(-1, 0)(spelling, written)
-    return scalar(written)
+    if spelling not in special:
+        return None
+    written = to_int(spelling, special[spelling], -1)
+    if values.get(field) not in (None, max(written, 0)):
+        raise ParameterError(f"{spelling}={written} sets {field}, which was given as {values[field]}")
+    values[field] = max(written, 0)
+    return written
 
 
 def _count_the_prompt(values: Values) -> None:
@@ -513,7 +538,10 @@ DIALECTS: dict[str, Dialect] = {
             "hf",
             _finish_hf,
             profile="hf",
-            aliases={"top_p": ("top_p", _tiny_if_zero)},
+            aliases={
+                "top_p": ("top_p", _tiny_if_zero),
+                "sequence_bias": ("sequence_bias", _sequences),
+            },
             special=frozenset({"eos_token_id"}),
             ignored=frozenset(_HF_IGNORED.split()),
         ),
@@ -527,10 +555,8 @@ DIALECTS: dict[str, Dialect] = {
                 "temp": ("temperature", _not_below_zero),
                 "top_k": ("top_k", _not_below_zero),
                 "top_p": ("top_p", _tiny_if_zero),
-                "n_predict": (
-                    "max_new_tokens",
-                    lambda name, n: _replaced(-2, UNLIMITED)(name, _replaced(-1, -2)(name, n)),
-                ),
+                "top_n_sigma": ("top_n_sigma", _not_below_zero),
+                "adaptive_target": ("adaptive_target", _target_or_off),
                 "seed": ("seed", _replaced(2**32 - 1, -1)),
             },
             special=frozenset({"repeat_last_n", "penalty_last_n", "dry_penalty_last_n"}),
@@ -541,8 +567,8 @@ DIALECTS: dict[str, Dialect] = {
             _finish_textgen,
             profile="textgen",
             aliases={
-                "epsilon_cutoff": ("epsilon_cutoff", _scaled(1e-4)),
-                "eta_cutoff": ("eta_cutoff", _scaled(1e-4)),
+                "epsilon_cutoff": ("epsilon_cutoff", _divided(1e4)),
+                "eta_cutoff": ("eta_cutoff", _divided(1e4)),
                 "top_p": ("top_p", _tiny_if_zero),
             },
             special=frozenset({"auto_max_new_tokens"}),
