@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, greedy_reference, logits_reference, prompts_of
+from architectures import ARCHITECTURES, MAX_LENGTH, greedy_reference, logits_reference, prompts_of
 from handloom import Engine, SamplingParams
 
 PROMPT_LENGTHS = [5, 17, 1, 40, 9, 23]
@@ -13,9 +13,17 @@ NEW_TOKENS = [10, 24, 13, 20, 17, 11]  # with three slots every row but the firs
 # fp32 rounding moves the logits by up to 1e-4; a wrong cell, mask or position moves them by 0.05 at least.
 TOLERANCE = 1e-3
 
-# Architectures whose rows cannot share a batch: attention that takes positions from the cache length, state
-# kept inside the modules, a layer type that only transformers' own cache knows.
-SOLO = {"gpt_neo", "recurrent_gemma", "glm_moe_dsa"}
+# How each architecture is run, where it is not our attention function over the block pool.
+PATHS = {
+    # their own attention over gathered cells: not exchangeable, latent keys and values, or no attention at all
+    **dict.fromkeys(("bloom", "codegen", "falcon_alibi", "falcon_rope", "gptj", "mpt", "xglm"), "mask"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3"), "mask"),
+    **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), "mask"),
+    # positions taken from the length of the cache, so one forward per row
+    **dict.fromkeys(("gpt_neo", "llama4_text"), "rows"),
+    # a layer type that only transformers' own cache knows; recurrent state kept inside the modules
+    **dict.fromkeys(("glm_moe_dsa", "recurrent_gemma"), "solo"),
+}
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -33,7 +41,7 @@ def test_ragged_batch_with_replacement_equals_generate(name):
     model = ARCHITECTURES[name]()
     prompts = prompts_of(PROMPT_LENGTHS)
     expected = greedy_reference(model, prompts, NEW_TOKENS)
-    engine = Engine(model, slots=3)
+    engine = Engine(model, slots=3, max_length=MAX_LENGTH)
 
     answers = engine.generate(prompts, [SamplingParams(max_new_tokens=n) for n in NEW_TOKENS])
 
@@ -43,8 +51,9 @@ def test_ragged_batch_with_replacement_equals_generate(name):
 
 
 def test_capabilities_name_the_path(name):
-    capabilities = Engine(ARCHITECTURES[name](), slots=3).capabilities
-    assert bool(capabilities.ragged) == (name not in SOLO), repr(capabilities)
+    capabilities = Engine(ARCHITECTURES[name](), slots=3, max_length=MAX_LENGTH).capabilities
+    assert capabilities.path == PATHS.get(name, "attention"), capabilities
+    assert bool(capabilities.ragged) == (capabilities.path != "solo")
     assert capabilities.ragged or capabilities.ragged.reason
 
 
@@ -55,7 +64,7 @@ def assert_follows(model, logits, prompt, answer):
 
 def test_forks_and_rewinds_equal_replay(name):
     model = ARCHITECTURES[name]()
-    engine = Engine(model, slots=3)
+    engine = Engine(model, slots=3, max_length=MAX_LENGTH)
     if not (engine.capabilities.fork and engine.capabilities.rewind):
         pytest.skip(f"{name}: {engine.capabilities}")
     one, two = prompts_of([12, 5])
@@ -80,7 +89,7 @@ def test_forks_and_rewinds_equal_replay(name):
 
 def test_ragged_extend_and_keep_equal_replay(name):
     model = ARCHITECTURES[name]()
-    engine = Engine(model, slots=3)
+    engine = Engine(model, slots=3, max_length=MAX_LENGTH)
     if not engine.capabilities.extend:
         pytest.skip(f"{name}: {engine.capabilities}")
     prompts = prompts_of([12, 5, 8])
