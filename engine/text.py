@@ -284,9 +284,8 @@ def chat_ids(
         raise PromptError(f"prompt {index} is a conversation, but there is no tokenizer; pass token ids")
     if "chat_template" not in template_kwargs and not _has_template(tokenizer):
         raise PromptError(
-            f"prompt {index} is a conversation, but {type(tokenizer).__name__} has no chat template "
-            "(probably the model is not an instruction-tuned one); set `tokenizer.chat_template` to a Jinja template, "
-            "or pass the prompt as plain text"
+            f"prompt {index} is a conversation, but {type(tokenizer).__name__} has no chat template (is the "
+            "model instruction-tuned?); set `tokenizer.chat_template` to a Jinja template, or pass plain text"
         )
     if add_generation_prompt is None:
         add_generation_prompt = not template_kwargs.get("continue_final_message", False)
@@ -357,8 +356,8 @@ def _split(prompts: Any, pad_id: int | None) -> tuple[list, bool]:
         if any(kind):
             yes, no = kind.index(True), kind.index(False)
             raise PromptError(
-                f"prompts mixes the elements of one prompt with whole prompts: element {yes} is {name}, element "
-                f"{no} is {_brief(prompts[no])}; pass one prompt, or a list in which every element is a prompt"
+                f"prompts mixes the elements of one prompt with whole prompts: element {yes} is {name}, "
+                f"element {no} is {_brief(prompts[no])}; pass one prompt, or a list of whole prompts"
             )
     return [_one_row(p, pad_id, i) if isinstance(p, Mapping) else p for i, p in enumerate(prompts)], False
 

@@ -10,6 +10,7 @@ CORPUS = [
     "naïve café, straße, 你好 世界, привет мир, 안녕하세요",
     "emoji 😀 😀 👩‍👩‍👧 flags 🇫🇷 and ❤️\nnew lines\n\n  and  spaces",
 ]
+LETTERS = "abcdefghijklmnopqrstuvwxyz.,STOP"
 FIRST_BYTE = 4  # id of `<0x00>` in `byte_fallback`
 CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 CHAT += "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -38,10 +39,10 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @cache
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """Llama 2's form: BPE over "▁" for spaces, unknown characters as `<0xNN>` tokens, first space stripped."""
+    """Llama 2's form: BPE with "▁" for spaces and `<0xNN>` for unknown characters; strips the first space."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
     vocab |= {f"<0x{b:02X}>": FIRST_BYTE + b for b in range(256)}
-    words = ["▁", *"abcdefghijklmnopqrstuvwxyz.,STOP", "▁t", "he", "▁the", "▁S", "TO", "▁STO", "▁STOP"]
+    words = ["▁", *LETTERS, "▁t", "he", "▁the", "▁S", "TO", "▁STO", "▁STOP"]
     vocab |= {w: 260 + i for i, w in enumerate(words)}
     merges = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("▁", "S"), ("T", "O"), ("▁S", "TO"), ("▁STO", "P")]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -57,7 +58,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 @cache
 def metaspace() -> PreTrainedTokenizerFast:
     """Unigram with the Metaspace decoder, as in T5 and XLNet; no byte fallback."""
-    pieces = ["<unk>", "<s>", "</s>", "<pad>", "▁", *"abcdefghijklmnopqrstuvwxyz.,STOP", "▁the", "▁STO"]
+    pieces = ["<unk>", "<s>", "</s>", "<pad>", "▁", *LETTERS, "▁the", "▁STO"]
     tokenizer = Tokenizer(models.Unigram([(p, -float(i)) for i, p in enumerate(pieces)], 0, False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
