@@ -53,7 +53,7 @@ class Rule(NamedTuple):
 
     Args:
         kind: "count", "mass" or "value".
-        parameter: float32 [B]; off is k <= 0 or k >= V for a count, p >= 1 for a mass; a value rule returns -inf.
+        parameter: float32 [B]; off is k <= 0 or k >= V for a count, p >= 1 for a mass; <= 0 for a value rule.
         threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B].
         device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy, collision, count,
             mean, deviation, parameter) -> threshold, or the name of one in `kernels.triton_rules`. Without it the
@@ -64,6 +64,7 @@ class Rule(NamedTuple):
     parameter: torch.Tensor
     threshold: Callable | None = None
     device: object | None = None
+    needs_statistics: bool = True  # False: `threshold` uses the maximum alone
 
 
 class SparseEdits(NamedTuple):
@@ -80,6 +81,16 @@ class SparseEdits(NamedTuple):
     presence: torch.Tensor  # float32 [B]; 0 is off
     frequency: torch.Tensor  # float32 [B]; 0 is off
     touched: torch.Tensor  # int32 [B, ceil(V / 32)]
+
+
+class Pointwise(NamedTuple):
+    """An edit of every logit alone, before temperature: (logit, token id, parameter) -> logit; -inf stays -inf."""
+
+    parameter: torch.Tensor  # float32 [B]
+    edit: Callable  # torch: float32 [B, V], int64 [V], float32 [B, 1] -> float32 [B, V]
+    device: object | None = (
+        None  # the same as a @triton.jit function of float32, int32 tiles and a float32 scalar
+    )
 
 
 def touched_bits(ids, vocab_size):
@@ -151,7 +162,7 @@ def top_p(p):
 
 def min_p(p):
     """Keep tokens at least p times as probable as the most probable one; p [B], <= 0 is off (arXiv 2407.01082)."""
-    return Rule("value", p.to(torch.float32), _min_p_threshold, "min_p_threshold")
+    return Rule("value", p.to(torch.float32), _min_p_threshold, "min_p_threshold", False)
 
 
 def _min_p_threshold(statistics, parameter):

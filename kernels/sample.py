@@ -21,6 +21,7 @@ def sample(
     rules=(),
     edits=None,
     bitmask=None,
+    pointwise=(),
     logprobs=False,
     n_top=0,
     out=None,
@@ -28,7 +29,7 @@ def sample(
 ):
     """Edit, scale, truncate and draw one token a row; a row's result depends on nothing outside the row.
 
-    Order: edits (bias, bans, penalties), bitmask, temperature, top_k, top_p, min_p, then `rules`; a rule in any other
+    Order: edits (bias, bans, penalties), bitmask, pointwise, temperature, top_k, top_p, min_p, then `rules`; a rule in any other
     place is given through `rules` alone. Every row has its own parameters, and each off value changes nothing.
 
     Args:
@@ -42,7 +43,9 @@ def sample(
         rules: further `rules.Rule`s, in order.
         edits: `rules.SparseEdits` or None.
         bitmask: int32 [B, ceil(V / 32)] or None; a clear bit excludes the token (`rules.pack_mask`).
-        logprobs: fill the log-probabilities, entropy, kept count and rank of `Drawn`.
+        pointwise: `rules.Pointwise` edits, in order.
+        logprobs: fill the log-probabilities, entropy, kept count and rank of `Drawn`. "chosen" asks for `logprob` alone,
+            which is what a decode step needs and cheaper on the CPU; other fields may then be None.
         n_top: number of highest raw log-probabilities to return, 0 to V.
         out: int64 [B] or None; the Triton kernels write the tokens there and allocate nothing else they can reuse.
         kernels: "auto", "triton", "torch" or None (see `dispatch`).
@@ -65,10 +68,11 @@ def sample(
         "rules": rules,
         "edits": edits,
         "bitmask": bitmask,
+        "pointwise": pointwise,
         "logprobs": logprobs,
         "n_top": n_top,
     }
-    if dispatch.select("sample", logits.device, kernels, _unfused(rules)) == "triton":
+    if dispatch.select("sample", logits.device, kernels, _unfused(rules, pointwise)) == "triton":
         from .sample_fused import sample_fused
 
         return sample_fused(logits, out=out, **arguments)
@@ -76,11 +80,14 @@ def sample(
     return drawn if out is None else drawn._replace(tokens=out.copy_(drawn.tokens))
 
 
-def _unfused(rules):
-    """Why these rules have no fused kernel, or None."""
+def _unfused(rules, pointwise):
+    """Why these rules and edits have no fused kernel, or None."""
     for rule in rules:
         if rule.kind == "value" and rule.device is None:
             return f"rule {getattr(rule.threshold, '__name__', rule.threshold)!r} has no device function"
+    for point in pointwise:
+        if point.device is None:
+            return f"edit {getattr(point.edit, '__name__', point.edit)!r} has no device function"
     return None
 
 

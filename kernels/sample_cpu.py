@@ -11,7 +11,7 @@ import torch
 from . import philox
 from .draw import FLOAT_MAX, NO_TOKEN, _contenders, draw_ragged
 from .rules import MASS_SHARE, Drawn, Statistics
-from .sample_reference import apply_edits
+from .sample_reference import apply_edits, with_top
 
 GROUPS = 512  # group maxima taken per row before a count limit
 BINS = 4096
@@ -29,14 +29,15 @@ def sample_cpu(
     rules=(),
     edits=None,
     bitmask=None,
+    pointwise=(),
     logprobs=False,
     n_top=0,
 ):
     """`sample` for CPU tensors; arguments and result as `sample_reference`."""
-    if edits is None and bitmask is None:
+    if edits is None and bitmask is None and not pointwise:
         rows = logits.detach().float().numpy()
     else:
-        rows = apply_edits(logits.detach(), edits=edits, bitmask=bitmask).numpy()
+        rows = apply_edits(logits.detach(), edits=edits, bitmask=bitmask, pointwise=pointwise).numpy()
     temperature = np.ones(len(rows), np.float32) if temperature is None else temperature.numpy()
     streams = torch.zeros_like(seeds) if streams is None else streams
     key = seeds.numpy(), positions.numpy(), streams.numpy()
@@ -55,9 +56,12 @@ def sample_cpu(
         index, winners = draw_ragged(pending, *key)
         tokens[index] = winners
     result = Drawn(torch.from_numpy(tokens))
-    if logprobs:
+    if logprobs == "chosen":
+        chosen = [left.logprob(token) for left, token in zip(drawn, tokens, strict=True)]
+        result = result._replace(logprob=torch.from_numpy(np.array(chosen, dtype=np.float32)))
+    elif logprobs:
         result = _describe(logits, drawn, tokens)
-    return _with_top(result, logits, n_top) if n_top else result
+    return with_top(result, logits, n_top) if n_top else result
 
 
 class _Row:
@@ -130,6 +134,12 @@ class _Row:
             np.sqrt(((shifted - mean) ** 2).mean()),
         )
         return Statistics(*(torch.tensor([part], dtype=torch.float32) for part in parts))
+
+    def logprob(self, token):
+        """Log-probability of a token among the candidates; NaN for a row without a drawable token."""
+        if self.bad:
+            return np.nan
+        return self.full[token] - self.top - np.log(np.exp(self.values - self.top).sum())
 
     def candidates(self, seed, position, stream):
         """(ids ascending, logits minus their maximum) of the tokens that may win the draw."""
@@ -206,19 +216,3 @@ def _describe(logits, drawn, tokens):
         counts[:, index] = stats.count[0], 1 + np.count_nonzero(left.full > value)
     floats, counts = torch.from_numpy(floats), torch.from_numpy(counts)
     return Drawn(torch.from_numpy(tokens), floats[0], floats[1], floats[2], counts[0], counts[1])
-
-
-def _with_top(result, logits, n_top):
-    """Add the n_top highest raw log-probabilities, ties by lowest id."""
-    raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1)
-    limit = raw.topk(n_top, dim=1).values[:, -1:]
-    ids = torch.zeros(len(raw), n_top, dtype=torch.int64)
-    values = torch.full((len(raw), n_top), torch.nan)
-    for index, row in enumerate(raw):
-        if row.isnan().any():
-            ids[index] = torch.arange(n_top)
-            continue
-        found = (row >= limit[index]).nonzero()[:, 0]
-        order = row[found].sort(descending=True, stable=True).indices[:n_top]
-        ids[index], values[index] = found[order], row[found[order]]
-    return result._replace(top_ids=ids, top_logprobs=values)

@@ -6,13 +6,17 @@ from .draw import FLOAT_MAX, NO_TOKEN, draw_reference
 from .rules import MASS_SHARE, Drawn, Statistics, unpack_mask
 
 
-def apply_edits(logits, *, edits=None, bitmask=None):
+def apply_edits(logits, *, edits=None, bitmask=None, pointwise=()):
     """Sparse edits, then the bitmask: logits [B, V] -> float32 [B, V], a new tensor; +inf becomes the largest float."""
     x = logits.float().clamp(max=FLOAT_MAX)
     if edits is not None:
         x = _apply_sparse(x, edits)
     if bitmask is not None:
         x = torch.where(unpack_mask(bitmask, x.shape[1]), x, -torch.inf)
+    ids = torch.arange(x.shape[1], device=x.device)
+    for point in pointwise:
+        edited = point.edit(x, ids, point.parameter[:, None]).clamp(max=FLOAT_MAX)
+        x = torch.where(x == -torch.inf, x, edited)
     return x
 
 
@@ -108,11 +112,12 @@ def sample_reference(
     rules=(),
     edits=None,
     bitmask=None,
+    pointwise=(),
     logprobs=False,
     n_top=0,
 ):
     """`sample` in plain torch on any device; `rules` is the tuple of all truncation rules in order."""
-    edited = apply_edits(logits, edits=edits, bitmask=bitmask)
+    edited = apply_edits(logits, edits=edits, bitmask=bitmask, pointwise=pointwise)
     temperature = torch.ones(len(logits), device=logits.device) if temperature is None else temperature
     greedy = temperature <= 0
     bad = ~(edited.amax(dim=1) > -torch.inf) | logits.isnan().any(dim=1)
@@ -126,11 +131,9 @@ def sample_reference(
 
 def describe(logits, usable, left, tokens, logprobs, n_top):
     """The result tuple from raw logits, edited and scaled logits, what the rules left, and the tokens."""
-    if not logprobs and not n_top:
-        return Drawn(tokens)
-    raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1)
     result = Drawn(tokens)
     if logprobs:
+        raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1)
         bad = tokens < 0
         at = tokens.clamp(min=0)[:, None]
         stats = statistics(left)
@@ -143,7 +146,21 @@ def describe(logits, usable, left, tokens, logprobs, n_top):
             kept=torch.where(bad, 0, stats.count.long()),
             rank=torch.where(bad, 0, rank),
         )
-    if n_top:
-        order = raw.sort(dim=1, descending=True, stable=True)
-        result = result._replace(top_ids=order.indices[:, :n_top], top_logprobs=order.values[:, :n_top])
-    return result
+    return with_top(result, logits, n_top) if n_top else result
+
+
+def with_top(result, logits, n_top):
+    """Add the n_top highest log-probabilities of the logits as given, ties by lowest id; NaN for a row with a NaN.
+
+    Only tokens at or above the n_top-th are sorted: an exact count by id decides among its ties.
+    """
+    raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1)
+    kth = raw.topk(n_top, dim=1).values[:, -1:]
+    higher = raw > kth
+    room = n_top - higher.sum(dim=1, keepdim=True)
+    ties = raw == kth
+    chosen = higher | (ties & (ties.cumsum(dim=1) <= room))
+    chosen[:, :n_top] |= raw.isnan().any(dim=1, keepdim=True)
+    ids = torch.arange(raw.shape[1], device=raw.device).expand_as(raw)[chosen].view(len(raw), n_top)
+    order = raw.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    return result._replace(top_ids=ids.gather(1, order.indices), top_logprobs=order.values)

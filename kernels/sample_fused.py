@@ -1,0 +1,155 @@
+"""Launcher of the fused sampler: two launches, no synchronisation, parameters read from device memory."""
+
+import torch
+import triton
+
+from . import triton_rules
+from .rules import Drawn
+from .sample_reference import with_top
+from .triton_sample import group_statistics_kernel, sample_kernel
+
+GROUP = 128
+FIRST_GROUPS = 16  # groups a program of the first launch
+SECOND_GROUPS = 16  # groups a step of the second launch
+CAPACITY = 1024  # candidates held in registers; more are read again in every step
+KINDS = {"count": 0, "mass": 1, "value": 2}
+
+
+class Plan:
+    """Everything about a call that does not change from step to step: variants, buffers, off values.
+
+    A Plan is for one number of rows, vocabulary, device and tuple of rules; `sample_fused` makes one unless it is
+    given, and a decode loop that captures graphs keeps its own so that steps allocate nothing.
+    """
+
+    def __init__(self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False):
+        rows, vocab = logits.shape
+        device = logits.device
+        self.rows, self.vocab, self.logprobs = rows, vocab, logprobs
+        self.kinds = tuple(KINDS[rule.kind] for rule in rules)
+        self.devices = tuple(_device_function(rule) for rule in rules)
+        self.needs = tuple(bool(rule.kind == "value" and rule.needs_statistics) for rule in rules)
+        self.points = tuple(point.device for point in pointwise)
+        self.moments = logprobs or any(self.needs)
+        self.planes = 10 if self.moments else 3
+        self.vocab_groups = triton.cdiv(vocab, GROUP)
+        self.groups = self.vocab_groups + (0 if edits is None else triton.cdiv(edits.ids.shape[1], GROUP))
+        self.width = max(16, triton.next_power_of_2(self.groups))
+        empty = {"device": device, "dtype": torch.float32}
+        self.statistics = torch.empty(rows, self.planes, self.width, **empty)
+        self.active = torch.empty(rows, self.width, device=device, dtype=torch.int32)
+        self.listed = torch.empty(rows, CAPACITY, **empty)
+        self.listed_ids = torch.empty(rows, CAPACITY, device=device, dtype=torch.int32)
+        self.tokens = torch.empty(rows, device=device, dtype=torch.int64)
+        self.floats = torch.empty(3, rows, **empty)
+        self.counts = torch.empty(2, rows, device=device, dtype=torch.int64)
+        self.ones = torch.ones(rows, **empty)
+        self.zeros = torch.zeros(rows, device=device, dtype=torch.int64)
+        self.limits = torch.empty(max(len(rules), 1), rows, **empty)
+        self.point_values = torch.empty(max(len(pointwise), 1), rows, **empty)
+
+    def constants(self, edits, bitmask):
+        """Compile-time arguments that both launches share."""
+        return {
+            "KINDS": self.kinds,
+            "SPARSE": edits is not None,
+            "MASKED": bitmask is not None,
+            "POINTS": self.points,
+            "MOMENTS": self.moments,
+            "PLANES": self.planes,
+            "enable_fp_fusion": False,
+        }
+
+
+def _device_function(rule):
+    """The Triton function of a value rule; counts and masses have a place holder."""
+    if rule.kind != "value":
+        return triton_rules.min_p_threshold
+    return getattr(triton_rules, rule.device) if isinstance(rule.device, str) else rule.device
+
+
+def sample_fused(
+    logits,
+    *,
+    seeds,
+    positions,
+    streams=None,
+    temperature=None,
+    rules=(),
+    edits=None,
+    bitmask=None,
+    pointwise=(),
+    logprobs=False,
+    n_top=0,
+    out=None,
+    plan=None,
+):
+    """`sample` by the Triton kernels; arguments and result as `sample_reference`.
+
+    Args:
+        out: int64 [B] or None; receives the tokens.
+        plan: Plan or None; holds every buffer. Its result tensors are overwritten by the next call with it. With a
+            plan and n_top=0 the call allocates nothing and can be captured in a CUDA graph; limits are copied from
+            the rules' parameters inside the graph, so changing those in place takes effect on replay.
+    """
+    if plan is None:
+        plan = Plan(logits, rules=rules, edits=edits, pointwise=pointwise, logprobs=logprobs)
+    if plan.rows == 0:
+        return _result(plan, plan.tokens if out is None else out, logits, n_top)
+    for values, source in ((plan.limits, rules), (plan.point_values, pointwise)):
+        for target, part in zip(values, source, strict=False):
+            target.copy_(part.parameter)
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    tokens = plan.tokens if out is None else out
+    sparse, mask, mask_stride = _edit_arguments(logits, plan, edits, bitmask)
+    row_arguments = (
+        seeds,
+        positions,
+        plan.zeros if streams is None else streams,
+        plan.ones if temperature is None else temperature,
+        plan.limits,
+        mask,
+        mask_stride,
+        sparse,
+        plan.point_values,
+        plan.rows,
+    )
+    head = logits, logits.stride(0), plan.vocab, plan.vocab_groups, plan.groups, plan.statistics, plan.width
+    constants = plan.constants(edits, bitmask)
+    group_statistics_kernel[(plan.rows, triton.cdiv(plan.groups, FIRST_GROUPS))](
+        *head, *row_arguments, RAW=plan.logprobs, R=FIRST_GROUPS, num_warps=4, **constants
+    )
+    sample_kernel[(plan.rows,)](
+        *(*head, plan.active, plan.listed, plan.listed_ids, tokens, plan.floats, plan.counts),
+        *row_arguments,
+        DEVICES=plan.devices,
+        NEEDS=plan.needs,
+        LOGPROBS=plan.logprobs,
+        WIDTH=plan.width,
+        CAPACITY=CAPACITY,
+        R=SECOND_GROUPS,
+        num_warps=8,
+        **constants,
+    )
+    return _result(plan, tokens, logits, n_top)
+
+
+def _edit_arguments(logits, plan, edits, bitmask):
+    """Pointers of the edit list and bitmask; the logits stand in for what is absent and never read."""
+    sparse = (logits,) * 4 + (0, logits, 0) + (logits,) * 3
+    if edits is not None:
+        sparse = (
+            *(edits.ids, edits.bias, edits.seen, edits.counts),
+            edits.ids.shape[1],
+            edits.touched,
+            edits.touched.stride(0),
+            *(edits.repetition, edits.presence, edits.frequency),
+        )
+    return sparse, logits if bitmask is None else bitmask, 0 if bitmask is None else bitmask.stride(0)
+
+
+def _result(plan, tokens, logits, n_top):
+    drawn = Drawn(tokens)
+    if plan.logprobs:
+        drawn = Drawn(tokens, *plan.floats, *plan.counts)
+    return with_top(drawn, logits, n_top) if n_top else drawn

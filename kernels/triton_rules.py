@@ -1,0 +1,41 @@
+"""Device side of the truncation rules that set their threshold directly.
+
+Each takes (maximum, log_mass, entropy, collision, count, mean, deviation, parameter), float32 scalars of one row over
+the tokens kept so far, and returns the logit threshold. It is called only where parameter > 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_noise import exact_log
+
+
+@triton.jit
+def min_p_threshold(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
+    return maximum + exact_log(tl.minimum(tl.maximum(parameter, 1e-37), 1.0))
+
+
+@triton.jit
+def top_n_sigma_threshold(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
+    return maximum - parameter * deviation
+
+
+@triton.jit
+def epsilon_threshold(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
+    return log_mass + tl.log(tl.maximum(parameter, 1e-37))
+
+
+@triton.jit
+def eta_threshold(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
+    level = tl.log(tl.maximum(parameter, 1e-37))
+    return log_mass + tl.minimum(level, 0.5 * level - entropy)
+
+
+@triton.jit
+def top_a_threshold(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
+    return tl.log(tl.maximum(parameter, 1e-37)) + 2 * maximum - log_mass
+
+
+@triton.jit
+def p_less_threshold(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
+    return log_mass + tl.log(collision)
