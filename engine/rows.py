@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from handloom.errors import ParameterError
-from handloom.kernels.draw import draw
-from handloom.processors.base import Context, Processor, guarded, values_of
+from handloom.kernels import dispatch
+from handloom.kernels.rules import Rule
+from handloom.kernels.sample import sample
+from handloom.processors.base import Context, Keep, Processor, guarded, values_of
+from handloom.processors.temperature import Temperature
 
 
 @dataclasses.dataclass
@@ -78,6 +81,28 @@ def put_memory(memory: Any, row: int, fresh: Any) -> Any:
     return memory
 
 
+@dataclasses.dataclass
+class Plan:
+    """Where the members of a `Rows` run: the first `unfused` members one by one, then the fused sampler.
+
+    temperature: [B] float32, 0 for greedy rows; None: no row needs one. rules: truncation rules in order.
+    """
+
+    unfused: list[int]
+    temperature: Tensor | None
+    rules: tuple[Rule, ...]
+
+
+def split_tail(processors: Sequence[Processor]) -> int:
+    """How many of `processors` come before the part that the fused sampler runs: temperature, then
+    keep rules.
+    """
+    first = len(processors)
+    while first and isinstance(processors[first - 1], Keep) and not processors[first - 1].unfused():
+        first -= 1
+    return first - 1 if first and isinstance(processors[first - 1], Temperature) else first
+
+
 class Rows:
     """What a `Pipeline` keeps for B rows: made by `Pipeline.bind`.
 
@@ -93,6 +118,7 @@ class Rows:
         self.members: list[Member] = []
         self.greedy = [True] * size  # an empty row must not cost the others a draw
         self._greedy_tensor: Tensor | None = None
+        self._plan: Plan | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -107,7 +133,7 @@ class Rows:
         chain.check(params)
         if not 0 <= row < self.size:
             raise ParameterError(f"row {row} does not exist; rows are 0 to {self.size - 1}")
-        self.params[row], self.chains[row] = params, chain
+        self.params[row], self.chains[row], self._plan = params, chain, None
         self._place(row, chain, params)
         site = dataclasses.replace(self.site, params=[params])
         site.tokens = torch.tensor([list(prompt_ids)], dtype=torch.int64, device=site.device).view(1, -1)
@@ -121,7 +147,7 @@ class Rows:
 
     def clear(self, row: int) -> None:
         """Take `row` back: no processor runs for it until it is filled again."""
-        self.params[row], self.chains[row] = None, None
+        self.params[row], self.chains[row], self._plan = None, None, None
         for member in self.members:
             if member.on[row]:
                 member.set(row, member.settings[row], False)
@@ -163,34 +189,58 @@ class Rows:
         """The members that are on for at least one row, in order."""
         return [member for member in self.members if any(member.on)]
 
-    def _views(self, context: Context) -> list[tuple[Processor, Context]]:
-        """The step as each active member sees it."""
-        result = []
-        for member in self.active():
-            view = context.view(member.processor, member.ready(self.site), member.memory)
-            view.vocab_size, view.eos_token_ids = self.site.vocab_size, self.site.eos_token_ids
-            view.device = self.site.device
-            result.append((member.processor, view))
-        return result
+    def _view(self, member: Member, context: Context) -> Context:
+        """The step as one member sees it."""
+        view = context.view(member.processor, member.ready(self.site), member.memory)
+        view.vocab_size, view.eos_token_ids = self.site.vocab_size, self.site.eos_token_ids
+        view.device = self.site.device
+        return view
+
+    def plan(self) -> Plan:
+        """Which active members run where in `sample`; made anew when rows have changed."""
+        if self._plan is None:
+            chosen = [i for i, member in enumerate(self.members) if any(member.on)]
+            first = split_tail([self.members[i].processor for i in chosen])
+            temperature, rules = None, []
+            for i in chosen[first:]:
+                member = self.members[i]
+                values = member.ready(self.site)
+                if isinstance(member.processor, Temperature):
+                    temperature = values.temperature[:, 0]
+                else:
+                    rules.append(member.processor.rule(self.site.view(member.processor, values, None)))
+            if any(self.greedy):
+                temperature = (
+                    torch.ones(self.size, device=self.site.device) if temperature is None else temperature
+                )
+                temperature = torch.where(self.greedy_rows(), 0.0, temperature)
+            self._plan = Plan(chosen[:first], temperature, tuple(rules))
+        return self._plan
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
         """Processed logits [B, V] float32; the same tensor when no processor is on. Never writes to
         `logits`.
         """
-        for processor, view in self._views(context):
-            logits = guarded(processor, logits, view)
+        for member in self.active():
+            logits = guarded(member.processor, logits, self._view(member, context))
         return logits
 
     def accept(self, tokens: Tensor, context: Context) -> Rows:
-        """Rows after `tokens` [B] int64 were committed; give the Context that `apply` or `sample` saw."""
+        """Rows after `tokens` [B] int64 were committed; give the Context that `apply` or `sample` saw.
+
+        A token of -1 says that its row accepts nothing in this step: its memory stays as it is.
+        """
         stateful = [member for member in self.active() if member.memory is not None]
         if not stateful:
             return self
+        idle = (tokens < 0).nonzero().flatten().tolist() if bool((tokens < 0).any()) else []
         changed = {}
         for member in stateful:
-            view = context.view(member.processor, member.ready(self.site), member.memory)
-            view.vocab_size, view.device = self.site.vocab_size, self.site.device
-            changed[id(member)] = member.copy(memory=member.processor.accept(member.memory, tokens, view))
+            view = self._view(member, context)
+            memory = member.processor.accept(member.memory, tokens.clamp(min=0), view)
+            for row in idle:
+                memory = put_memory(memory, row, select_memory(member.memory, torch.tensor([row])))
+            changed[id(member)] = member.copy(memory=memory)
         return self._with([changed.get(id(member), member) for member in self.members])
 
     def _with(self, members: list[Member]) -> Rows:
@@ -216,22 +266,41 @@ class Rows:
             ]
         )
         other.size, other.params, other.chains = len(rows), pick(self.params), pick(self.chains)
-        other.greedy, other._greedy_tensor = pick(self.greedy), None
+        other.greedy, other._greedy_tensor, other._plan = pick(self.greedy), None, None
         return other
 
     def sample(self, logits: Tensor, context: Context) -> Drawn:
-        """Process raw `logits` [B, V] float32 and draw one token a row."""
-        processed = self.apply(logits, context)
+        """Process raw `logits` [B, V] float32 and draw one token a row.
+
+        Temperature and the truncation rules at the end of the pipeline run inside `kernels.sample` together
+        with the draw, with the tokens that `apply` and `kernels.draw` would give.
+        """
         if all(self.greedy):
+            processed = self.apply(logits, context)
             tokens = processed.argmax(-1)
-        else:
-            tokens = draw(processed, context.seeds, context.positions, context.streams, self.greedy_rows())
-            tokens = tokens.clamp(
-                min=0
-            )  # -1 marks a row without a drawable token; its log-probabilities are NaN
-        raw = logprob_of(logits, tokens)
-        final = raw if processed is logits else logprob_of(processed, tokens)
-        return Drawn(tokens, raw, final, processed)
+            raw = logprob_of(logits, tokens)
+            return Drawn(
+                tokens, raw, raw if processed is logits else logprob_of(processed, tokens), processed
+            )
+        plan, processed = self.plan(), logits
+        for i in plan.unfused:
+            member = self.members[i]
+            processed = guarded(member.processor, processed, self._view(member, context))
+        drawn = sample(
+            processed,
+            seeds=context.seeds,
+            positions=context.positions,
+            streams=context.streams,
+            temperature=plan.temperature,
+            rules=plan.rules,
+            logprobs="chosen",
+            kernels=implementation(logits.device),
+        )
+        tokens = drawn.tokens.clamp(
+            min=0
+        )  # -1 marks a row without a drawable token; its log-probabilities are NaN
+        raw = drawn.raw_logprob if drawn.raw_logprob is not None and processed is logits else None
+        return Drawn(tokens, logprob_of(logits, tokens) if raw is None else raw, drawn.logprob, None)
 
     def greedy_rows(self) -> Tensor | None:
         """[B] bool: rows that take the argmax; None when there are none."""
@@ -242,9 +311,16 @@ class Rows:
         return self._greedy_tensor
 
 
+def implementation(device: torch.device) -> str | None:
+    """Which kernels `sample` is asked for: on a CPU the interpreter of Triton runs only for those
+    who name it.
+    """
+    return "torch" if device.type == "cpu" and dispatch.requested() == "auto" else None
+
+
 def logprob_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """log_softmax(logits [B, V]) at tokens [B], [B] float32; NaN for rows of NaN or of -inf alone."""
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
 def merge(chains: Sequence[Sequence[Processor]]) -> list[Processor]:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from handloom.errors import ParameterError
-from handloom.kernels.rules import MASS_SHARE
+from handloom.kernels.rules import MASS_SHARE, Rule, Statistics
+from handloom.kernels.sample_reference import statistics
 
 NEG_INF = float("-inf")
+LIMITS = ("level", "threshold", "count", "mass")
 
 
 @dataclasses.dataclass
@@ -256,17 +258,21 @@ class Keep(Processor):
     """A truncation rule: keep the tokens whose key is at or above a threshold; everything else becomes -inf.
 
     Write exactly one of
-      threshold(logits, context) -> [B, 1]   the threshold itself, in units of the key
+      level(statistics, value) -> [B]        threshold of the logit, from `kernels.rules.Statistics` of the
+                                             row and the rule's first parameter, all [B]; such a rule runs in
+      the fused sampler threshold(logits, context) -> [B, 1]   the threshold itself, in units of the key
       count(context) -> [B, 1] int64 >= 1    keep the count largest keys; ties with the last one are kept
       mass(context) -> [B, 1]                keep the largest keys until their probability reaches mass; ties
     kept and, where the key is not the logit, key(logits, context) -> [B, V], larger is better. The token with
-    the largest key is always kept.
+    the largest key is always kept. `device`: for a `level`, the same as a Triton function (see
+    `kernels.rules.Rule`).
     """
 
     kind = "keep"
     keeps_argmax = True
     sampling_only = True
-    threshold = count = mass = None
+    level = threshold = count = mass = None
+    device: Any = None
 
     def key(self, logits: Tensor, context: Context) -> Tensor:
         """What tokens are ranked by, [B, V] float32; the logit by default."""
@@ -274,15 +280,49 @@ class Keep(Processor):
 
     @property
     def limit(self) -> str:
-        """Which of the three limits the rule declares: "threshold", "count" or "mass"."""
-        found = [name for name in ("threshold", "count", "mass") if getattr(self, name) is not None]
+        """Which limit the rule declares: "level", "threshold", "count" or "mass"."""
+        found = [name for name in LIMITS if getattr(self, name) is not None]
         if len(found) != 1:
-            raise ParameterError(f"{self.name} must define one of threshold, count, mass; it defines {found}")
+            raise ParameterError(
+                f"{self.name} must define exactly one of {', '.join(LIMITS)}; it has {found}"
+            )
         return found[0]
+
+    def unfused(self) -> str:
+        """Why this rule cannot run in the fused sampler; empty when it can."""
+        if type(self).key is not Keep.key:
+            return "its key is not the logit"
+        return "its threshold needs more than row statistics" if self.limit == "threshold" else ""
+
+    def rule(self, context: Context) -> Rule | None:
+        """This rule for `kernels.sample`, one parameter a row and its off value where it is off;
+        None: not fused.
+        """
+        if self.unfused():
+            return None
+        on, limit = context.values.rows_on, self.limit
+        if limit == "level":
+            off = float(self.defaults[self.fields[0]])
+            value = getattr(context.values, self.fields[0])
+        else:
+            off, value = (0.0, self.count(context)) if limit == "count" else (1.0, self.mass(context))
+        value = value.to(torch.float32)
+        parameter = (value if on is None else torch.where(on, value, off))[:, 0]
+        if limit != "level":
+            return Rule(limit, parameter)
+
+        def threshold(statistics: Statistics, value: Tensor) -> Tensor:
+            return torch.where(value == off, NEG_INF, self.level(statistics, value))
+
+        return Rule("value", parameter, threshold, self.device)
 
     def cut(self, logits: Tensor, key: Tensor, context: Context) -> Tensor:
         """The threshold of every row in units of the key, [B, 1]."""
         limit = self.limit
+        if limit == "level":
+            rule = self.rule(context)
+            level = rule.threshold(statistics(logits), rule.parameter)[:, None]
+            return torch.minimum(level, key.amax(-1, keepdim=True))
         if limit == "threshold":
             return torch.minimum(self.threshold(logits, context), key.amax(-1, keepdim=True))
         if limit == "count":

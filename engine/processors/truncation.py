@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from handloom.kernels.philox import log_reference
+from handloom.kernels.rules import Rule, Statistics
 from handloom.processors.base import NEG_INF, Context, Keep
 from handloom.processors.temperature import entropy
+
+SMALLEST = 1e-37  # below it, float32 loses precision
 
 
 class TopK(Keep):
@@ -49,13 +52,10 @@ class MinP(Keep):
 
     name = "min_p"
     defaults = {"min_p": 0.0}
+    device = "min_p_threshold"
 
-    def pack(self, rows, context):
-        shares = torch.tensor([[float(row["min_p"])] for row in rows])
-        return {"floor": log_reference(shares.clamp(1e-37, 1.0)).to(context.device)}
-
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        return logits.amax(-1, keepdim=True) + context.values.floor
+    def level(self, statistics: Statistics, share: Tensor) -> Tensor:
+        return statistics.maximum + log_reference(share.clamp(SMALLEST, 1.0))
 
 
 class Typical(Keep):
@@ -82,12 +82,10 @@ class Epsilon(Keep):
 
     name = "epsilon"
     defaults = {"epsilon_cutoff": 0.0}
+    device = "epsilon_threshold"
 
-    def key(self, logits: Tensor, context: Context) -> Tensor:
-        return logits.softmax(-1)
-
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        return context.values.epsilon_cutoff
+    def level(self, statistics: Statistics, epsilon: Tensor) -> Tensor:
+        return statistics.log_mass + epsilon.clamp(min=SMALLEST).log()
 
 
 class Eta(Keep):
@@ -95,13 +93,11 @@ class Eta(Keep):
 
     name = "eta"
     defaults = {"eta_cutoff": 0.0}
+    device = "eta_threshold"
 
-    def key(self, logits: Tensor, context: Context) -> Tensor:
-        return logits.softmax(-1)
-
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        eta = context.values.eta_cutoff
-        return torch.minimum(eta, eta.sqrt() * torch.exp(-entropy(logits)))
+    def level(self, statistics: Statistics, eta: Tensor) -> Tensor:
+        eta = eta.clamp(min=SMALLEST).log()
+        return statistics.log_mass + torch.minimum(eta, 0.5 * eta - statistics.entropy)
 
 
 class TopA(Keep):
@@ -109,12 +105,10 @@ class TopA(Keep):
 
     name = "top_a"
     defaults = {"top_a": 0.0}
+    device = "top_a_threshold"
 
-    def key(self, logits: Tensor, context: Context) -> Tensor:
-        return logits.softmax(-1)
-
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        return context.values.top_a * logits.softmax(-1).amax(-1, keepdim=True) ** 2
+    def level(self, statistics: Statistics, a: Tensor) -> Tensor:
+        return a.clamp(min=SMALLEST).log() + 2 * statistics.maximum - statistics.log_mass
 
 
 class TailFree(Keep):
@@ -147,18 +141,10 @@ class TopNSigma(Keep):
 
     name = "top_n_sigma"
     defaults = {"top_n_sigma": 0.0}
+    device = "top_n_sigma_threshold"
 
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        return logits.amax(-1, keepdim=True) - context.values.top_n_sigma * deviation(logits)
-
-
-def deviation(logits: Tensor) -> Tensor:
-    """Standard deviation over the logits of every row that are not -inf, divided by their number, [B, 1]."""
-    finite = logits > NEG_INF
-    n = finite.sum(-1, keepdim=True).clamp(min=1)
-    mean = logits.masked_fill(~finite, 0.0).sum(-1, keepdim=True) / n
-    square = ((logits - mean) ** 2).masked_fill(~finite, 0.0).sum(-1, keepdim=True)
-    return (square / n).sqrt()
+    def level(self, statistics: Statistics, n: Tensor) -> Tensor:
+        return statistics.maximum - n * statistics.deviation
 
 
 class TopH(Keep):
@@ -214,12 +200,15 @@ class PLess(Keep):
     defaults = {"p_less": False}
 
     def pack(self, rows, context):
-        return {"norm": torch.tensor([[row["p_less"] == "norm"] for row in rows], device=context.device)}
+        modes = {False: 0.0, True: 1.0, "norm": float(context.vocab_size)}
+        packed = torch.tensor([[modes[row["p_less"]]] for row in rows], device=context.device)
+        return {"p_less": packed, "plain": all(row["p_less"] != "norm" for row in rows)}
 
-    def key(self, logits: Tensor, context: Context) -> Tensor:
-        return logits.softmax(-1)
+    def rule(self, context: Context) -> Rule:
+        rule = super().rule(context)
+        return rule._replace(device="p_less_threshold") if context.values.plain else rule
 
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        collision = (logits.softmax(-1) ** 2).sum(-1, keepdim=True)
-        vocab = logits.shape[-1]
-        return torch.where(context.values.norm, (vocab * collision - 1) / max(vocab - 1, 1), collision)
+    def level(self, statistics: Statistics, vocab: Tensor) -> Tensor:
+        least = statistics.collision
+        least = torch.where(vocab > 1, (vocab * least - 1) / (vocab - 1), least)
+        return statistics.log_mass + least.clamp(min=SMALLEST).log()
