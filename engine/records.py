@@ -1,0 +1,143 @@
+"""JSON lines in and out: a file of prompts, and a file of results that survives a kill."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from handloom.errors import HandloomError, PromptError
+
+KINDS = {"prompt": str, "messages": list, "token_ids": list}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a file of prompts.
+
+    Args:
+        id: name of the record, the line's `id` or its line number from 1.
+        kind: "prompt" (text), "messages" (a conversation) or "token_ids".
+        content: the prompt itself.
+        params: sampling parameters of this record alone.
+    """
+
+    id: int | str
+    kind: str
+    content: Any
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+def read_records(lines: Iterable[str]) -> list[Record]:
+    """The prompts of a JSONL file; empty lines are skipped.
+
+    A line is an object with one of `prompt`, `messages`, `token_ids`, and perhaps `id` and `params`.
+
+    Raises:
+        PromptError: a line is not such an object, or an id comes twice; the message names the line.
+    """
+    records: list[Record] = []
+    first_seen: dict[int | str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _read_record(line, number)
+        if record.id in first_seen:
+            raise PromptError(f"line {number}: id {record.id!r} is also that of line {first_seen[record.id]}")
+        first_seen[record.id] = number
+        records.append(record)
+    return records
+
+
+def _read_record(line: str, number: int) -> Record:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"line {number} is not JSON: {error.msg} at column {error.colno}") from error
+    found = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
+    if len(found) != 1:
+        raise PromptError(f"line {number}: expected an object with exactly one of {', '.join(KINDS)}")
+    if not isinstance(entry[found[0]], KINDS[found[0]]):
+        kind = KINDS[found[0]].__name__
+        raise PromptError(f"line {number}: {found[0]} must be a {kind}, got {entry[found[0]]!r:.80}")
+    params = entry.get("params", {})
+    name = entry.get("id", number)
+    if not isinstance(params, dict):
+        raise PromptError(f"line {number}: params must be an object, got {params!r:.80}")
+    if isinstance(name, bool) or not isinstance(name, int | str):
+        raise PromptError(f"line {number}: id must be a text or an integer, got {name!r:.80}")
+    return Record(name, found[0], entry[found[0]], params)
+
+
+class ResultFile:
+    """A JSONL file of results that is only ever extended by whole lines; a context manager.
+
+    Whatever kills the writer, a record is in the file whole or not at all: each line is one write, and a torn
+    last line is cut off when the file is opened again. One process at a time may have it open.
+
+    Args:
+        path: the file; made if it does not exist.
+
+    Attributes:
+        done: {(id, sample): key} of the records in the file, `key` naming the settings that made them.
+
+    Raises:
+        HandloomError: the file is in use, or holds something else than results.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise HandloomError(f"{path} is being written by another process") from error
+        self._file = path.open("ab", buffering=0)
+        try:
+            self.done = self._repair()
+        except BaseException:
+            self.close()
+            raise
+
+    def _repair(self) -> dict[tuple[int | str, int], str]:
+        """Cut a torn last line off, and read what is there."""
+        whole = 0
+        done = {}
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                try:
+                    entry = json.loads(line)
+                    done[entry["id"], entry["sample"]] = entry["key"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise HandloomError(
+                        f"{self.path}, line {number} is not a result of this command; name another --output"
+                    ) from error
+        os.truncate(self.path, whole)
+        return done
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one record; it needs `id`, `sample` and `key`, and must be JSON."""
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+        if self._file.write(line + b"\n") != len(line) + 1:
+            raise OSError(f"{self.path}: only part of a record could be written; is the disk full?")
+        self.done[entry["id"], entry["sample"]] = entry["key"]
+
+    def close(self) -> None:
+        """Close the file and let others open it."""
+        self._file.close()
+        self._lock.release()
+
+    def __enter__(self) -> "ResultFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
