@@ -359,7 +359,9 @@ def _finish_hf(values: Values, special: Values, base: Mapping[str, Any]) -> None
     """transformers: `do_sample` alone sets the mode, and max_new_tokens takes precedence over max_length."""
     if "eos_token_id" in special:
         ids = scalar(special["eos_token_id"])
-        ids = [ids] if isinstance(ids, int) else to_list("eos_token_id", ids, "a token id, or a list of them")
+        wanted = "a token id, or a list of them"
+        ids = [ids] if isinstance(ids, int) else to_list("eos_token_id", ids, wanted)
+        ids = [to_int("eos_token_id", token, 0, wanted=wanted) for token in ids]
         values["stop_token_ids"] = [*(values.get("stop_token_ids") or ()), *ids]
     if values.get("max_new_tokens") is not None:
         values.pop("max_length", None)
@@ -379,12 +381,14 @@ def _finish_vllm(values: Values, special: Values, base: Mapping[str, Any]) -> No
 
 def _finish_openai(values: Values, special: Values, base: Mapping[str, Any]) -> None:
     """OpenAI: chat has logprobs (bool) and top_logprobs (count), completions have logprobs (count)."""
-    top, asked = special.get("top_logprobs"), special.get("logprobs")
+    top, asked = special.get("top_logprobs"), scalar(special.get("logprobs"))
+    top = None if top is None else to_int("top_logprobs", top, 0)
     if isinstance(asked, bool):
         if not asked and top:
             raise ParameterError(f"top_logprobs={top} needs logprobs=True")
         values["logprobs"] = (top or 0) if asked else None
     elif asked is not None or top is not None:
+        asked = None if asked is None else to_int("logprobs", asked, 0, wanted="True, False, or a count")
         if None not in (asked, top) and asked != top:
             raise ParameterError(
                 f"logprobs={asked} and top_logprobs={top} both set logprobs, to different values"

@@ -4,10 +4,13 @@ import json
 import warnings
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as run
+from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from handloom import SamplingParams
-from handloom.aliases import ALIASES, DIALECTS, ELSEWHERE, UNLIMITED
+from handloom.aliases import ALIASES, DIALECTS, ELSEWHERE, SPECIAL, UNLIMITED
 from handloom.errors import ParameterError
 
 
@@ -381,6 +384,12 @@ def test_hf_strange_attributes_of_an_object_are_a_warning_and_of_a_mapping_an_er
         SamplingParams.from_generation_config(5)
 
 
+@pytest.mark.parametrize("value", [-1, True, "2", [2, -1], [[2]], 1.5, {}])
+def test_hf_eos_ids_that_make_no_sense_are_refused(value):
+    with pytest.raises(ParameterError, match=r"^eos_token_id="):
+        read("hf", eos_token_id=value)
+
+
 def test_hf_beams_point_to_the_strategy():
     with pytest.raises(ParameterError, match=r"num_beams=4 .* handloom\.strategies\.beam"):
         SamplingParams.from_generation_config(GenerationConfig(num_beams=4))
@@ -554,3 +563,34 @@ def test_openai_top_logprobs_that_contradict_are_errors():
         read("openai", logprobs=3, top_logprobs=5)
     with pytest.raises(ParameterError, match=r"^logprobs=True is not valid"):
         SamplingParams(logprobs=True)
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=5,
+)
+NAMES = sorted({*SamplingParams().to_dict(), *ALIASES, *ELSEWHERE, *SPECIAL})
+
+
+@given(
+    dialect=st.sampled_from(sorted(DIALECTS)),
+    written=st.dictionaries(st.sampled_from(NAMES), junk, max_size=3),
+    data=st.data(),
+)
+@run(max_examples=400)
+def test_any_settings_in_any_dialect_are_read_or_refused_by_name(dialect, written, data):
+    own = sorted(DIALECTS[dialect].special)
+    if own:
+        written[data.draw(st.sampled_from(own))] = data.draw(junk)
+    message = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            params = SamplingParams.from_dict(written, dialect)
+        except ParameterError as error:
+            message = str(error)
+    if message is None:
+        assert SamplingParams.from_dict(json.loads(json.dumps(params.to_dict()))) == params
+    else:
+        assert any(name in message for name in written) or "dynatemp_range" in message
