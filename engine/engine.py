@@ -383,10 +383,17 @@ class Engine:
         names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
         limits = [getattr(self.config, name, None) for name in names]
         own = next((n for n in limits if isinstance(n, int) and n > 0), UNBOUNDED)
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "dynamic":
+            own = int(own * rope.get("factor", 1.0))
         if max_length is None:
             return own
-        if not isinstance(max_length, int) or not 2 <= max_length <= own:
-            raise ParameterError(f"max_length={max_length!r} must be from 2 to {own}, the model's limit")
+        if not isinstance(max_length, int) or max_length < 2:
+            raise ParameterError(f"max_length={max_length!r} must be a whole number of at least 2")
+        if max_length > own:
+            if _learned_positions(self.model, own):
+                raise ParameterError(f"max_length={max_length} is beyond the {own} positions this model has learned")
+            log.warning("max_length=%d is beyond the %d tokens this model was made for", max_length, own)
         return max_length
 
 
@@ -412,6 +419,13 @@ def _eos(model, tokenizer) -> set[int]:
         ids = getattr(source, "eos_token_id", None)
         found.update([ids] if isinstance(ids, int) else ids or ())
     return found
+
+
+def _learned_positions(model, limit: int) -> bool:
+    words = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
+    # Some models keep a few rows in front for padding positions.
+    return any(limit <= table.num_embeddings <= limit + 2 for table in tables)
 
 
 def _stack_hidden(outs) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -43,14 +44,21 @@ class Store:
     keys: torch.Tensor
     values: torch.Tensor
 
-    def resized(self, capacity: int) -> Store:
-        """The same cells in tensors of `capacity` blocks; on a CPU untouched pages cost no memory."""
+    def resized(self, capacity: int, used: int) -> Store:
+        """The first `used` blocks in tensors of `capacity` blocks."""
         grown = []
         for old in (self.keys, self.values):
-            new = torch.zeros(old.shape[0], capacity, *old.shape[2:], dtype=old.dtype, device=old.device)
-            new[:, : old.shape[1]] = old
+            new = _zeros((old.shape[0], capacity, *old.shape[2:]), old.dtype, old.device)
+            new[:, :used] = old[:, :used]
             grown.append(new)
         return Store(self.layers, *grown)
+
+
+def _zeros(shape, dtype, device) -> torch.Tensor:
+    """Zeros whose pages, on a CPU, cost no memory until they are written; `torch.zeros` writes them all."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class BlockPool:
@@ -103,8 +111,8 @@ class BlockPool:
         self.stores.append(
             Store(
                 tuple(layers),
-                torch.zeros(*lead, *key_shape, dtype=dtype, device=device),
-                torch.zeros(*lead, *value_shape, dtype=dtype, device=device),
+                _zeros((*lead, *key_shape), dtype, device),
+                _zeros((*lead, *value_shape), dtype, device),
             )
         )
         for j, layer in enumerate(layers):
@@ -237,7 +245,7 @@ class BlockPool:
         self._free = np.concatenate((self._free, np.ones(extra, bool)))
         self._claimed = np.concatenate((self._claimed, np.zeros(extra, bool)))
         self.capacity = capacity
-        self.stores = [store.resized(capacity) for store in self.stores]
+        self.stores = [store.resized(capacity, self.high_water) for store in self.stores]
 
     # -- writing
 

@@ -48,7 +48,7 @@ class SoloModel:
 
     def prefill(self, tokens, embeddings=None, *, hidden=False, every=False, room=0) -> tuple[Row, Output]:
         """See `Model.prefill`."""
-        session = Session(DynamicCache(config=self.config))
+        session = self._fresh()
         out = self._feed(session, tokens, embeddings, hidden)
         history = History(tokens if embeddings is None else [-1] * len(tokens))
         if not every:
@@ -75,9 +75,15 @@ class SoloModel:
         session = row.session
         if session.length == row.length and (not self.exclusive or self._live is session):
             return session
-        fresh = Session(DynamicCache(config=self.config))
+        fresh = self._fresh()
         self._feed(fresh, row.history.tolist(), None, False)
         return fresh
+
+    def _fresh(self) -> Session:
+        if self.exclusive:
+            # A pass without cache is what makes such a model forget the sequence before.
+            self.module(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        return Session(DynamicCache(config=self.config))
 
     def _feed(self, session, tokens, embeddings, hidden) -> Output:
         positions = torch.arange(session.length, session.length + len(tokens), device=self.device)[None]
