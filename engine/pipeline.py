@@ -13,7 +13,8 @@ from handloom.errors import ParameterError
 from handloom.processors import DEFAULT_ORDER
 from handloom.processors.base import Adapted, Context, Edit, Function, Keep, Processor
 from handloom.processors.huggingface import HFProcessor, is_huggingface
-from handloom.rows import Drawn, Rows
+from handloom.processors.temperature import Temperature
+from handloom.rows import Drawn, Rows, split_tail
 
 __all__ = [
     "Context",
@@ -273,39 +274,47 @@ def lint_order(chain: list[Processor]) -> list[str]:
     return found
 
 
+def places(chain: Sequence[Processor], certain: bool) -> list[str]:
+    """Where each processor runs and why; `certain`: these processors are on together, and no others."""
+    found = []
+    first = split_tail(chain) if certain else 0
+    for i, processor in enumerate(chain):
+        if isinstance(processor, Keep):
+            reason = processor.unfused()
+        elif isinstance(processor, Temperature):
+            reason = ""
+        else:
+            reason = "edits run before the sampler" if processor.kind == "edit" else "opaque"
+        if not reason and i < first:
+            blocker = next(p for p in chain[i + 1 :] if not isinstance(p, Keep) or p.unfused())
+            reason = f"runs before {blocker.name}, which the sampler cannot follow"
+        found.append(f"torch ({reason})" if reason else "fused sampler")
+    return found
+
+
 def explain_table(chain: Pipeline, params: Any) -> str:
     """The text of `Pipeline.explain`."""
+    shown = [p for p in chain if params is None or p.on(p.settings(params))]
+    certain = params is not None or all(processor.explicit for processor in shown)
     head = f"pipeline {chain.name!r}" + (
         f", tested against {chain.tested_against}" if chain.tested_against else ""
     )
-    lines = [head, "own order, first to last; a member costs nothing for rows that do not use it"]
-    shown = []
-    for i, processor in enumerate(chain):
+    lines = [head, "in the order in which they run; a member costs nothing while no row uses it"]
+    for i, (processor, place) in enumerate(zip(shown, places(shown, certain), strict=True)):
         settings = processor.settings(params)
-        if params is not None and not processor.on(settings):
-            continue
-        shown.append(processor)
         values = [
             f"{field}={settings[field]!r}" if params is not None or field in processor.explicit else field
             for field in processor.fields
         ]
-        marks = [
-            mark
-            for mark, yes in [
-                ("keeps argmax", processor.keeps_argmax),
-                ("reads history", processor.needs_history),
-                ("not speculative-safe", not processor.speculative_safe),
-            ]
-            if yes
-        ]
+        traits = {
+            "keeps argmax": processor.keeps_argmax,
+            "reads history": processor.needs_history,
+            "not speculative-safe": not processor.speculative_safe,
+        }
         form = f"keep by {processor.limit}" if isinstance(processor, Keep) else processor.kind
-        lines.append(
-            f"{i:3d} {processor.name:20s} {form:18s} torch  {', '.join(values)}"
-            + (f"  [{'; '.join(marks)}]" if marks else "")
-        )
-    lines += (
-        [f"  ! {message}" for message in lint_order(shown)]
-        if params is not None or chain.name == "custom"
-        else []
-    )
+        marks = "; ".join(mark for mark, yes in traits.items() if yes)
+        lines.append(f"{i:3d} {processor.name:20s} {form:18s} {place:40s} {', '.join(values)}  [{marks}]")
+    if params is not None and chain.greedy(params):
+        lines.append("  greedy: members that only concern sampling are skipped, and the argmax is taken")
+    lines += [f"  ! {message}" for message in lint_order(shown)] if certain else []
     return "\n".join(lines)
