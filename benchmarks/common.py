@@ -17,6 +17,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WIDTH = 150  # columns of a table that is not printed to a terminal
 PACKAGES = ("torch", "transformers", "triton", "numpy", "bitsandbytes")
 
 
@@ -107,7 +108,10 @@ def show(title: str, columns: dict[str, str], rows: Iterable[dict], console: Con
         table.add_column(heading, justify="left" if index < 2 else "right")
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in columns))
-    (console or Console()).print(table)
+    if console is None:
+        console = Console()
+        console = console if console.is_terminal else Console(width=WIDTH)
+    console.print(table)
 
 
 def _cell(value) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# A view by its schema, but it turns Python data into a tensor: an allocation and a copy.
+# A view by its schema, but it makes a tensor of Python or NumPy data.
 NOT_A_VIEW = {"aten.lift_fresh.default"}
 
 

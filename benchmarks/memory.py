@@ -6,9 +6,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from handloom import Engine, SamplingParams
 
 from benchmarks.sides import TINY, load
+from handloom import Engine, SamplingParams
 
 PAGE = 4096
 COLUMNS = {

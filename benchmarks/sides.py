@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from handloom import Engine, SamplingParams
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from handloom import Engine, SamplingParams
 
 TINY = LlamaConfig(
     vocab_size=512,

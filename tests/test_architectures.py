@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from architectures import ARCHITECTURES, MAX_LENGTH, greedy_reference, logits_reference, prompts_of
+
 from handloom import Engine, SamplingParams
 
 PROMPT_LENGTHS = [5, 17, 1, 40, 9, 23]
@@ -15,7 +16,7 @@ TOLERANCE = 1e-3
 
 # How each architecture is run, where it is not our attention function over the block pool.
 PATHS = {
-    # their own attention over gathered cells: not exchangeable, latent keys and values, or no attention at all
+    # their own attention over gathered cells: not exchangeable, or latent keys and values, or no attention
     **dict.fromkeys(("bloom", "codegen", "falcon_alibi", "falcon_rope", "gptj", "mpt", "xglm"), "mask"),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3"), "mask"),
     **dict.fromkeys(("falcon_mamba", "mamba", "mamba2"), "mask"),

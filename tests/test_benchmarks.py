@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,7 +142,7 @@ def test_record_appends(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="the system does not tell")
 def test_resident_bytes_sees_which_pages_were_touched():
-    tensor = torch.zeros(2**23)  # 32 MiB of untouched pages
+    tensor = torch.from_numpy(np.zeros(2**23, np.float32))  # 32 MiB of untouched pages
     assert resident_bytes(tensor) < 2**21
     tensor[: 2**22] = 1
     # Half of it was written; a large page may straddle each end.
