@@ -1,0 +1,136 @@
+"""Requests: what a strategy keeps beside its State, so that every field of `SamplingParams` works in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from handloom.errors import ParameterError
+from handloom.generation import Event
+from handloom.loop import blame
+from handloom.pipeline import Context, Rows
+from handloom.request import Prefilled, Request
+from handloom.rows import put_memory, select_memory
+from handloom.state import State
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What was asked for B rows, and their processors' memory: an immutable value that goes with a State.
+
+    asked: the request that each row belongs to: its number and sample, prompt, params and seed.
+    rows: what the pipeline keeps for them.
+    seeds, streams: int64 [B], the keys of the draw's noise.
+    """
+
+    asked: tuple[Request, ...]
+    rows: Rows
+    seeds: Tensor
+    streams: Tensor
+
+    @classmethod
+    def start(cls, engine, prompts, params=None, *, hidden=False, **overrides) -> tuple[State, Requests]:
+        """Prefill prompts; one row for each, or `n` where a request asks for n samples.
+
+        Args:
+            prompts, params, overrides: what `Engine.generate` takes.
+            hidden: keep the prompts' hidden states.
+
+        Raises:
+            PromptError, ParameterError: before anything is computed.
+        """
+        asked, _ = engine._requests(prompts, params, "none", overrides)
+        for request in asked:
+            for field in ("logprobs", "prompt_logprobs"):
+                if getattr(request.params, field) is not None:
+                    raise ParameterError(f"request {request.index}: {field} is for Engine.generate only")
+        state = engine.prefill([request.prompt for request in asked if request.sample == 0], hidden=hidden)
+        seeds, streams = [request.seed for request in asked], [request.sample for request in asked]
+        device = state.logits.device
+        rows = engine.pipeline.bind(
+            [request.params for request in asked],
+            [request.prompt.ids for request in asked],
+            device=device,
+            vocab_size=engine.vocab_size,
+            eos_token_ids=engine.eos_token_ids,
+            seeds=seeds,
+            streams=streams,
+        )
+        keys = torch.tensor(seeds, device=device), torch.tensor(streams, device=device)
+        return state.select([request.index for request in asked]), cls(tuple(asked), rows, *keys)
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def select(self, index: Sequence[int]) -> Requests:
+        """Fork, reorder or drop rows, as `State.select` does; forks go on with the same noise."""
+        index = [int(i) for i in index]
+        where = torch.tensor(index, dtype=torch.long, device=self.seeds.device)
+        asked = tuple(self.asked[i] for i in index)
+        return Requests(asked, self.rows.select(index), self.seeds[where], self.streams[where])
+
+    def context(self, tokens: Callable[[], list[list[int]]], lengths: Tensor) -> Context:
+        """What processors may read when the next token is drawn.
+
+        Args:
+            tokens: makes the ids of every row, prompt included; called only if a processor reads history.
+            lengths: int64 [B], how many ids that is.
+        """
+        device = self.seeds.device
+
+        def history() -> Tensor:
+            ids = tokens()
+            longest = max(map(len, ids))
+            return torch.tensor([row + [-1] * (longest - len(row)) for row in ids], device=device)
+
+        return Context(
+            tokens=history,
+            lengths=lengths,
+            prompt_lengths=torch.tensor([len(request.prompt) for request in self.asked], device=device),
+            seeds=self.seeds,
+            streams=self.streams,
+            params=[request.params for request in self.asked],
+            vocab_size=self.rows.site.vocab_size,
+        )
+
+    def at(self, state: State) -> Context:
+        """The context of a State whose rows are these."""
+        return self.context(lambda: state.tokens, state.lengths)
+
+    def accept(self, tokens: Tensor, context: Context) -> Requests:
+        """Requests after tokens [B] were committed; a row with token -1 committed nothing."""
+        rows = self.rows.accept(tokens.clamp(min=0), context)
+        idle = (tokens < 0).nonzero().flatten()
+        for old, new in zip(self.rows.members, rows.members, strict=True):
+            for row in idle.tolist() if new is not old else ():
+                new.memory = put_memory(new.memory, row, select_memory(old.memory, torch.tensor([row])))
+        return replace(self, rows=rows)
+
+    def open(self, row: int, engine) -> Request:
+        """A running request for this row, to which its tokens are pushed; its clock starts now."""
+        asked = self.asked[row]
+        running = Request(asked.index, asked.sample, asked.prompt, asked.params, asked.seed, Prefilled())
+        running.start(engine)
+        return running
+
+
+def push(request: Request, token: int, raw_logprob: float, logprob: float) -> Event:
+    """Commit one token; the Event says whether it ended the row. NaN log-probabilities end it in error."""
+    if raw_logprob != raw_logprob or logprob != logprob:
+        return request.end("error", f"request {request.index}: {blame(raw_logprob)}")
+    return request.push(token, raw_logprob, logprob, None)
+
+
+def stop_ids(request: Request, engine) -> frozenset[int]:
+    """Tokens that end this request."""
+    eos = frozenset() if request.params.ignore_eos else engine.eos_token_ids
+    return eos | frozenset(request.params.stop_token_ids)
+
+
+def limit(request: Request, engine) -> int:
+    """The most tokens that this request may generate."""
+    total = min(engine.max_length, request.params.max_length or engine.max_length)
+    return min(request.params.max_new_tokens, total - len(request.prompt))

@@ -1,0 +1,158 @@
+"""Speculative decoding: a cheap draft proposes tokens, one forward pass checks them, the law stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handloom.errors import ParameterError
+from handloom.generation import Generation
+from handloom.kernels.draw import draw
+from handloom.rows import logprob_of
+from handloom.strategies.drafting import DraftModel, law, one_hot, prompt_lookup
+from handloom.strategies.requests import Requests, limit, push
+
+DRAFT, COIN = 2**30, 2**31  # streams of the drafts and of the acceptance tests, clear of the samples' own
+
+
+@dataclass(kw_only=True, repr=False)
+class Speculation(Generation):
+    """A Generation and its drafts' fate: tokens proposed, accepted, and forward passes of the model."""
+
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of draft tokens accepted; NaN without drafts."""
+        return self.accepted / self.drafted if self.drafted else float("nan")
+
+
+@torch.no_grad()
+def speculative(
+    engine, prompts, params=None, *, draft=prompt_lookup, num_draft=4, rule="ratio", **overrides
+) -> list[Speculation]:
+    """Decode like `Engine.generate` in fewer forward passes; each row accepts its own number of draft tokens.
+
+    The tokens have exactly the law that plain decoding gives them, all processors included; greedy rows get
+    exactly the same tokens.
+
+    Args:
+        prompts, params, overrides: as for `Engine.generate`.
+        draft: an Engine with the same vocabulary, or a function (tokens of a row, count) -> draft tokens.
+        num_draft: draft tokens a round and row, >= 0.
+        rule: "ratio" accepts a draft token with probability min(1, p/q) and else draws from max(p - q, 0)
+            (arXiv 2211.17192, 2302.01318). "coupled" draws as plain decoding would, and accepts a draft token
+            that equals what was drawn: with the same seed the text is that of `Engine.generate`, whatever the
+            draft (arXiv 2408.07978).
+
+    Returns:
+        One Speculation for each sample of each prompt, in order.
+    """
+    if rule not in RULES or num_draft < 0:
+        raise ParameterError(
+            f"rule={rule!r} is not 'ratio' or 'coupled', or num_draft={num_draft} is below 0"
+        )
+    state, requests = Requests.start(engine, prompts, params, **overrides)
+    model = DraftModel(draft, engine.vocab_size) if hasattr(draft, "prefill") else None
+    results, live = {}, [requests.open(i, engine) for i in range(len(state))]
+    tallies = [{"drafted": 0, "accepted": 0, "passes": 1} for _ in live]
+    tokens, drafts, laws, logits = state.tokens, [[] for _ in live], None, state.logits[:, None]
+    while True:
+        requests, new, done = verify(requests, live, tokens, drafts, laws, logits, RULES[rule])
+        for row, tally in enumerate(tallies):
+            tally["accepted"] += sum(a == b for a, b in zip(new[row], drafts[row], strict=False))
+            if done[row] is not None:
+                results[live[row].index, live[row].sample] = Speculation(**vars(done[row]), **tally)
+        keep = [i for i, result in enumerate(done) if result is None]
+        if not keep:
+            return [results[key] for key in sorted(results)]
+        if state.all_logits is not None:
+            state = state.keep([len(row) for row in new])  # the last new token was drawn, not fed
+        if len(keep) < len(live):
+            state, requests = state.select(keep), requests.select(keep)
+            if model is not None:
+                model.select(keep)
+        live, tallies = [live[i] for i in keep], [tallies[i] for i in keep]
+        tokens = [tokens[i] + new[i] for i in keep]
+        room = [limit(request, engine) - len(request.stopper.token_ids) for request in live]
+        counts = [min(num_draft, left - 1) for left in room]
+        if model is not None:
+            streams = requests.streams + (DRAFT if rule == "ratio" else 0)
+            drafts, laws = model.propose(tokens, requests, counts, streams)
+        else:
+            drafts = [draft(row, count)[:count] for row, count in zip(tokens, counts, strict=True)]
+        state = engine.extend(state, [row[-1:] + list(ids) for row, ids in zip(tokens, drafts, strict=True)])
+        logits = state.all_logits
+        for tally, ids in zip(tallies, drafts, strict=True):
+            tally["drafted"] += len(ids)
+            tally["passes"] += 1
+
+
+def verify(requests, live, tokens, drafts, laws, logits, rule) -> tuple[Requests, list[list[int]], list]:
+    """Commit the draft tokens that a rule accepts, and one token more, or as many as it takes to end a row.
+
+    Args:
+        requests, live: of the rows; tokens are pushed to `live`.
+        tokens, drafts: committed and proposed ids of each row.
+        laws: [B, n, V] what drafts were drawn from; None if they are certain.
+        logits: [B, n + 1, V] after the committed tokens, and after each draft token.
+
+    Returns:
+        The requests after it, each row's newly committed tokens, and the Generation of each row that ended.
+    """
+    new, done, active = [[] for _ in live], [None for _ in live], list(range(len(live)))
+    for j in range(logits.shape[1]):
+        seen = [row + more for row, more in zip(tokens, new, strict=True)]
+        lengths = torch.tensor([len(row) for row in seen], device=logits.device)
+        context = requests.context(lambda seen=seen: seen, lengths)
+        processed = requests.rows.apply(logits[:, j], context)
+        proposed = torch.tensor([ids[j] if j < len(ids) else -1 for ids in drafts], device=logits.device)
+        q = laws[:, j] if laws is not None and j < laws.shape[1] else None
+        chosen, accepted = rule(processed, proposed, q, context, requests.rows.greedy_rows())
+        chosen = chosen.clamp(min=0)  # without a drawable token the log-probability is NaN, and the row ends
+        told = [x.tolist() for x in (chosen, logprob_of(logits[:, j], chosen), logprob_of(processed, chosen))]
+        kept = torch.full_like(chosen, -1)
+        kept[active] = chosen[active]
+        requests = requests.accept(kept, context)
+        for i in active:
+            done[i] = push(live[i], *(column[i] for column in told)).generation
+            new[i].append(told[0][i])
+        active = [i for i in active if accepted[i] and done[i] is None]
+        if not active:
+            break
+    return requests, new, done
+
+
+def ratio(processed: Tensor, proposed: Tensor, q: Tensor | None, context, greedy) -> tuple[Tensor, Tensor]:
+    """Tokens [B] with the law of `processed` [B, V], and which of them are the proposed ones.
+
+    Args:
+        processed: [B, V] logits that the pipeline left.
+        proposed: [B] draft tokens, -1 where there is none.
+        q: [B, V] what they were drawn from, None where they were certain.
+        context: noise keys.
+        greedy: [B] bool, rows that take the argmax, or None.
+    """
+    p, ids = law(processed, greedy), proposed.clamp(min=0)
+    q = one_hot(ids, p) if q is None else q
+    chance = (p.gather(1, ids[:, None]) / q.gather(1, ids[:, None])).clamp(max=1)
+    odds = torch.cat([chance, 1 - chance], 1).log()
+    coin = draw(odds, context.seeds, context.positions, context.streams + COIN)
+    accepted = (coin == 0) & (proposed >= 0)
+    rest = torch.where(proposed[:, None] >= 0, (p - q).clamp(min=0), p)
+    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p)  # p = q but for rounding
+    other = draw(rest.log(), context.seeds, context.positions, context.streams)
+    return torch.where(accepted, proposed, other), accepted
+
+
+def coupled(processed: Tensor, proposed: Tensor, q: Tensor | None, context, greedy) -> tuple[Tensor, Tensor]:
+    """Tokens [B] as plain decoding draws them, and which of them are the proposed ones; see `ratio`."""
+    chosen = draw(processed, context.seeds, context.positions, context.streams, greedy)
+    return chosen, chosen == proposed
+
+
+RULES = {"ratio": ratio, "coupled": coupled}
