@@ -5,6 +5,7 @@ option, a value out of range, a prompt that is none; 130 stopped by Ctrl-C, what
 Text and records go to stdout, everything else to stderr.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -44,13 +45,18 @@ def main() -> None:
 
 
 def _with_parameters(function):
-    """Give `function`, which takes **parameters, the sampling parameters' options in its signature."""
+    """`function`, which takes **parameters, with the options of all sampling parameters in its signature."""
+
+    @functools.wraps(function)
+    def whole(**arguments):
+        return function(**arguments)
+
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     parameters = [*own, *options.signature_parameters()]
-    function.__signature__ = signature.replace(parameters=parameters)
-    function.__annotations__ = {p.name: p.annotation for p in parameters}
-    return function
+    whole.__signature__ = signature.replace(parameters=parameters)
+    whole.__annotations__ = {p.name: p.annotation for p in parameters}
+    return whole
 
 
 def command(
@@ -176,8 +182,6 @@ class Call:
 
     def ids(self, engine: "Engine", kind: str, content: Any) -> list[int]:
         """Token ids of a prompt; text goes through the chat template where there is one, unless `raw`."""
-        from handloom.text import chat_ids
-
         if kind == "token_ids":
             return content
         if kind == "prompt":
@@ -185,7 +189,7 @@ class Call:
                 return engine.encode(content)
             content = [{"role": "user", "content": content}]
         opening = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return chat_ids(engine.tokenizer, [*opening, *content])
+        return engine.chat_prompt([*opening, *content])
 
     def answer(self, engine: "Engine", ids: list[int], params: "SamplingParams") -> tuple[int, str]:
         """Generate and show; return the exit code and the text that was shown."""
@@ -325,3 +329,7 @@ def _read_line(prompter: Console | None) -> str | None:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
