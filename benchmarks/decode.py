@@ -143,6 +143,7 @@ def throughput(work: Workload, repeats: int, model: str, dtype: torch.dtype) -> 
                 lambda side: rate(side, ragged),
                 repeats,
                 limit=1.5,
+                warmup=0,
             ),
             *compare(
                 f"first tokens of {work.samples} samples, prompt of {work.shared}",
@@ -170,14 +171,16 @@ def compare(
     repeats: int,
     limit: float,
     lower_is_better: bool = False,
+    warmup: int = 1,
 ) -> list[dict]:
     """One row per side; the first side's row has the median ratio by which it beats the second.
 
     Args:
         measure: one measurement of one side: tokens per second, or seconds where lower is better.
         limit: the ratio that is wanted.
+        warmup: rounds that do not count.
     """
-    measured = in_turn({side.name: (lambda side=side: measure(side)) for side in sides}, repeats)
+    measured = in_turn({side.name: (lambda side=side: measure(side)) for side in sides}, repeats, warmup)
     first, second = (measured[side.name] for side in sides)
     ratio = median_ratio(second, first) if lower_is_better else median_ratio(first, second)
     unit = "s" if lower_is_better else "tokens/s"
@@ -230,6 +233,7 @@ def main(
 ) -> None:
     """Measure handloom's decoding next to Hugging Face's model.generate, in one run."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
     work = PRESETS[preset]
