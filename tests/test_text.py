@@ -34,6 +34,12 @@ def ids_of(tokenizer, *tokens: str) -> list[int]:
     return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
+def tokens_that_end_inside_a_character(tokenizer) -> list[int]:
+    found = [i for i in range(len(tokenizer)) if re.fullmatch("[^\ufffd]+\ufffd", tokenizer.decode([i]))]
+    assert found, "the tiny vocabulary has no such token"
+    return found
+
+
 class Meter:
     """A tokenizer that counts the tokens it is asked to decode."""
 
@@ -57,6 +63,16 @@ def test_random_ids_stream_to_what_decode_gives(kind, data):
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1 + beyond), max_size=80))
     skip = data.draw(st.booleans())
     assert stream(tokenizer, ids, skip=skip) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@given(data=st.data())
+def test_long_runs_of_broken_characters_stream_to_what_decode_gives(data):
+    """Pieces of characters in any order, alone and behind a letter in one token, far beyond the window."""
+    tokenizer = byte_level()
+    pieces = [*ids_of(tokenizer, *"ðŁĺĢÿ"), *tokens_that_end_inside_a_character(tokenizer)]
+    run = data.draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=60))
+    ids = run * data.draw(st.integers(1, 4))
+    assert stream(tokenizer, ids) == tokenizer.decode(ids)
 
 
 @given(data=st.data())
@@ -130,9 +146,7 @@ def test_bytes_of_a_character_are_held_until_it_is_complete():
 def test_text_before_an_incomplete_character_is_shown_at_once():
     """In byte-level vocabularies one token may hold a letter and the first byte of the next character."""
     tokenizer = byte_level()
-    mixed = [i for i in range(len(tokenizer)) if re.fullmatch("[^\ufffd]+\ufffd", tokenizer.decode([i]))]
-    assert mixed, "the tiny vocabulary has no such token"
-    for token in mixed:
+    for token in tokens_that_end_inside_a_character(tokenizer):
         detokenizer = Detokenizer(tokenizer)
         assert detokenizer.push(token) + "\ufffd" == tokenizer.decode([token])
         assert detokenizer.finish() == "\ufffd"
@@ -160,6 +174,8 @@ def test_a_shown_character_stays_when_an_invalid_byte_follows_it():
         ("byte_level", ["Ġthe", "a"]),
         ("byte_level", ["ÿ"]),
         ("byte_level", ["a", "ð"]),
+        ("byte_level", ["ð", "Ł"]),
+        ("byte_level", ["ĠðŁ"]),
         ("byte_level", ["</s>"]),
         ("byte_fallback", ["<0xFF>"]),
         ("byte_fallback", ["<0xC3>", "<0xA9>"]),
