@@ -4,13 +4,15 @@ import math
 
 import torch
 
+from . import dispatch
+
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def paged_attention(
     q, keys, values, block_table, lengths, *, counts=None, scale=None, sliding_window=None, softcap=None,
-    sinks=None, tree=None, backend="auto", splits=None, workspace=None, out=None,
+    sinks=None, tree=None, kernels=None, splits=None, workspace=None, out=None,
 ):  # fmt: skip
     """Attention of fresh queries over paged cells; reads no value on the host, so a CUDA graph can hold it.
 
@@ -28,7 +30,7 @@ def paged_attention(
         sinks: [Hq] float, one more logit per head in the softmax's denominator (arXiv 2508.10925).
         tree: [B, Q, Q] bool; tree[b, j, f]: query j sees fresh cell f, which is itself or an ancestor
             (older cells are all seen). A query's position is then lengths - counts + its number of ancestors.
-        backend: "auto" (Triton on an accelerator where it can), "triton" or "torch".
+        kernels: "auto", "triton", "torch" or None (see `dispatch`).
         splits: programs a sequence (Triton only); default fills the device. It touches the last bits.
         workspace: float32, what `attention_workspace` gives, for a launch that allocates nothing.
         out: [B, Q, Hq, Dv] contiguous, written instead of a new tensor.
@@ -37,7 +39,8 @@ def paged_attention(
         [B, Q, Hq, Dv] in q's dtype; queries beyond a row's count are finite and mean nothing.
 
     Raises:
-        ValueError: unknown backend, shapes that do not fit, or "triton" for what the kernel does not cover.
+        ValueError: shapes that do not fit, or a workspace that is too small.
+        dispatch.KernelUnavailable: kernels="triton" cannot run here or does not cover this call.
     """
     _check(q, keys, values, block_table)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -48,7 +51,7 @@ def paged_attention(
         "sinks": sinks,
         "tree": tree,
     }
-    if not _takes_triton(backend, q, keys, values):
+    if dispatch.select("paged_attention", q.device, kernels, uncovered(q, keys, values)) == "torch":
         result = paged_attention_reference(q, keys, values, block_table, lengths, counts=counts, **options)
         return result if out is None else out.copy_(result)
     from . import attention_triton
@@ -103,27 +106,15 @@ def _check(q, keys, values, block_table):
         raise ValueError(f"block_table has {len(block_table)} rows, q has {len(q)}")
 
 
-def _takes_triton(backend, q, keys, values):
-    """Whether the kernel runs; "triton" raises for what it does not cover, "auto" leaves that to torch."""
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f'backend {backend!r}: expected "auto", "triton" or "torch"')
-    if backend == "torch" or (backend == "auto" and q.device.type == "cpu"):
-        return False
-    lacking = uncovered(q, keys, values)
-    if lacking and backend == "triton":
-        raise ValueError(f"the Triton attention kernel does not cover {lacking}")
-    return not lacking
-
-
 def uncovered(q, keys, values):
-    """What keeps the Triton kernel from this call, in words; "" where nothing does."""
+    """What keeps the Triton kernel from this call, in words; None where nothing does."""
     if q.dtype not in DTYPES or keys.dtype != q.dtype or values.dtype != q.dtype:
         return f"q {q.dtype} with keys {keys.dtype} and values {values.dtype} (one of {DTYPES} for all three)"
     if max(q.shape[-1], values.shape[-1]) > MAX_HEAD_DIM:
         return f"head sizes {q.shape[-1]} and {values.shape[-1]} (at most {MAX_HEAD_DIM})"
     if keys.stride(-1) != 1 or values.stride(-1) != 1:
         return "keys or values whose last axis is not contiguous"
-    return ""
+    return None
 
 
 def paged_attention_reference(

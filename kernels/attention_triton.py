@@ -1,8 +1,8 @@
 """Triton kernels of the paged decode attention; importing this file needs triton.
 
 One program attends the queries of one (row, key/value head, tile of queries, split of the sequence) over that
-split's cells. The queries of a row and the query heads of a group share one tile, so a cell is read once for all
-of them. With more than one split a second small kernel merges the parts (flash-decoding). Lengths, counts and
+split's cells. The queries of a row and the query heads of a group share one tile, so a cell is read once for
+all of them. With more than one split a second kernel merges the parts (flash-decoding). Lengths, counts and
 block ids are read on the device, so one captured launch serves every later step.
 """
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
+from . import dispatch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -23,7 +25,8 @@ def _decode_kernel(
     QUERIES: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr, TREE: tl.constexpr, COUNTS: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(2)
     kv_head, tile = tl.program_id(1) % kv_heads, tl.program_id(1) // kv_heads
@@ -199,12 +202,19 @@ def variant(
     block_d, block_v = (max(16, triton.next_power_of_2(n)) for n in (dim, dim_v))
     wide, single = max(block_d, block_v) > 128, dtype == torch.float32
     block_m = min(32 if wide or single else 64, max(16, triton.next_power_of_2(queries * group)))
-    block_n = (32 if wide else 64) // (2 if single else 1)
+    small = block_m == 16
+    if single:
+        block_n, num_warps = 32 if small and not wide else 16, 8
+    elif wide:
+        block_n, num_warps = 32, 4 if small else 8
+    else:
+        block_n, num_warps = (64, 4) if block_m < 64 else (32, 8)
     shape = {"QUERIES": queries, "GROUP": group, "DIM": dim, "DIM_V": dim_v, "BLOCK_SIZE": block_size}
     options = {"WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks, "TREE": tree, "COUNTS": counts}
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_V": block_v}
     constexprs = {**shape, "SPLITS": splits, **options, "UPCAST": upcast, **tiles}
-    return Variant(constexprs, num_warps=4, num_stages=2)
+    # Three stages fetch the block ids a tile ahead of their cells; the narrow float32 tiles would spill.
+    return Variant(constexprs, num_warps, num_stages=2 if block_n == 16 else 3)
 
 
 def launch(
@@ -221,7 +231,7 @@ def launch(
     if tree is not None:
         depth = (tree.sum(-1) - 1).to(torch.int32) if sliding_window is not None else None
         tree = tree.contiguous().view(torch.uint8)
-    upcast = interpreted() and q.dtype == torch.bfloat16
+    upcast = dispatch.interpreting() and q.dtype == torch.bfloat16
     chosen = variant(
         q.dtype, queries=queries, group=heads // kv_heads, dim=dim, dim_v=dim_v, block_size=keys.shape[1],
         splits=splits, window=sliding_window or 0, softcap=softcap is not None, sinks=sinks is not None,
@@ -239,8 +249,3 @@ def launch(
             BLOCK_V=chosen.constexprs["BLOCK_V"], BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
         )  # fmt: skip
     return out
-
-
-def interpreted():
-    """Whether triton runs in its interpreter (TRITON_INTERPRET=1 at its import) instead of compiling."""
-    return not isinstance(tl.sum, triton.runtime.jit.JITFunction)
