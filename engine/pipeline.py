@@ -61,7 +61,8 @@ class Pipeline(tuple):
     processors: processors, or functions (logits [B, V], context) -> logits. Without any: the default order.
     chain_when_greedy: run truncation rules for greedy rows too, and take the argmax of what is left
     (llama.cpp).
-    own_place: index at which a request's own `before_temperature` processors are put.
+    own_place: index at which a request's own `before_temperature` processors are put (None: before the
+        first one that concerns sampling); own_all_here: put all its processors there.
     """
 
     def __new__(cls, processors: Iterable[Any] | None = None, **options: Any) -> Pipeline:
@@ -82,7 +83,7 @@ class Pipeline(tuple):
         self.name = "default" if processors is None else name
         self.tested_against, self.chain_when_greedy = tested_against, chain_when_greedy
         self.own_place, self.own_all_here = own_place, own_all_here
-        self.profiles: dict[str, Pipeline] = {}
+        self.profiles: dict[tuple, Pipeline] = {}
         seen = set()
         for processor in self:
             if id(processor) in seen:
@@ -152,11 +153,12 @@ class Pipeline(tuple):
         base = self
         profile = getattr(params, "profile", "default")
         if profile != "default":
-            if profile not in self.profiles:
+            variant = (profile, bool(getattr(params, "mirostat", 0)))
+            if variant not in self.profiles:
                 from handloom.profiles import profile as build
 
-                self.profiles[profile] = build(profile)
-            base = self.profiles[profile]
+                self.profiles[variant] = build(profile, params)
+            base = self.profiles[variant]
         own = [as_processor(rule) for rule in getattr(params, "processors", ())]
         return base.with_own(own) if own else base
 
