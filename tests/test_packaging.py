@@ -121,9 +121,11 @@ def test_an_editable_installation_leaves_the_name_to_the_foreign_package(checkou
         archive.extractall(site)
     code = """
 import site, sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # this environment's own
+# forget the editable installation that the tests run from
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 for name in [name for name in sys.modules if "editable" in name]:
     del sys.modules[name]
+sys.path.insert(0, sys.argv[1])
 site.addsitedir(sys.argv[1])
 import handloom.kernels, handloom.processors, kernels
 print(handloom.__file__, handloom.kernels.__file__, kernels.WHOSE)
