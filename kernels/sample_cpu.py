@@ -37,7 +37,9 @@ def sample_cpu(
     if edits is None and bitmask is None and not pointwise:
         rows = logits.detach().float().numpy()
     else:
-        rows = apply_edits(logits.detach(), edits=edits, bitmask=bitmask, pointwise=pointwise).numpy()
+        hidden = logits.isnan().any(dim=1)  # a ban must not hide a NaN
+        rows = apply_edits(logits.detach(), edits=edits, bitmask=bitmask, pointwise=pointwise)
+        rows = rows.masked_fill_(hidden[:, None], torch.nan).numpy()
     temperature = np.ones(len(rows), np.float32) if temperature is None else temperature.numpy()
     streams = torch.zeros_like(seeds) if streams is None else streams
     key = seeds.numpy(), positions.numpy(), streams.numpy()
@@ -75,6 +77,7 @@ class _Row:
         self.token = NO_TOKEN if self.bad else best
         self.full = self.values = row
         self.ids = None
+        self.log_mass = None  # of the candidates, relative to top; set by `statistics`
         if self.bad:
             return
         if self.top > FLOAT_MAX:
@@ -123,11 +126,12 @@ class _Row:
         shifted = values.astype(np.float64) - self.top
         weights = np.exp(shifted)
         mass, count = weights.sum(), len(values)
+        self.log_mass = np.log(mass)
         mean = shifted.mean()
         parts = (
             self.top,
-            self.top + np.log(mass),
-            np.log(mass) - weights @ shifted / mass,
+            self.top + self.log_mass,
+            self.log_mass - weights @ shifted / mass,
             weights @ weights / mass**2,
             count,
             self.top + mean,
@@ -212,7 +216,7 @@ def _describe(logits, drawn, tokens):
             continue
         stats = left.statistics()
         value = left.full[token]
-        floats[:, index] = raw[index, token], value - stats.log_mass[0], stats.entropy[0]
+        floats[:, index] = raw[index, token], (value - left.top) - left.log_mass, stats.entropy[0]
         counts[:, index] = stats.count[0], 1 + np.count_nonzero(left.full > value)
     floats, counts = torch.from_numpy(floats), torch.from_numpy(counts)
     return Drawn(torch.from_numpy(tokens), floats[0], floats[1], floats[2], counts[0], counts[1])

@@ -137,11 +137,12 @@ def describe(logits, usable, left, tokens, logprobs, n_top):
         bad = tokens < 0
         at = tokens.clamp(min=0)[:, None]
         stats = statistics(left)
+        shifted = torch.log_softmax(left - stats.maximum[:, None], dim=1)
         rank = 1 + (usable > usable.gather(1, at)).sum(dim=1)
         result = Drawn(
             tokens,
             raw_logprob=torch.where(bad, torch.nan, raw.gather(1, at)[:, 0]),
-            logprob=torch.where(bad, torch.nan, (left.gather(1, at)[:, 0] - stats.log_mass)),
+            logprob=torch.where(bad, torch.nan, shifted.gather(1, at)[:, 0]),
             entropy=torch.where(bad, torch.nan, stats.entropy),
             kept=torch.where(bad, 0, stats.count.long()),
             rank=torch.where(bad, 0, rank),

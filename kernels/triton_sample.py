@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .triton_noise import gumbel_at, gumbel_groups
-from .triton_tokens import GROUP, finite_top, key_value, load_groups, ordered_key, scaled
+from .triton_tokens import FLOAT_MAX, GROUP, finite_top, key_value, load_groups, ordered_key, scaled
 
 MAX, SUM, NOISE, DOT, COUNT, FIRST, SECOND, SQUARES, RAW_MAX, RAW_SUM = (tl.constexpr(i) for i in range(10))
 COUNT_RULE, MASS_RULE, VALUE_RULE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -45,8 +45,8 @@ def first_rule(limits, row, rows, vocab, KINDS: tl.constexpr):
     """Index of the first rule that is on for the row; len(KINDS) if none is."""
     first = len(KINDS)
     for i in tl.static_range(len(KINDS)):
-        j: tl.constexpr = len(KINDS) - 1 - i
-        first = tl.where(rule_is_on(KINDS[j], tl.load(limits + j * rows + row), vocab), j, first)
+        on = rule_is_on(KINDS[i], tl.load(limits + i * rows + row), vocab)
+        first = tl.where(on & (first == len(KINDS)), i, first)
     return first
 
 
@@ -73,7 +73,7 @@ def group_statistics_kernel(
         y = x
     top = tl.max(y, axis=1)
     live = y > -float("inf")
-    shift = tl.where(live, y - top[:, None], 0.0)
+    shift = tl.where(live, tl.maximum(y - top[:, None], -FLOAT_MAX), 0.0)
     weight = tl.where(live, tl.exp(shift), 0.0)
     broken = tl.sum((raw != raw).to(tl.int32), axis=1) > 0
     total = tl.where(broken, float("nan"), tl.sum(weight, axis=1))
@@ -192,11 +192,8 @@ def above(x, low, middle, high, top, MASS: tl.constexpr):
 def sweep_above(low, middle, high, top, x, resident, source, MASS: tl.constexpr,
                 R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
     """`above` over all candidates: the list x if it holds them, else the active groups."""
-    if resident:
-        a, b, c = above(x, low, middle, high, top, MASS)
-    else:
-        a, b, c = above(x, low, middle, high, top, MASS)
-        a, b, c = a * 0, b * 0, c * 0
+    a, b, c = above(tl.where(resident, x, -float("inf")), low, middle, high, top, MASS)
+    if not resident:
         for start in range(0, source[11], R):
             y, ids = chunk(start, source, R, SPARSE, MASKED, POINTS)
             a1, b1, c1 = above(y, low, middle, high, top, MASS)
@@ -225,7 +222,7 @@ def search(target, lowest, top, x, resident, source, MASS: tl.constexpr,
 def moments(x, key, top):
     """(count, fixed mass, dot, first, second, squares) of the tokens at or above a key, logits relative to top."""
     kept = ordered_key(x) >= key
-    shift = tl.where(kept, x - top, 0.0)
+    shift = tl.where(kept, tl.maximum(x - top, -FLOAT_MAX), 0.0)
     weight = tl.where(kept, tl.exp(shift), 0.0)
     return (
         tl.sum(kept.to(tl.float32), axis=0),
@@ -241,16 +238,9 @@ def moments(x, key, top):
 def sweep_moments(key, top, x, resident, source,
                   R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
     """`moments` over all candidates."""
-    count, mass, dot, first, second, squares = moments(x, key, top)
+    # an empty sum first: what the list holds is no part of the sum when it is too short for all candidates
+    count, mass, dot, first, second, squares = moments(tl.where(resident, x, -float("inf")), key, top)
     if not resident:
-        count, mass, dot, first, second, squares = (
-            count * 0,
-            mass * 0,
-            dot * 0,
-            first * 0,
-            second * 0,
-            squares * 0,
-        )
         for start in range(0, source[11], R):
             y, ids = chunk(start, source, R, SPARSE, MASKED, POINTS)
             count1, mass1, dot1, first1, second1, squares1 = moments(y, key, top)
@@ -265,7 +255,9 @@ def value_limit(DEVICE: tl.constexpr, top, count, mass, dot, first, second, squa
     mass = mass.to(tl.float32) / FIXED_ONE
     log_mass = tl.log(mass)
     mean = first / count
-    deviation = tl.sqrt(tl.maximum(second / count - mean * mean, 0.0))
+    variance = second / count - mean * mean
+    variance = tl.where(variance == variance, tl.maximum(variance, 0.0), float("inf"))  # inf - inf overflowed
+    deviation = tl.sqrt(variance)
     limit = DEVICE(
         top,
         top + log_mass,
@@ -316,7 +308,7 @@ def whole_moments(at, width, inside, group_top, group_sum, top):
     return (
         tl.sum(counts, axis=0),
         tl.sum(fixed(group_sum * factor), axis=0),
-        tl.sum(factor * (dots + group_sum * lag), axis=0),
+        tl.sum(tl.where(factor > 0, factor * (dots + group_sum * lag), 0.0), axis=0),
         tl.sum(firsts + counts * lag, axis=0),
         tl.sum(seconds + 2 * firsts * lag + counts * lag * lag, axis=0),
         tl.sum(squares * factor * factor, axis=0),
@@ -403,7 +395,7 @@ def pick(key, top, greedy, seed, position, stream, x, ids, resident, source,
     """(token, logit) drawn from all candidates at or above a key."""
     best, token, value = best_of(x, ids, key, top, greedy, seed, position, stream)
     if not resident:
-        best, token, value = best * 0 - float("inf"), token * 0 + 2147483647, value
+        best, token = tl.full((), -float("inf"), tl.float32), tl.full((), 2147483647, tl.int32)
         for start in range(0, source[11], R):
             y, there = chunk(start, source, R, SPARSE, MASKED, POINTS)
             score, candidate, logit = best_of(y, there, key, top, greedy, seed, position, stream)
@@ -438,7 +430,7 @@ def report(token, value, key, begin, top, whole, raw, x, resident, source, group
     raw_top, raw_sum = raw
     highest = tl.max(raw_top, axis=0)
     raw_mass = tl.sum(tl.where(inside, raw_sum * tl.exp(raw_top - highest), 0.0), axis=0)
-    given = finite_top(tl.load(logits + token).to(tl.float32))
+    given = finite_top(tl.load(logits + token, mask=token < source[2], other=float("nan")).to(tl.float32))
     tl.store(floats + row, (given - highest) - tl.log(raw_mass))
     tl.store(floats + rows + row, (value - top) - log_mass)
     tl.store(floats + 2 * rows + row, log_mass - dot / total)
