@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from .cache import PagedCache
 from .feed import Feed
-from .kv import TRASH
+from .kv import TRASH, ZERO
 from .pipeline import Context
 from .request import Request
-from .rows import Drawn
 from .sequence import Row
 
 IDLE = (TRASH,)
-_VECTORS = ("logits", "tokens", "positions", "active", "prompt_lengths", "seeds", "streams")
+# Tensors with one entry per slot, which move with their rows when the batch shrinks.
+_PER_SLOT = (
+    "logits", "tokens", "results", "positions", "active", "limits", "stops",
+    "prompt_lengths", "seeds", "streams", "history", "cells", "table",
+)  # fmt: skip
+
+
+@dataclass
+class Step:
+    """One drawn step on its way to the host.
+
+    Args:
+        requests: who sat in each slot.
+        results: `[S, 3]` token, raw and processed log-probability of each slot.
+        best: ids and log-probabilities `[S, n]` of the most probable tokens, or None.
+        ready: set when `results` has arrived, None where it is there already.
+    """
+
+    requests: list[Request | None]
+    results: torch.Tensor
+    best: tuple[torch.Tensor, torch.Tensor] | None = None
+    ready: torch.cuda.Event | None = None
+
+    def read(self) -> list[list[float]]:
+        """The results, once they have arrived."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.results.tolist()
+
+    def most_probable(self) -> list | None:
+        """(ids, log-probabilities) of each slot, most probable first."""
+        return None if self.best is None else list(zip(*(t.tolist() for t in self.best), strict=True))
+
 
 class Batch:
     """`S` slots that requests move through; every tensor keeps its shape while rows come and go.
@@ -31,27 +62,29 @@ class Batch:
 
     def __init__(self, engine, size: int, width: int):
         self.model, self.pool, self.size = engine.runner, engine.pool, size
-        self.block = self.pool.block_size
+        self.block, self.eos = self.pool.block_size, engine.eos_token_ids
         device = self.model.device
 
-        def ints(*shape):
-            return torch.zeros(*shape, dtype=torch.long, device=device)
+        def ints(*shape, fill=0, dtype=torch.long):
+            return torch.full(shape, fill, dtype=dtype, device=device)
 
+        blocks = -(-width // self.block) + 1
         self.logits = torch.zeros(size, engine.vocab_size, device=device)
+        self.results = torch.zeros(size, 3, dtype=torch.double, device=device)
         self.tokens, self.positions, self.active = ints(size), ints(size, 1), ints(size, 1)
+        self.limits, self.stops = ints(size, 1), ints(size, 8, fill=-1)
         self.prompt_lengths, self.seeds, self.streams = ints(size), ints(size), ints(size)
-        self.history = ints(size, width + 1).fill_(-1)
-        self.cells = ints(size, -(-width // self.block) * self.block + 1)  # position -> cell in the pool
-        self.cells.fill_(TRASH * self.block)
+        self.history = ints(size, width + 1, fill=-1)
+        self.cells = ints(size, blocks * self.block, fill=TRASH * self.block)  # position -> cell in the pool
+        self.table = ints(size, blocks, fill=ZERO, dtype=torch.int32)
         self.requests: list[Request | None] = [None] * size
-        self.rows: list = [None] * size
+        self.rows: list[Row | None] = [None] * size
         self.lengths = [0] * size
         self.claims: list = [None] * size
         self.cache: PagedCache | None = None
         self.sampler = engine.pipeline.bind(
-            [], [], device=device, vocab_size=engine.vocab_size,
-            eos_token_ids=engine.eos_token_ids, capacity=size,
-        )  # fmt: skip
+            [], [], device=device, vocab_size=engine.vocab_size, eos_token_ids=self.eos, capacity=size
+        )
 
     @property
     def running(self) -> list[int]:
@@ -65,7 +98,11 @@ class Batch:
     # -- rows come and go
 
     def place(self, slot: int, request: Request) -> None:
-        """Put a prefilled request into a slot; its blocks are shared until it writes."""
+        """Put a prefilled request into a slot; its blocks are shared until it writes.
+
+        Raises:
+            PoolExhausted: there is no block for its first new token; the slot is as it was.
+        """
         ready = request.prefilled
         row, length = ready.row, ready.row.length
         if self.model.paged:
@@ -79,41 +116,47 @@ class Batch:
         self.prompt_lengths[slot] = length
         self.seeds[slot], self.streams[slot] = request.seed, request.sample
         self.history[slot, :length] = torch.tensor(request.prompt.ids, device=self.history.device)
+        self._set_stops(slot, request)
         if ready.states:
             self._insert(slot, ready.states)
         ready.taken()
+
+    def _set_stops(self, slot: int, request: Request) -> None:
+        """What ends the row on the device, where the host looks late."""
+        params = request.params
+        ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else self.eos)})
+        if len(ids) > self.stops.shape[1]:
+            wider = self.stops.new_full((self.size, 2 * len(ids)), -1)
+            wider[:, : self.stops.shape[1]] = self.stops
+            self.stops = wider
+        self.stops[slot] = -1
+        self.stops[slot, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=self.stops.device)
+        self.limits[slot] = min(request.room, self.history.shape[1] - 1)
 
     def clear(self, slot: int) -> None:
         """Take a finished request out; its blocks go back, full ones stay known as a prefix."""
         row, request = self.rows[slot], self.requests[slot]
         if self.model.shares_prefixes and request.prompt.embeddings is None and request.error is None:
-            written = (request.prompt.ids + request.stopper.token_ids)[: self.lengths[slot]]
-            self.pool.register(row.table, written)
+            fed = min(self.lengths[slot], len(request.prompt) + len(request.stopper.token_ids) - 1)
+            self.pool.register(row.table, (request.prompt.ids + request.stopper.token_ids)[: max(fed, 0)])
         if self.claims[slot]:
             self.pool.unclaim(self.claims[slot])
         self.requests[slot] = self.rows[slot] = self.claims[slot] = None
         self.lengths[slot] = 0
         self.sampler.clear(slot)
-        self.positions[slot], self.active[slot] = 0, 0
-        self.cells[slot, 0] = TRASH * self.block
+        self.positions[slot], self.active[slot], self.stops[slot] = 0, 0, -1
+        self.cells[slot, 0], self.table[slot] = TRASH * self.block, ZERO
         self.history[slot] = -1
         self.logits[slot] = 0
 
     def prepare(self, slot: int) -> None:
-        """Make room for the token that the slot is about to be fed.
+        """Make room for the token that the slot draws next.
 
         Raises:
             PoolExhausted: there is no block for it; the slot is as it was.
         """
         length, row = self.lengths[slot], self.rows[slot]
-        if length == self.model.restart:
-            request = self.requests[slot]
-            whole = request.prompt.ids + request.stopper.token_ids
-            row, _ = self.model.prefill(whole[: length + 1])
-            self.rows[slot] = row
-            self.pool.filled[row.table.blocks[-1]] = self.block
-            self._map(slot, row.table, 0)
-        elif self.model.paged and length % self.block == 0:
+        if self.model.paged and length >= len(row.table) * self.block:
             self.rows[slot] = row = self._own_tail(row, length)
             self._map(slot, row.table, length // self.block)
 
@@ -123,9 +166,10 @@ class Batch:
 
     def _map(self, slot: int, table, first: int) -> None:
         span = torch.arange(self.block, device=self.cells.device)
-        starts = torch.tensor(table.blocks[first:], device=self.cells.device)[:, None] * self.block
-        end = len(table) * self.block
-        self.cells[slot, first * self.block : end] = (starts + span).flatten()
+        blocks = torch.tensor(table.blocks[first:], device=self.cells.device)
+        cells = (blocks[:, None] * self.block + span).flatten()
+        self.cells[slot, first * self.block : len(table) * self.block] = cells
+        self.table[slot, first : len(table)] = blocks
 
     def _insert(self, slot: int, states) -> None:
         if self.cache is None:
@@ -148,17 +192,21 @@ class Batch:
             params=self.sampler.params,
         )
 
-    def draw(self) -> tuple[Drawn, list | None]:
-        """One token for every slot, remembered in `tokens`, and the most probable ones where asked for."""
+    def draw(self) -> Step:
+        """One token for every slot, remembered in `tokens`."""
         context = self.context()
         drawn = self.sampler.sample(self.logits, context)
         self.tokens = drawn.tokens
         self.sampler = self.sampler.accept(drawn.tokens, context)
+        results = torch.stack((drawn.tokens, drawn.raw_logprobs, drawn.logprobs), 1)
+        return Step(list(self.requests), results, self._most_probable())
+
+    def _most_probable(self):
         wanted = [r.params.logprobs for r in self.requests if r is not None and r.params.logprobs is not None]
         if not wanted:
-            return drawn, None
+            return None
         best = self.logits.log_softmax(-1).topk(min(max(*wanted, 1), self.logits.shape[-1]))
-        return drawn, list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return best.indices, best.values
 
     def feed(self) -> None:
         """One forward pass over all slots: append `tokens` and compute the logits behind them."""
@@ -166,6 +214,9 @@ class Batch:
         if self.model.path == "solo":
             self._feed_alone()
         else:
+            for slot in self.running:
+                if self.lengths[slot] == self.model.restart:
+                    self._restart(slot)
             self.logits = self.model.forward(self._feed(), self.cache).logits[:, -1]
         for slot in self.running:
             self.lengths[slot] += 1
@@ -188,13 +239,21 @@ class Batch:
             logits[slot] = out.logits[0, -1]
         self.logits = logits
 
+    def _restart(self, slot: int) -> None:
+        """Compute the whole row again where the model changes all its rotations; the feed repeats its last cell."""
+        request = self.requests[slot]
+        row, _ = self.model.prefill(request.prompt.ids + request.stopper.token_ids)
+        self.rows[slot] = row
+        self.pool.filled[row.table.blocks[-1]] = self.block
+        self._map(slot, row.table, 0)
+
     def resized(self, engine, size: int) -> Batch:
         """The running requests in a batch of `size` slots."""
         keep = self.running
         index = (keep + [i for i in range(self.size) if i not in keep])[:size]
         other = Batch(engine, size, self.history.shape[1] - 1)
         where = torch.tensor(index, device=self.logits.device)
-        for name in (*_VECTORS, "history", "cells"):
+        for name in _PER_SLOT:
             setattr(other, name, getattr(self, name).index_select(0, where))
         for name in ("requests", "rows", "lengths", "claims"):
             setattr(other, name, [getattr(self, name)[i] for i in index])

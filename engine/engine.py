@@ -356,12 +356,15 @@ class Engine:
         requests = []
         for index, (prompt, asked) in enumerate(zip(encoded, wanted, strict=True)):
             if asked.stop and self.tokenizer is None:
-                raise ParameterError(f"request {index}: stop={asked.stop!r} needs a tokenizer; use stop_token_ids")
+                raise ParameterError(
+                    f"request {index}: stop={asked.stop!r} needs a tokenizer; use stop_token_ids"
+                )
             if asked.max_length is not None and asked.max_length <= len(prompt):
                 raise ParameterError(
                     f"request {index}: max_length={asked.max_length} counts the prompt, which has {len(prompt)} tokens"
                 )
             asked = asked.resolve(self.tokenizer)
+            asked.check_vocabulary(self.vocab_size)
             self.pipeline.for_params(asked).check(asked)
             seed = int(torch.randint(2**62, ())) if asked.seed is None else asked.seed
             shared = Prefilled(waiting=asked.n)
@@ -374,10 +377,26 @@ class Engine:
         listed = list(params) if isinstance(params, list | tuple) else [params] * count
         if len(listed) != count:
             raise ParameterError(f"{len(listed)} params for {count} prompts; give one, or one for each")
-        base = {}
-        if defaults == "model":
-            base = SamplingParams.from_generation_config(self.model.generation_config)
-        return [_one(item, base, overrides) for item in listed]
+        return [self._one(item, defaults == "model", overrides) for item in listed]
+
+    def _one(self, item, model_defaults: bool, overrides) -> SamplingParams:
+        if isinstance(item, SamplingParams):
+            return item.replace(**overrides) if overrides else item
+        if item is not None and not isinstance(item, dict):
+            if not hasattr(item, "to_diff_dict"):
+                raise ParameterError(
+                    f"params={item!r} is not SamplingParams, a GenerationConfig, a dict, or a list of one per prompt"
+                )
+            return self._from_config(item, overrides)
+        named = {**(item or {}), **overrides}
+        return (
+            self._from_config(self.model.generation_config, named)
+            if model_defaults
+            else SamplingParams(**named)
+        )
+
+    def _from_config(self, config, overrides) -> SamplingParams:
+        return SamplingParams.from_generation_config(config, eos_token_ids=self.eos_token_ids, **overrides)
 
     def _limit(self, max_length: int | None) -> int:
         names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
@@ -392,25 +411,11 @@ class Engine:
             raise ParameterError(f"max_length={max_length!r} must be a whole number of at least 2")
         if max_length > own:
             if _learned_positions(self.model, own):
-                raise ParameterError(f"max_length={max_length} is beyond the {own} positions this model has learned")
+                raise ParameterError(
+                    f"max_length={max_length} is beyond the {own} positions this model has learned"
+                )
             log.warning("max_length=%d is beyond the %d tokens this model was made for", max_length, own)
         return max_length
-
-
-def _one(item, base, overrides) -> SamplingParams:
-    if item is None:
-        params = base or SamplingParams()
-    elif isinstance(item, SamplingParams):
-        params = item
-    elif isinstance(item, dict):
-        params = base.replace(**item) if base else SamplingParams(**item)
-    elif hasattr(item, "to_diff_dict"):
-        params = SamplingParams.from_generation_config(item)
-    else:
-        raise ParameterError(
-            f"params={item!r} is not SamplingParams, a GenerationConfig, a dict, or a list of one per prompt"
-        )
-    return params.replace(**overrides) if overrides else params
 
 
 def _eos(model, tokenizer) -> set[int]:

@@ -22,6 +22,8 @@ class Feed:
         lengths: cells of each row that are valid after this pass, the new ones included, on the host.
         counts: real tokens of each row, or None when every row has `Q`.
         embeddings: `[B, Q, D]` input embeddings instead of ids.
+        block_table: `[B, M]` int32 on the device; built from `tables` on first use.
+        cell_counts: `[B]` int64 on the device, as `lengths`; built from it on first use.
     """
 
     ids: torch.Tensor | None
@@ -31,7 +33,8 @@ class Feed:
     lengths: Sequence[int]
     counts: Sequence[int] | None = None
     embeddings: torch.Tensor | None = None
-    block_table: torch.Tensor | None = None  # [B, M] int32, built on first use
+    block_table: torch.Tensor | None = None
+    cell_counts: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -45,6 +48,12 @@ class Feed:
             padded = [list(t) + [ZERO] * (width - len(t)) for t in self.tables]
             self.block_table = torch.tensor(padded, dtype=torch.int32, device=self.positions.device)
         return self.block_table
+
+    def valid(self) -> torch.Tensor:
+        """`[B]` int64 valid cells of each row, on the device."""
+        if self.cell_counts is None:
+            self.cell_counts = torch.tensor(self.lengths, device=self.positions.device)
+        return self.cell_counts
 
     def rows(self) -> list[Feed]:
         """The same tokens as one Feed per row, without surplus."""

@@ -126,7 +126,9 @@ class BlockPool:
     @property
     def block_bytes(self) -> int:
         """Bytes that one block takes over all layers."""
-        return sum((s.keys[:, 0].numel() + s.values[:, 0].numel()) * s.keys.element_size() for s in self.stores)
+        return sum(
+            (s.keys[:, 0].numel() + s.values[:, 0].numel()) * s.keys.element_size() for s in self.stores
+        )
 
     @property
     def in_use(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .batch import Batch
+from .batch import Batch, Step
 from .errors import HandloomError, PoolExhausted
 from .generation import Event
 from .request import Request
@@ -27,11 +27,12 @@ def run(engine, requests: list[Request]) -> Iterator[Event]:
     try:
         while waiting or batch.running:
             yield from admit(engine, batch, waiting)
-            drawn, top = batch.draw()
-            yield from collect(batch, drawn, top)
+            yield from prepare(batch)
+            yield from collect(batch, batch.draw())
             if not waiting and engine.bucket(len(batch.running)) < batch.size:
                 batch = batch.resized(engine, engine.bucket(len(batch.running)))
-            yield from feed(batch)
+            if batch.running:
+                batch.feed()
     finally:
         for slot in batch.running:
             batch.clear(slot)
@@ -81,15 +82,28 @@ def prompt_logprobs(ids: list[int], logits: torch.Tensor) -> list[float | None]:
     return [None, *logits[:-1].log_softmax(-1).gather(-1, targets)[:, 0].tolist()]
 
 
-def collect(batch: Batch, drawn, top) -> Iterator[Event]:
-    """Hand each drawn token to its request; those that finish leave their slot."""
-    tokens, raw, processed = drawn.tokens.tolist(), drawn.raw_logprobs.tolist(), drawn.logprobs.tolist()
+def prepare(batch: Batch) -> Iterator[Event]:
+    """Make room for one more token in every row; a row for which there is none ends alone."""
     for slot in batch.running:
-        request = batch.requests[slot]
-        if math.isnan(raw[slot]) or math.isnan(processed[slot]):
-            event = request.end("error", f"request {request.index}: {blame(raw[slot])}")
+        try:
+            batch.prepare(slot)
+        except PoolExhausted as error:
+            event = batch.requests[slot].end("error", f"request {batch.requests[slot].index}: {error}")
+            batch.clear(slot)
+            yield event
+
+
+def collect(batch: Batch, step: Step) -> Iterator[Event]:
+    """Hand each drawn token to its request; those that finish leave their slot."""
+    results, best = step.read(), step.most_probable()
+    for slot, request in enumerate(step.requests):
+        if request is None or batch.requests[slot] is not request:
+            continue
+        token, raw, processed = results[slot]
+        if math.isnan(raw) or math.isnan(processed):
+            event = request.end("error", f"request {request.index}: {blame(raw)}")
         else:
-            event = request.push(tokens[slot], raw[slot], processed[slot], top and top[slot])
+            event = request.push(int(token), raw, processed, best and best[slot])
         if event.finish:
             batch.clear(slot)
         yield event
@@ -100,16 +114,3 @@ def blame(raw: float) -> str:
     if math.isnan(raw):
         return "the model's logits hold NaN, or nothing finite"
     return "no token is left: the request's bans, masks and processors exclude all of them"
-
-
-def feed(batch: Batch) -> Iterator[Event]:
-    """Append the drawn tokens and run the model over all slots."""
-    for slot in batch.running:
-        try:
-            batch.prepare(slot)
-        except PoolExhausted as error:
-            event = batch.requests[slot].end("error", f"request {batch.requests[slot].index}: {error}")
-            batch.clear(slot)
-            yield event
-    if batch.running:
-        batch.feed()

@@ -17,13 +17,14 @@ from .cache import ATTENTION, EMPTY, HYBRID, RECURRENT, PagedCache, layer_plan
 from .capabilities import Capabilities, Capability
 from .errors import CapabilityError
 from .feed import Feed
+from .kernels.attention import paged_attention
 from .kernels.attention_cpu import CellPlan, paged_attention_cpu
-from .kernels.attention import paged_attention_reference
 from .kv import BlockPool
 from .sequence import EMBEDDING, History, Row
 
 log = logging.getLogger("handloom")
 _names = itertools.count()
+LONG = 32  # more new tokens than this are a prompt: torch's own attention over gathered cells is faster
 # Arguments by which a model asks its attention for something that ours does not do.
 _FOREIGN = ("position_bias", "indices", "block_indices", "head_mask")
 
@@ -86,7 +87,9 @@ class Model:
 
     # -- one forward pass
 
-    def forward(self, feed: Feed, cache: PagedCache | None = None, *, hidden=False, last_only=False) -> Output:
+    def forward(
+        self, feed: Feed, cache: PagedCache | None = None, *, hidden=False, last_only=False
+    ) -> Output:
         """Run the model over `feed`, writing its keys and values to the pool.
 
         Args:
@@ -133,7 +136,8 @@ class Model:
         if self.path != "attention":
             yield
             return
-        if feed.positions.device.type == "cpu":
+        self._step = None
+        if feed.positions.device.type == "cpu" or feed.width > LONG:
             self._step = CellPlan(feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts)
         theirs = self.config._attn_implementation
         self.config._attn_implementation = self._name
@@ -154,12 +158,11 @@ class Model:
             raise CapabilityError("the model reshapes what its cache returns, so its attention is not paged")
         feed, query = self._feed, query.transpose(1, 2)
         options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
-        if query.device.type == "cpu":
+        if self._step is not None:
             return paged_attention_cpu(query, key, value, plan=self._step, **options), None
-        lengths = torch.tensor(feed.lengths, device=query.device)
         counts = None if feed.counts is None else torch.tensor(feed.counts, device=query.device)
-        table = feed.blocks().to(query.device)
-        return paged_attention_reference(query, key, value, table, lengths, counts=counts, **options), None
+        table, lengths = feed.blocks().to(query.device), feed.valid().to(query.device)
+        return paged_attention(query, key, value, table, lengths, counts=counts, **options), None
 
     # -- rows
 
@@ -207,7 +210,9 @@ class Model:
         Returns:
             The longer rows, and an Output with logits `[B, n, V]`, n the largest count.
         """
-        if self.restart and any(r.length <= self.restart < r.length + len(t) for r, t in zip(rows, tokens, strict=True)):
+        if self.restart and any(
+            r.length <= self.restart < r.length + len(t) for r, t in zip(rows, tokens, strict=True)
+        ):
             return self._recompute(rows, tokens, hidden)
         if self.recurrent:
             return self._extend_stepwise(rows, tokens, states, hidden)
@@ -296,7 +301,9 @@ def _longer(rows, tables, tokens):
 def _joined(outputs, every, hidden) -> Output:
     last = outputs[-1]
     logits = torch.cat([o.logits for o in outputs], 1) if every else last.logits
-    layers = tuple(torch.cat(h, 1) for h in zip(*(o.hidden for o in outputs), strict=True)) if hidden else None
+    layers = (
+        tuple(torch.cat(h, 1) for h in zip(*(o.hidden for o in outputs), strict=True)) if hidden else None
+    )
     return Output(logits, layers, last.states)
 
 
@@ -371,7 +378,9 @@ def _rotate_rows(part, args, kwargs, output):
         # The frequencies of a longer neighbour must not outlive its turn.
         for prefix in prefixes:
             setattr(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
-            setattr(part, f"{prefix}inv_freq", getattr(part, f"{prefix}original_inv_freq").to(x.device).clone())
+            setattr(
+                part, f"{prefix}inv_freq", getattr(part, f"{prefix}original_inv_freq").to(x.device).clone()
+            )
         rows.append(part.forward(x, positions[i : i + 1], *extra, **rest))
     return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
@@ -382,7 +391,9 @@ def _rope_switch(config) -> int | None:
     kinds = [rope] + [v for v in rope.values() if isinstance(v, dict)]
     for kind in kinds:
         if kind.get("rope_type") == "longrope":
-            return getattr(config, "original_max_position_embeddings", None) or kind.get("original_max_position_embeddings")
+            return getattr(config, "original_max_position_embeddings", None) or kind.get(
+                "original_max_position_embeddings"
+            )
     return None
 
 

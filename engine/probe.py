@@ -52,7 +52,9 @@ def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool
         error = _error(model, prompts, references) if self_check else 0.0
         if not isinstance(error, str) and error <= _tolerance(module):
             return model, pool, vocab
-        tried.append(f"{path}: {error if isinstance(error, str) else f'logits differ by {error:.2g} deviations'}")
+        tried.append(
+            f"{path}: {error if isinstance(error, str) else f'logits differ by {error:.2g} deviations'}"
+        )
     reason = refusal or "; ".join(tried)
     log.warning("%s runs one sequence at a time (%s)", type(module).__name__, reason)
     pool = BlockPool(**pool_options)
@@ -134,7 +136,9 @@ def _error(model, prompts, references):
                 logits.append(row[0])
     except Exception as error:  # noqa: BLE001 - any failure means this path does not fit the model
         return f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    want = torch.stack([r[n - 1 + i] for r, n in zip(references, starts, strict=True) for i in range(STEPS + 1)])
+    want = torch.stack(
+        [r[n - 1 + i] for r, n in zip(references, starts, strict=True) for i in range(STEPS + 1)]
+    )
     have = torch.stack([logits for row in got for logits in row])
     if not torch.equal(want.isnan(), have.isnan()):
         return "NaN in other places"

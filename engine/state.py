@@ -95,10 +95,14 @@ class State:
         """
         numbers = [int(c) for c in torch.as_tensor(counts).tolist()]
         if self.all_logits is None or len(numbers) != len(self):
-            raise HandloomError(f"keep needs a State made by extend and one count per row, got {len(numbers)} counts")
+            raise HandloomError(
+                f"keep needs a State made by extend and one count per row, got {len(numbers)} counts"
+            )
         for i, (count, fed) in enumerate(zip(numbers, self.counts, strict=True)):
             if not 1 <= count <= fed:
-                raise HandloomError(f"keep: row {i} was extended by {fed} tokens, count {count} is not in 1..{fed}")
+                raise HandloomError(
+                    f"keep: row {i} was extended by {fed} tokens, count {count} is not in 1..{fed}"
+                )
         last = torch.tensor(numbers, device=self.logits.device) - 1
         each = torch.arange(len(self), device=self.logits.device)
         states = self.states
@@ -130,4 +134,3 @@ class State:
         fed = torch.tensor(self.counts, device=states.device)[:, None]
         real = torch.arange(states.shape[1], device=states.device) < fed
         return states.masked_fill(~real[..., None], 0)
-

@@ -55,7 +55,7 @@ class CellPlan:
         if start is None:
             skipped = first // self.block_size
             start = -skipped * self.block_size
-            flat = flat_cells(pool.index_select(0, self._tables[row][skipped:]))
+            flat = flat_cells(pool.index_select(0, self._tables[row][skipped:].to(pool.device)))
         return flat[:, :, start + first : start + self.lengths[row]]
 
     def mask(self, row, queries, n, window, group, like):
