@@ -1,7 +1,8 @@
-"""Which implementation runs: "triton", "torch" or "auto", by argument, context manager or environment variable.
+"""Which implementation runs: "triton", "torch" or "auto", by argument, `use` block or environment variable.
 
-An argument beats the innermost `use` block, which beats HANDLOOM_KERNELS, which beats "auto". "auto" takes Triton where
-it can run and torch elsewhere, and logs each reason for falling back once. An explicit choice is followed or raises.
+An argument beats the innermost `use` block, which beats HANDLOOM_KERNELS, which beats "auto". "auto" takes
+Triton on CUDA and torch elsewhere, and logs each reason for falling back once. An explicit choice is followed
+or raises.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ class KernelUnavailable(RuntimeError):
 
 @contextlib.contextmanager
 def use(choice):
-    """Run the block with this implementation: "auto", "triton" or "torch"; nests, and is local to thread and task."""
+    """Run the block with "auto", "triton" or "torch"; blocks nest, and are local to thread and task."""
     token = _choice.set(_valid(choice, "use()"))
     try:
         yield
@@ -59,7 +60,7 @@ def select(operation, device, argument=None, unsupported=None):
     choice = requested(argument)
     if choice == "torch":
         return "torch"
-    reason = unsupported or _why_not(device.type)
+    reason = unsupported or _why_not(device.type, named=choice == "triton")
     if reason is None:
         return "triton"
     if choice == "triton":
@@ -68,13 +69,15 @@ def select(operation, device, argument=None, unsupported=None):
     return "torch"
 
 
-def _why_not(device_type):
-    """Why Triton cannot run on this kind of device, or None."""
+def _why_not(device_type, named):
+    """Why Triton cannot run on this kind of device, or None; the interpreter runs only named choices."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device_type == "cuda" or interpreting():
+    if device_type == "cuda" or (named and interpreting()):
         return None
-    return f"tensors are on {device_type!r}, and Triton needs 'cuda' (or TRITON_INTERPRET=1 set before it is imported)"
+    return (
+        f"tensors are on {device_type!r}; Triton needs 'cuda' (or TRITON_INTERPRET=1 before it is imported)"
+    )
 
 
 def interpreting():

@@ -1,14 +1,15 @@
 """The draw: Gumbel-argmax over the tokens that a pipeline left, seeded per row.
 
-The score of a token is (logit - row maximum) + g in float32, with g the noise of `philox.gumbel`; the highest score
-wins, the lowest token id on ties. The maximum is subtracted before the noise is added so that a row's offset does not
-cost the noise its resolution. Tokens at -inf cannot be drawn; tokens at +inf share the whole probability.
+The score of a token is (logit - row maximum) + g in float32, with g the noise of `philox.gumbel`; the highest
+score wins, the lowest token id on ties. The maximum is subtracted before the noise is added so that a row's
+offset does not cost the noise its resolution. Tokens at -inf cannot be drawn; tokens at +inf share the whole
+probability.
 """
 
 import numpy as np
 import torch
 
-from . import philox
+from . import dispatch, philox
 
 SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
 FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -17,7 +18,7 @@ SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of t
 NO_TOKEN = -1
 
 
-def draw(logits, seeds, positions, streams=None, greedy=None):
+def draw(logits, seeds, positions, streams=None, greedy=None, kernels=None):
     """Draw one token a row by Gumbel-argmax; a row's token depends on nothing outside the row.
 
     Args:
@@ -25,12 +26,21 @@ def draw(logits, seeds, positions, streams=None, greedy=None):
         seeds: int64 [B].
         positions: int64 [B], absolute position of the token now drawn.
         streams: int64 [B] or None (all 0).
-        greedy: bool [B] or None (none); a greedy row takes its highest logit, the lowest id on ties, and no noise.
+        greedy: bool [B] or None (none); a greedy row takes its highest logit, the lowest id on ties, and no
+            noise.
+        kernels: "auto", "triton", "torch" or None (see `dispatch`).
 
     Returns:
         int64 [B], the tokens; -1 for a row that holds a NaN or nothing above -inf.
     """
     streams = torch.zeros_like(seeds) if streams is None else streams
+    if dispatch.select("draw", logits.device, kernels) == "triton":
+        from .sample_fused import sample_fused
+
+        temperature = None if greedy is None else (~greedy).float()
+        return sample_fused(
+            logits, seeds=seeds, positions=positions, streams=streams, temperature=temperature
+        ).tokens
     if logits.device.type != "cpu":
         return draw_reference(logits, seeds, positions, streams, greedy)
     rows = logits.detach().float().numpy()
@@ -100,7 +110,8 @@ def draw_ragged(pending, seeds, positions, streams):
 
 
 def _contenders(row, top, seeds, positions, streams):
-    """Ids, ascending, of the few tokens of a long row that can win; one pass of words, no logarithm for the rest.
+    """Ids, ascending, of the few tokens of a long row that can win; one pass of words, no logarithm for the
+    rest.
 
     With S the score of some token, token i can win only if g_i >= S - d_i (d = logit - top), which needs
     E_i <= exp(d_i - S) and, as E >= u, a word of at most 2**32 * exp(d_i - S).

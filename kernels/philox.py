@@ -1,15 +1,17 @@
 """Counter-based noise: Philox4x32-10 words and exact Gumbel noise, the same bits in torch, NumPy and Triton.
 
-The noise of a token depends on nothing but (seed, position, stream, token id). Philox's key is the seed (low and
-high 32 bits), its counter is (token id // 4, position, stream, 0), and the token takes output word token id % 4.
+The noise of a token depends on nothing but (seed, position, stream, token id). Philox's key is the seed (low
+and high 32 bits), its counter is (token id // 4, position, stream, 0), and the token takes output word token
+id % 4.
 
-A word w becomes u = f32(w | 1) * 2**-32 in (0, 1], then E = -log1p(-u) (exponential) and g = -log(E) (Gumbel). The
-small end of u is the winning tail, where floats are dense, so rare tokens keep their probability (the naive
--log(-log u) has steps of 1.7 % at g = 12). The logarithm is the Cephes polynomial in float32 multiplications,
-additions, subtractions and integer operations alone, all of which IEEE 754 defines to the last bit. Hence
-g lies in [GUMBEL_MIN, GUMBEL_MAX].
+A word w becomes u = f32(w | 1) * 2**-32 in (0, 1], then E = -log1p(-u) (exponential) and g = -log(E)
+(Gumbel). The small end of u is the winning tail, where floats are dense, so rare tokens keep their
+probability (the naive -log(-log u) has steps of 1.7 % at g = 12). The logarithm is the Cephes polynomial in
+float32 multiplications, additions, subtractions and integer operations alone, all of which IEEE 754 defines
+to the last bit. Hence g lies in [GUMBEL_MIN, GUMBEL_MAX].
 
-Sources: Philox, Salmon et al., SC 2011 (Random123); Gumbel-max, arXiv 1411.0030; logf, Cephes mathematical library.
+Sources: Philox, Salmon et al., SC 2011 (Random123); Gumbel-max, arXiv 1411.0030; logf, Cephes mathematical
+library.
 """
 
 import numpy as np
@@ -165,7 +167,7 @@ def log_numpy(x, minus=None):
 
 
 def gumbel_numpy(seeds, positions, streams, token_ids):
-    """Gumbel noise in NumPy, the bits of `gumbel_reference`: int64 [B] x 3, int64 [B, K] or [K] -> float32 [B, K]."""
+    """`gumbel_reference` in NumPy, bit for bit: int64 [B] x 3, int64 [B, K] or [K] -> float32 [B, K]."""
     return gumbel_from_words_numpy(philox_words_numpy(seeds, positions, streams, token_ids))
 
 

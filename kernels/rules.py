@@ -2,8 +2,8 @@
 
 A truncation rule keeps the tokens of a row whose logit is at or above a threshold. The threshold is given
 * by a count: keep the k largest, ties at the k-th kept;
-* by a mass: keep the smallest set of largest tokens with at least the share p of what the rules before left, ties at
-  the boundary kept;
+* by a mass: keep the smallest set of largest tokens with at least the share p of what the rules before left,
+  ties at the boundary kept;
 * directly, as a function of row statistics over the tokens that the rules before left.
 Rules act in the order given; a row's largest token is always kept.
 """
@@ -23,7 +23,8 @@ MASS_SHARE = (
 class Drawn(NamedTuple):
     """What `sample` returns; fields that were not asked for are None.
 
-    A row without a drawable token (a NaN in it, or all -inf) has token -1, float fields NaN, kept 0 and rank 0.
+    A row without a drawable token (a NaN in it, or all -inf) has token -1, float fields NaN, kept 0 and rank
+    0.
     """
 
     tokens: torch.Tensor  # int64 [B]
@@ -37,7 +38,7 @@ class Drawn(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Row statistics over the kept tokens, each float32 [B] (or NumPy / Triton scalars), logits in temperature units."""
+    """Statistics of the kept tokens of each row, float32 [B], of logits after temperature."""
 
     maximum: torch.Tensor
     log_mass: torch.Tensor  # log of the sum of exp(logit)
@@ -55,9 +56,9 @@ class Rule(NamedTuple):
         kind: "count", "mass" or "value".
         parameter: float32 [B]; off is k <= 0 or k >= V for a count, p >= 1 for a mass; <= 0 for a value rule.
         threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B].
-        device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy, collision, count,
-            mean, deviation, parameter) -> threshold, or the name of one in `kernels.triton_rules`. Without it the
-            rule cannot run in the fused kernel.
+        device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy,
+            collision, count, mean, deviation, parameter) -> threshold, or the name of one in
+            `kernels.triton_rules`. Without it the rule cannot run in the fused kernel.
     """
 
     kind: str
@@ -68,7 +69,8 @@ class Rule(NamedTuple):
 
 
 class SparseEdits(NamedTuple):
-    """Edits of listed tokens: logit + bias (-inf bans), then penalties. Ids are unique in a row; -1 is padding.
+    """Edits of listed tokens: logit + bias (-inf bans), then penalties. Ids are unique in a row; -1 is
+    padding.
 
     `touched` has bit id % 32 of word id // 32 set for the listed ids; `touched_bits` makes it.
     """
@@ -84,7 +86,7 @@ class SparseEdits(NamedTuple):
 
 
 class Pointwise(NamedTuple):
-    """An edit of every logit alone, before temperature: (logit, token id, parameter) -> logit; -inf stays -inf."""
+    """An edit of each logit alone, before temperature: (logit, id, parameter) -> logit; -inf stays -inf."""
 
     parameter: torch.Tensor  # float32 [B]
     edit: Callable  # torch: float32 [B, V], int64 [V], float32 [B, 1] -> float32 [B, V]
@@ -94,7 +96,7 @@ class Pointwise(NamedTuple):
 
 
 def touched_bits(ids, vocab_size):
-    """Packed bitmap of the listed ids: int [B, N] unique, -1 = padding -> int32 [B, ceil(vocab_size / 32)]."""
+    """Packed bitmap of listed ids: int [B, N] unique, -1 = padding -> int32 [B, ceil(vocab_size / 32)]."""
     words = torch.zeros(len(ids), (vocab_size + 31) // 32, dtype=torch.int64, device=ids.device)
     listed = ids >= 0
     ids = ids.clamp(min=0).long()
@@ -156,12 +158,12 @@ def top_k(k):
 
 
 def top_p(p):
-    """Keep the smallest set of largest tokens with mass >= p, and the ties of its last; p [B], >= 1 is off (1904.09751)."""
+    """Keep the smallest set of largest tokens of mass >= p, ties kept; p [B], >= 1 is off (1904.09751)."""
     return Rule("mass", p.to(torch.float32))
 
 
 def min_p(p):
-    """Keep tokens at least p times as probable as the most probable one; p [B], <= 0 is off (arXiv 2407.01082)."""
+    """Keep tokens at least p times as probable as the likeliest; p [B], <= 0 is off (arXiv 2407.01082)."""
     return Rule("value", p.to(torch.float32), _min_p_threshold, "min_p_threshold", False)
 
 

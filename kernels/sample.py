@@ -1,9 +1,12 @@
-"""Sampling: logits in, one seeded token a row out, with edits, truncation rules and log-probabilities on the way."""
+"""Sampling: logits in, one seeded token a row out; edits, truncation rules, log-probabilities on the way."""
 
 import torch
 
 from . import dispatch
-from .rules import Drawn, min_p as min_p_rule, top_k as top_k_rule, top_p as top_p_rule
+from .rules import Drawn
+from .rules import min_p as min_p_rule
+from .rules import top_k as top_k_rule
+from .rules import top_p as top_p_rule
 from .sample_cpu import sample_cpu
 from .sample_reference import sample_reference
 
@@ -29,14 +32,16 @@ def sample(
 ):
     """Edit, scale, truncate and draw one token a row; a row's result depends on nothing outside the row.
 
-    Order: edits (bias, bans, penalties), bitmask, pointwise, temperature, top_k, top_p, min_p, then `rules`; a rule in any other
-    place is given through `rules` alone. Every row has its own parameters, and each off value changes nothing.
+    Order: edits (bias, bans, penalties), bitmask, pointwise, temperature, top_k, top_p, min_p, then `rules`;
+    a rule in any other place is given through `rules` alone. Every row has its own parameters, and each off
+    value changes nothing.
 
     Args:
         logits: [B, V] float32, bfloat16 or float16; never written to.
         seeds, positions: int64 [B], key of the noise, see `philox.gumbel`.
         streams: int64 [B] or None (0).
-        temperature: float32 [B] or None (1); 0 is greedy: highest edited logit, lowest id on ties, no truncation.
+        temperature: float32 [B] or None (1); 0 is greedy: highest edited logit, lowest id on ties, no
+            truncation.
         top_k: int [B] or None; <= 0 or >= V is off. Ties of the k-th are kept.
         top_p: float [B] or None; >= 1 is off. Mass is of what top_k left; ties at the boundary are kept.
         min_p: float [B] or None; <= 0 is off.
@@ -44,15 +49,17 @@ def sample(
         edits: `rules.SparseEdits` or None.
         bitmask: int32 [B, ceil(V / 32)] or None; a clear bit excludes the token (`rules.pack_mask`).
         pointwise: `rules.Pointwise` edits, in order.
-        logprobs: fill the log-probabilities, entropy, kept count and rank of `Drawn`. "chosen" asks for `logprob` alone,
-            which is what a decode step needs and cheaper on the CPU; other fields may then be None.
+        logprobs: fill the log-probabilities, entropy, kept count and rank of `Drawn`. "chosen" asks for
+            `logprob` alone, which is what a decode step needs and cheaper on the CPU; other fields may then
+            be None.
         n_top: number of highest raw log-probabilities to return, 0 to V.
-        out: int64 [B] or None; the Triton kernels write the tokens there and allocate nothing else they can reuse.
+        out: int64 [B] or None; the Triton kernels write the tokens there and allocate nothing else they can
+            reuse.
         kernels: "auto", "triton", "torch" or None (see `dispatch`).
 
     Returns:
-        Drawn. A row with a NaN, or with nothing above -inf, has token -1 and disturbs no other row. Tokens at +inf share
-        the whole probability.
+        Drawn. A row with a NaN, or with nothing above -inf, has token -1 and disturbs no other row. Tokens at
+        +inf share the whole probability.
 
     Raises:
         ValueError: a shape or n_top is wrong. dispatch.KernelUnavailable: kernels="triton" cannot run here.

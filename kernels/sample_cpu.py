@@ -1,8 +1,8 @@
 """`sample` on the CPU: the tokens of the reference, from a few passes over each row and never a full sort.
 
-The first rule that is on decides which tokens matter. A count needs only the tokens above a bound taken from maxima of
-groups; a mass finds its boundary by a histogram of weights, refined inside the crossing bin; all later rules work on
-the few candidates left. Noise is made for survivors alone.
+The first rule that is on decides which tokens matter. A count needs only the tokens above a bound taken from
+maxima of groups; a mass finds its boundary by a histogram of weights, refined inside the crossing bin; all
+later rules work on the few candidates left. Noise is made for survivors alone.
 """
 
 import numpy as np
@@ -67,7 +67,7 @@ def sample_cpu(
 
 
 class _Row:
-    """One row on its way through the rules: its candidates (all tokens while `ids` is None) and their logits."""
+    """One row on its way through the rules: candidates (all tokens while `ids` is None) and their logits."""
 
     def __init__(self, row, temperature):
         best = row.argmax() if len(row) else 0
@@ -181,8 +181,8 @@ def _count_bound(values, k):
 def _mass_limit(values, top, share):
     """Smallest kept value when the smallest set of largest values with this share of the mass is kept.
 
-    Values are binned by distance from the top; the bin in which the mass crosses the limit is binned again by its own
-    range until it is small or of equal values.
+    Values are binned by distance from the top; the bin in which the mass crosses the limit is binned again by
+    its own range until it is small or of equal values.
     """
     shifted = (values - top).astype(np.float64)
     weights = np.exp(shifted)

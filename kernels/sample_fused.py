@@ -18,8 +18,8 @@ KINDS = {"count": 0, "mass": 1, "value": 2}
 class Plan:
     """Everything about a call that does not change from step to step: variants, buffers, off values.
 
-    A Plan is for one number of rows, vocabulary, device and tuple of rules; `sample_fused` makes one unless it is
-    given, and a decode loop that captures graphs keeps its own so that steps allocate nothing.
+    A Plan is for one number of rows, vocabulary, device and tuple of rules; `sample_fused` makes one unless
+    it is given, and a decode loop that captures graphs keeps its own so that steps allocate nothing.
     """
 
     def __init__(self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False):
@@ -48,13 +48,11 @@ class Plan:
         self.limits = torch.empty(max(len(rules), 1), rows, **empty)
         self.point_values = torch.empty(max(len(pointwise), 1), rows, **empty)
 
-    def constants(self, edits, bitmask):
+    def constants(self, groups, edits, bitmask):
         """Compile-time arguments that both launches share."""
         return {
             "KINDS": self.kinds,
-            "SPARSE": edits is not None,
-            "MASKED": bitmask is not None,
-            "POINTS": self.points,
+            "VARIANT": (groups, edits is not None, bitmask is not None, self.points),
             "MOMENTS": self.moments,
             "PLANES": self.planes,
             "enable_fp_fusion": False,
@@ -88,9 +86,10 @@ def sample_fused(
 
     Args:
         out: int64 [B] or None; receives the tokens.
-        plan: Plan or None; holds every buffer. Its result tensors are overwritten by the next call with it. With a
-            plan and n_top=0 the call allocates nothing and can be captured in a CUDA graph; limits are copied from
-            the rules' parameters inside the graph, so changing those in place takes effect on replay.
+        plan: Plan or None; holds every buffer. Its result tensors are overwritten by the next call with it.
+            With a plan and n_top=0 the call allocates nothing and can be captured in a CUDA graph; limits are
+            copied from the rules' parameters inside the graph, so changing those in place takes effect on
+            replay.
     """
     if plan is None:
         plan = Plan(logits, rules=rules, edits=edits, pointwise=pointwise, logprobs=logprobs)
@@ -115,9 +114,12 @@ def sample_fused(
         plan.rows,
     )
     head = logits, logits.stride(0), plan.vocab, plan.vocab_groups, plan.groups, plan.statistics, plan.width
-    constants = plan.constants(edits, bitmask)
     group_statistics_kernel[(plan.rows, triton.cdiv(plan.groups, FIRST_GROUPS))](
-        *head, *row_arguments, RAW=plan.logprobs, R=FIRST_GROUPS, num_warps=4, **constants
+        *head,
+        *row_arguments,
+        RAW=plan.logprobs,
+        num_warps=4,
+        **plan.constants(FIRST_GROUPS, edits, bitmask),
     )
     sample_kernel[(plan.rows,)](
         *(*head, plan.active, plan.listed, plan.listed_ids, tokens, plan.floats, plan.counts),
@@ -127,9 +129,8 @@ def sample_fused(
         LOGPROBS=plan.logprobs,
         WIDTH=plan.width,
         CAPACITY=CAPACITY,
-        R=SECOND_GROUPS,
         num_warps=8,
-        **constants,
+        **plan.constants(SECOND_GROUPS, edits, bitmask),
     )
     return _result(plan, tokens, logits, n_top)
 

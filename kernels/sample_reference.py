@@ -1,4 +1,4 @@
-"""The reference of `sample` in plain torch: what every other path must reproduce. It defines, it does not hurry."""
+"""The reference of `sample` in plain torch: what every other path must reproduce."""
 
 import torch
 
@@ -7,7 +7,7 @@ from .rules import MASS_SHARE, Drawn, Statistics, unpack_mask
 
 
 def apply_edits(logits, *, edits=None, bitmask=None, pointwise=()):
-    """Sparse edits, then the bitmask: logits [B, V] -> float32 [B, V], a new tensor; +inf becomes the largest float."""
+    """Sparse edits, bitmask, pointwise edits: logits [B, V] -> new float32 [B, V]; +inf becomes finite."""
     x = logits.float().clamp(max=FLOAT_MAX)
     if edits is not None:
         x = _apply_sparse(x, edits)
@@ -30,7 +30,7 @@ def _apply_sparse(x, edits):
 
 
 def penalise(values, edits):
-    """Repetition penalty, then presence and frequency penalties, on the values [B, N] of the listed tokens."""
+    """Repetition, then presence and frequency penalties, on the values [B, N] of the listed tokens."""
     factor = edits.repetition[:, None]
     repeated = torch.where(values < 0, values * factor, values / factor)
     values = torch.where((edits.seen > 0) & (factor != 1), repeated, values)
@@ -40,14 +40,14 @@ def penalise(values, edits):
 
 
 def scale(x, temperature):
-    """x / temperature, finite values staying finite, -inf staying -inf; rows of temperature 0 stay as they are."""
+    """x / temperature; finite values stay finite, -inf stays -inf, rows of temperature 0 stay as they are."""
     temperature = torch.where(temperature > 0, temperature, 1.0)[:, None]
     scaled = (x / temperature).clamp(-FLOAT_MAX, FLOAT_MAX)
     return torch.where(x == -torch.inf, x, scaled)
 
 
 def statistics(x):
-    """`Statistics` of the tokens above -inf of each row of float32 [B, V]; probabilities are summed in float64."""
+    """`Statistics` of the tokens above -inf in rows of float32 [B, V]; sums are float64."""
     kept = x > -torch.inf
     top = x.amax(dim=1, keepdim=True)
     shifted = torch.where(kept, x - top, -torch.inf).double()
@@ -151,7 +151,8 @@ def describe(logits, usable, left, tokens, logprobs, n_top):
 
 
 def with_top(result, logits, n_top):
-    """Add the n_top highest log-probabilities of the logits as given, ties by lowest id; NaN for a row with a NaN.
+    """Add the n_top highest log-probabilities of the logits as given, ties by lowest id; NaN for a row with a
+    NaN.
 
     Only tokens at or above the n_top-th are sorted: an exact count by id decides among its ties.
     """

@@ -77,7 +77,8 @@ def gumbel_at(seed, position, stream, token_ids):
 
 @triton.jit
 def gumbel_groups(seed, position, stream, first, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Gumbel noise [ROWS, WIDTH] of the tokens first[i] ... first[i] + WIDTH - 1; first int32 [ROWS], multiples of 4.
+    """Gumbel noise [ROWS, WIDTH] of the tokens first[i] ... first[i] + WIDTH - 1; first int32 [ROWS],
+    multiples of 4.
 
     One Philox call serves four tokens.
     """

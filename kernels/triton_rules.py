@@ -1,7 +1,7 @@
 """Device side of the truncation rules that set their threshold directly.
 
-Each takes (maximum, log_mass, entropy, collision, count, mean, deviation, parameter), float32 scalars of one row over
-the tokens kept so far, and returns the logit threshold. It is called only where parameter > 0.
+Each takes (maximum, log_mass, entropy, collision, count, mean, deviation, parameter), float32 scalars of one
+row over the tokens kept so far, and returns the logit threshold. It is called only where parameter > 0.
 """
 
 import triton

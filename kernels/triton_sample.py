@@ -1,10 +1,12 @@
-"""The fused sampler: two launches, the vocabulary split over programs in the first, one program a row in the second.
+"""The fused sampler: two launches; the first splits the vocabulary over programs, the second has one a row.
 
-First launch: statistics of each group of 128 tokens, from one read of the logits. Second launch: a bound from the
-group statistics tells which groups can hold a token that matters; their tokens are gathered, exact thresholds are
-found by search on ordered integer keys with masses in fixed-point integers, and noise is made for survivors. Sums that
-decide anything are integers over a partition that depends on the vocabulary size alone, so the result does not depend
-on split, row, or order.
+First launch: statistics of each group of 128 tokens, from one read of the logits. Second launch: a bound from
+the group statistics tells which groups can hold a token that matters; their tokens are gathered, exact
+thresholds are found by search on ordered integer keys with masses in fixed-point integers, and noise is made
+for survivors. Sums that decide anything are integers over a partition that depends on the vocabulary size
+alone, so the result does not depend on split, row, or order.
+
+VARIANT is (groups a step, sparse edits?, bitmask?, tuple of pointwise edits).
 """
 
 # ruff: noqa: RUF059, SIM102 (device code: tuples are unpacked whole, and compile-time tests stay apart)
@@ -52,18 +54,18 @@ def first_rule(limits, row, rows, vocab, KINDS: tl.constexpr):
 
 @triton.jit
 def group_statistics_kernel(
-    logits, stride, vocab, groups_of_vocab, groups, stats, width, seeds, positions, streams, temperatures, limits,
-    bitmask, mask_stride, sparse, point_values, rows,
-    KINDS: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr,
-    MOMENTS: tl.constexpr, RAW: tl.constexpr, PLANES: tl.constexpr, R: tl.constexpr,
+    logits, stride, vocab, groups_of_vocab, groups, stats, width,
+    seeds, positions, streams, temperatures, limits, bitmask, mask_stride, sparse, point_values, rows,
+    KINDS: tl.constexpr, VARIANT: tl.constexpr,
+    MOMENTS: tl.constexpr, RAW: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of R groups of one row into stats [rows, PLANES, width]; grid (rows, ceil(groups / R))."""
+    """Statistics of VARIANT[0] groups of a row into stats [rows, PLANES, width]; grid (rows, programs)."""
     row = tl.program_id(0)
-    group = tl.program_id(1) * R + tl.arange(0, R)
+    group = tl.program_id(1) * VARIANT[0] + tl.arange(0, VARIANT[0])
     group = tl.where(group < groups, group, -1)
     x, ids, raw = load_groups(
         group, row, logits + row.to(tl.int64) * stride, vocab, groups_of_vocab, bitmask, mask_stride, sparse,
-        point_values, rows, SPARSE, MASKED, POINTS,
+        point_values, rows, VARIANT,
     )  # fmt: skip
     temperature = tl.load(temperatures + row)
     greedy = temperature <= 0
@@ -83,8 +85,8 @@ def group_statistics_kernel(
     tl.store(at + SUM * width, total, mask=inside)
     if (not greedy) & (first_rule(limits, row, rows, vocab, KINDS) == len(KINDS)):
         seed, position, stream = tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row)
-        noise = gumbel_groups(seed, position, stream, tl.maximum(group, 0) * GROUP, R, GROUP)
-        if SPARSE:
+        noise = gumbel_groups(seed, position, stream, tl.maximum(group, 0) * GROUP, VARIANT[0], GROUP)
+        if VARIANT[1]:
             beyond = (group >= groups_of_vocab)[:, None]
             noise = tl.where(beyond, gumbel_at(seed, position, stream, tl.maximum(ids, 0)), noise)
         tl.store(
@@ -104,8 +106,8 @@ def group_statistics_kernel(
 
 
 @triton.jit
-def chunk(start, source, R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):
-    """Scaled logits and ids [R * GROUP] of the active groups start ... start + R - 1."""
+def chunk(start, source, VARIANT: tl.constexpr):
+    """Scaled logits and ids [VARIANT[0] * GROUP] of the active groups from `start` on."""
     (
         row,
         logits,
@@ -120,7 +122,7 @@ def chunk(start, source, R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.const
         active,
         n,
     ) = source
-    slot = start + tl.arange(0, R)
+    slot = start + tl.arange(0, VARIANT[0])
     group = tl.load(active + slot, mask=slot < n, other=-1)
     x, ids, raw = load_groups(
         group,
@@ -133,11 +135,9 @@ def chunk(start, source, R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.const
         sparse,
         values,
         rows,
-        SPARSE,
-        MASKED,
-        POINTS,
+        VARIANT,
     )
-    return tl.reshape(scaled(x, temperature), (R * GROUP,)), tl.reshape(ids, (R * GROUP,))
+    return tl.reshape(scaled(x, temperature), (VARIANT[0] * GROUP,)), tl.reshape(ids, (VARIANT[0] * GROUP,))
 
 
 @triton.jit
@@ -151,23 +151,22 @@ def activate(chosen, group, active):
 
 
 @triton.jit
-def gather(floor, source, n, listed_x, listed_ids, CAPACITY: tl.constexpr,
-           R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
-    """List the tokens of the active groups that are at or above `floor`, at most CAPACITY; returns their number.
+def gather(floor, source, n, listed_x, listed_ids, CAPACITY: tl.constexpr, VARIANT: tl.constexpr):
+    """List the tokens of the active groups at or above `floor`, at most CAPACITY; returns their number.
 
     A number above CAPACITY says only that there are too many to list.
     """
     found = 0
     start = 0
     while (start < n) & (found <= CAPACITY):
-        x, ids = chunk(start, source, R, SPARSE, MASKED, POINTS)
+        x, ids = chunk(start, source, VARIANT)
         wanted = (x >= floor) & (x > -float("inf"))
         slot = found + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
         wanted = wanted & (slot < CAPACITY)
         tl.store(listed_x + slot, x, mask=wanted)
         tl.store(listed_ids + slot, ids, mask=wanted)
         found += tl.sum(((x >= floor) & (x > -float("inf"))).to(tl.int32), axis=0)
-        start += R
+        start += VARIANT[0]
     tl.debug_barrier()
     return found
 
@@ -189,29 +188,28 @@ def above(x, low, middle, high, top, MASS: tl.constexpr):
 
 
 @triton.jit
-def sweep_above(low, middle, high, top, x, resident, source, MASS: tl.constexpr,
-                R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
+def sweep_above(low, middle, high, top, x, resident, source, MASS: tl.constexpr, VARIANT: tl.constexpr):
     """`above` over all candidates: the list x if it holds them, else the active groups."""
     a, b, c = above(tl.where(resident, x, -float("inf")), low, middle, high, top, MASS)
     if not resident:
-        for start in range(0, source[11], R):
-            y, ids = chunk(start, source, R, SPARSE, MASKED, POINTS)
+        for start in range(0, source[11], VARIANT[0]):
+            y, ids = chunk(start, source, VARIANT)
             a1, b1, c1 = above(y, low, middle, high, top, MASS)
             a, b, c = a + a1, b + b1, c + c1
     return a, b, c
 
 
 @triton.jit
-def search(target, lowest, top, x, resident, source, MASS: tl.constexpr,
-           R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
+def search(target, lowest, top, x, resident, source, MASS: tl.constexpr, VARIANT: tl.constexpr):
     """Smallest key K >= lowest with less than `target` (float64) above it; at most the key of `top`."""
     low = lowest.to(tl.int64)
     high = ordered_key(top).to(tl.int64)
     while low < high:
         step = (high - low) // 4
         q1, q2, q3 = low + step, low + 2 * step, low + 3 * step
-        a, b, c = sweep_above(q1.to(tl.int32), q2.to(tl.int32), q3.to(tl.int32), top, x, resident, source, MASS,
-                              R, SPARSE, MASKED, POINTS)  # fmt: skip
+        a, b, c = sweep_above(
+            q1.to(tl.int32), q2.to(tl.int32), q3.to(tl.int32), top, x, resident, source, MASS, VARIANT
+        )
         p1, p2, p3 = a.to(tl.float64) < target, b.to(tl.float64) < target, c.to(tl.float64) < target
         high = tl.where(p1, q1, tl.where(p2, q2, tl.where(p3, q3, high)))
         low = tl.where(p1, low, tl.where(p2, q1 + 1, tl.where(p3, q2 + 1, q3 + 1)))
@@ -220,7 +218,7 @@ def search(target, lowest, top, x, resident, source, MASS: tl.constexpr,
 
 @triton.jit
 def moments(x, key, top):
-    """(count, fixed mass, dot, first, second, squares) of the tokens at or above a key, logits relative to top."""
+    """Count, fixed mass, dot, first, second, squares of the tokens at or above a key, relative to top."""
     kept = ordered_key(x) >= key
     shift = tl.where(kept, tl.maximum(x - top, -FLOAT_MAX), 0.0)
     weight = tl.where(kept, tl.exp(shift), 0.0)
@@ -235,14 +233,13 @@ def moments(x, key, top):
 
 
 @triton.jit
-def sweep_moments(key, top, x, resident, source,
-                  R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
+def sweep_moments(key, top, x, resident, source, VARIANT: tl.constexpr):
     """`moments` over all candidates."""
     # an empty sum first: what the list holds is no part of the sum when it is too short for all candidates
     count, mass, dot, first, second, squares = moments(tl.where(resident, x, -float("inf")), key, top)
     if not resident:
-        for start in range(0, source[11], R):
-            y, ids = chunk(start, source, R, SPARSE, MASKED, POINTS)
+        for start in range(0, source[11], VARIANT[0]):
+            y, ids = chunk(start, source, VARIANT)
             count1, mass1, dot1, first1, second1, squares1 = moments(y, key, top)
             count, mass, dot = count + count1, mass + mass1, dot + dot1
             first, second, squares = first + first1, second + second1, squares + squares1
@@ -275,8 +272,8 @@ def value_limit(DEVICE: tl.constexpr, top, count, mass, dot, first, second, squa
 def bound_by_groups(target, group_top, top, weight):
     """A key at or below what `search` finds for this target, from one token (the largest) a group.
 
-    Groups weigh less than the tokens they stand for, so a key with `target` or more above it by groups has that by
-    tokens. Stops when the bound is as close as a bfloat16 step.
+    Groups weigh less than the tokens they stand for, so a key with `target` or more above it by groups has
+    that by tokens. Stops when the bound is as close as a bfloat16 step.
     """
     key = ordered_key(group_top)
     zero = weight * 0
@@ -339,7 +336,7 @@ def first_bound(begin, limits, row, rows, group_top, inside, top, whole,
 
 @triton.jit
 def choose_groups(begin, greedy, key, group_top, inside, top, scores, COUNT_OF_RULES: tl.constexpr):
-    """The groups that can hold a token which matters: kept, highest, or winning by the first launch's scores."""
+    """The groups that can hold a token which matters: kept, highest, or winning by rough scores."""
     chosen = (ordered_key(group_top) >= key) & inside
     if begin == COUNT_OF_RULES:
         score = tl.load(scores, mask=inside, other=-float("inf")) + (group_top - top)
@@ -349,29 +346,41 @@ def choose_groups(begin, greedy, key, group_top, inside, top, scores, COUNT_OF_R
 
 
 @triton.jit
-def narrow(begin, key, limits, row, rows, vocab, top, whole, x, resident, source, KINDS: tl.constexpr,
-           DEVICES: tl.constexpr, NEEDS: tl.constexpr,
-           R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
+def narrow(
+    begin,
+    key,
+    limits,
+    row,
+    rows,
+    vocab,
+    top,
+    whole,
+    x,
+    resident,
+    source,
+    KINDS: tl.constexpr,
+    DEVICES: tl.constexpr,
+    NEEDS: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
     """Key of the lowest token that all rules keep."""
     count, mass, dot, first, second, squares = whole
     for i in tl.static_range(len(KINDS)):
         parameter = tl.load(limits + i * rows + row)
         if (begin <= i) & rule_is_on(KINDS[i], parameter, vocab):
             if KINDS[i] == COUNT_RULE:
-                key = search(
-                    parameter.to(tl.float64), key, top, x, resident, source, False, R, SPARSE, MASKED, POINTS
-                )
+                key = search(parameter.to(tl.float64), key, top, x, resident, source, False, VARIANT)
             elif KINDS[i] == MASS_RULE:
                 if begin < i:
                     mass, b, c = sweep_above(key - 1, key, key, top, x, resident, source, True,
-                                             R, SPARSE, MASKED, POINTS)  # fmt: skip
+                                             VARIANT)  # fmt: skip
                 target = parameter.to(tl.float64) * MASS_SHARE * mass.to(tl.float64)
-                key = search(target, key, top, x, resident, source, True, R, SPARSE, MASKED, POINTS)
+                key = search(target, key, top, x, resident, source, True, VARIANT)
             elif i > 0:
                 if begin < i:
                     if NEEDS[i]:
                         count, mass, dot, first, second, squares = sweep_moments(
-                            key, top, x, resident, source, R, SPARSE, MASKED, POINTS
+                            key, top, x, resident, source, VARIANT
                         )
                     limit = value_limit(DEVICES[i], top, count, mass, dot, first, second, squares, parameter)
                     key = tl.maximum(key, ordered_key(limit))
@@ -390,14 +399,13 @@ def best_of(x, ids, key, top, greedy, seed, position, stream):
 
 
 @triton.jit
-def pick(key, top, greedy, seed, position, stream, x, ids, resident, source,
-         R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
+def pick(key, top, greedy, seed, position, stream, x, ids, resident, source, VARIANT: tl.constexpr):
     """(token, logit) drawn from all candidates at or above a key."""
     best, token, value = best_of(x, ids, key, top, greedy, seed, position, stream)
     if not resident:
         best, token = tl.full((), -float("inf"), tl.float32), tl.full((), 2147483647, tl.int32)
-        for start in range(0, source[11], R):
-            y, there = chunk(start, source, R, SPARSE, MASKED, POINTS)
+        for start in range(0, source[11], VARIANT[0]):
+            y, there = chunk(start, source, VARIANT)
             score, candidate, logit = best_of(y, there, key, top, greedy, seed, position, stream)
             wins = (score > best) | ((score == best) & (candidate < token))
             best = tl.where(wins, score, best)
@@ -407,24 +415,38 @@ def pick(key, top, greedy, seed, position, stream, x, ids, resident, source,
 
 
 @triton.jit
-def report(token, value, key, begin, top, whole, raw, x, resident, source, group, group_top, inside,
-           floats, counts, COUNT_OF_RULES: tl.constexpr,
-           R: tl.constexpr, SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
+def report(
+    token,
+    value,
+    key,
+    begin,
+    top,
+    whole,
+    raw,
+    x,
+    resident,
+    source,
+    group,
+    group_top,
+    inside,
+    floats,
+    counts,
+    COUNT_OF_RULES: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
     """Store log-probabilities, entropy, kept count and rank of the drawn token."""
     row, logits, rows, active = source[0], source[1], source[8], source[10]
     count, mass, dot, first, second, squares = whole
     if begin < COUNT_OF_RULES:
-        count, mass, dot, first, second, squares = sweep_moments(
-            key, top, x, resident, source, R, SPARSE, MASKED, POINTS
-        )
+        count, mass, dot, first, second, squares = sweep_moments(key, top, x, resident, source, VARIANT)
         higher, b, c = sweep_above(ordered_key(value), key, key, top, x, resident, source, False,
-                                   R, SPARSE, MASKED, POINTS)  # fmt: skip
+                                   VARIANT)  # fmt: skip
     else:
         n = activate((group_top > value) & inside, group, active)
-        wide = (row, logits, source[2], source[3], source[4], source[5], source[6], source[7], rows, source[9],
-                active, n)  # fmt: skip
+        wide = (row, logits, source[2], source[3], source[4], source[5], source[6], source[7], rows)
+        wide = (*wide, source[9], active, n)
         higher, b, c = sweep_above(ordered_key(value), key, key, top, x, False, wide, False,
-                                   R, SPARSE, MASKED, POINTS)  # fmt: skip
+                                   VARIANT)  # fmt: skip
     total = mass.to(tl.float32) / FIXED_ONE
     log_mass = tl.log(total)
     raw_top, raw_sum = raw
@@ -451,13 +473,14 @@ def report_nothing(row, rows, tokens, floats, counts, LOGPROBS: tl.constexpr):
 
 @triton.jit
 def sample_kernel(
-    logits, stride, vocab, groups_of_vocab, groups, stats, width, active, listed_x, listed_ids, tokens, floats, counts,
+    logits, stride, vocab, groups_of_vocab, groups, stats, width,
+    active, listed_x, listed_ids, tokens, floats, counts,
     seeds, positions, streams, temperatures, limits, bitmask, mask_stride, sparse, point_values, rows,
     KINDS: tl.constexpr, DEVICES: tl.constexpr, NEEDS: tl.constexpr,
-    SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr, MOMENTS: tl.constexpr, LOGPROBS: tl.constexpr,
-    PLANES: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr, R: tl.constexpr,
+    VARIANT: tl.constexpr, MOMENTS: tl.constexpr, LOGPROBS: tl.constexpr,
+    PLANES: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """One row: threshold, draw and what goes with it, from the statistics of the first launch; grid (rows,)."""
+    """One row: threshold, draw and report, from the statistics of the first launch; grid (rows,)."""
     row = tl.program_id(0)
     group = tl.arange(0, WIDTH)
     inside = group < groups
@@ -486,20 +509,18 @@ def sample_kernel(
     n = activate(chosen, group, active)
     source = (row, logits + row.to(tl.int64) * stride, vocab, groups_of_vocab, bitmask, mask_stride, sparse,
               point_values, rows, temperature, active, n)  # fmt: skip
-    found = gather(key_value(key), source, n, listed_x, listed_ids, CAPACITY, R, SPARSE, MASKED, POINTS)
+    found = gather(key_value(key), source, n, listed_x, listed_ids, CAPACITY, VARIANT)
     slot = tl.arange(0, CAPACITY)
     x = tl.load(listed_x + slot, mask=slot < found, other=-float("inf"))
     ids = tl.load(listed_ids + slot, mask=slot < found, other=-1)
     resident = found <= CAPACITY
     key = narrow(begin, key, limits, row, rows, vocab, top, whole, x, resident, source, KINDS, DEVICES, NEEDS,
-                 R, SPARSE, MASKED, POINTS)  # fmt: skip
+                 VARIANT)  # fmt: skip
     seed, position, stream = tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row)
-    token, value = pick(
-        key, top, greedy, seed, position, stream, x, ids, resident, source, R, SPARSE, MASKED, POINTS
-    )
+    token, value = pick(key, top, greedy, seed, position, stream, x, ids, resident, source, VARIANT)
     tl.store(tokens + row, token.to(tl.int64))
     if LOGPROBS:
         raw_top = tl.load(at + RAW_MAX * width, mask=inside, other=-float("inf"))
         raw = (raw_top, tl.load(at + RAW_SUM * width, mask=inside, other=0.0))
         report(token, value, key, begin, top, whole, raw, x, resident, source, group, group_top, inside,
-               floats, counts, len(KINDS), R, SPARSE, MASKED, POINTS)  # fmt: skip
+               floats, counts, len(KINDS), VARIANT)  # fmt: skip

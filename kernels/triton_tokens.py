@@ -1,10 +1,10 @@
 """Reading a row: groups of 128 tokens with edits, masks and temperature applied in registers.
 
-A row is seen as groups of GROUP tokens: first the vocabulary in order, in which tokens of the sparse edit list are
-left out, then the edit list itself. Every kernel that looks at logits goes through `load_groups`.
+A row is seen as groups of GROUP tokens: first the vocabulary in order, in which tokens of the sparse edit
+list are left out, then the edit list itself. Every kernel that looks at logits goes through `load_groups`.
 """
 
-# ruff: noqa: RUF059, SIM102 (device code: tuples are unpacked whole, and compile-time tests stay apart)
+# ruff: noqa: RUF059 (device code: tuples are unpacked whole, and compile-time tests stay apart)
 import triton
 import triton.language as tl
 
@@ -49,7 +49,7 @@ def mask_bit(bits, ids, inside):
 
 @triton.jit
 def load_listed(entry, row, logits, vocab, sparse):
-    """Ids and edited logits of entries of the sparse edit list; id -1 and -inf beyond it. entry int32 [R, GROUP]."""
+    """Ids and edited logits of entries (int32 [R, GROUP]) of the edit list; -1 and -inf beyond it."""
     ids_list, biases, seen, counts, length, touched, touched_stride, repetition, presence, frequency = sparse
     inside = (entry >= 0) & (entry < length)
     at = row.to(tl.int64) * length + entry
@@ -70,34 +70,35 @@ def load_listed(entry, row, logits, vocab, sparse):
 @triton.jit
 def load_groups(
     groups, row, logits, vocab, groups_of_vocab, bitmask, mask_stride, sparse, point_values, rows,
-    SPARSE: tl.constexpr, MASKED: tl.constexpr, POINTS: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
     """Tokens of groups, edited but not scaled.
 
     Args:
         groups: int32 [R], group numbers; negative ones are empty.
         row: row number; logits points to that row.
-        POINTS: pointwise edits, device functions (logit, token id, parameter) -> logit.
+        VARIANT: (_, sparse edits?, bitmask?, pointwise edits); the last are device functions
+            (logit, token id, parameter) -> logit.
 
     Returns:
-        (x float32 [R, GROUP], -inf where excluded, ids int32 [R, GROUP], raw float32 [R, GROUP]); raw is the logit as
-        given, -inf for the groups of the edit list.
+        (x float32 [R, GROUP], -inf where excluded, ids int32 [R, GROUP], raw float32 [R, GROUP]); raw is the
+        logit as given, -inf for the groups of the edit list.
     """
     ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (ids >= 0) & (ids < vocab)
     raw = finite_top(tl.load(logits + ids, mask=inside, other=-float("inf")).to(tl.float32))
     x = raw
-    if SPARSE:
+    if VARIANT[1]:
         x = tl.where(mask_bit(sparse[5] + row.to(tl.int64) * sparse[6], ids, inside) != 0, -float("inf"), x)
         listed, edited = load_listed(ids - groups_of_vocab * GROUP, row, logits, vocab, sparse)
         beyond = ids >= groups_of_vocab * GROUP
         x = tl.where(beyond, edited, x)
         ids = tl.where(beyond, listed, ids)
         inside = (ids >= 0) & (ids < vocab)
-    if MASKED:
+    if VARIANT[2]:
         allowed = mask_bit(bitmask + row.to(tl.int64) * mask_stride, ids, inside) != 0
         x = tl.where(allowed, x, tl.where(x != x, x, -float("inf")))
-    for i in tl.static_range(len(POINTS)):
-        edited = finite_top(POINTS[i](x, ids, tl.load(point_values + i * rows + row)))
+    for i in tl.static_range(len(VARIANT[3])):
+        edited = finite_top(VARIANT[3][i](x, ids, tl.load(point_values + i * rows + row)))
         x = tl.where(x == -float("inf"), x, edited)
     return x, ids, raw
