@@ -1,0 +1,664 @@
+"""Engine: States against plain forward passes, prompts of every form, results, and the model it leaves behind."""
+
+import gc
+import logging
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, prompts_of
+from helpers import (
+    assert_nothing_leaked,
+    forced,
+    full_logits,
+    outcome,
+    recorded,
+    spell,
+    text_engine,
+    tiny_llama,
+)
+from tiny_tokenizers import byte_level
+from transformers import AttentionInterface, GenerationConfig
+
+from handloom import Engine, SamplingParams
+from handloom.errors import CapabilityError, HandloomError, ModelError, ParameterError, PromptError
+
+PROMPTS = prompts_of([5, 17, 1, 9])
+TOLERANCE = {"atol": 1e-4, "rtol": 0}  # fp32 rounding of logits of size 10
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def engine(model):
+    engine = Engine(model, slots=3)
+    yield engine
+    assert_nothing_leaked(engine)
+
+
+@pytest.fixture
+def texts():
+    engine = text_engine(slots=3)
+    yield engine
+    assert_nothing_leaked(engine)
+
+
+# States
+
+
+def test_prefill_of_ragged_prompts_equals_each_alone_in_a_plain_forward(engine):
+    state = engine.prefill(PROMPTS)
+    assert len(state) == 4
+    assert state.lengths.tolist() == state.prompt_lengths.tolist() == [5, 17, 1, 9]
+    assert state.tokens == PROMPTS
+    for row, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(state.logits[row], full_logits(engine.model, prompt)[-1], **TOLERANCE)
+
+
+def test_step_and_extend_append_and_say_what_follows_each_token(engine):
+    state = engine.step(engine.prefill(PROMPTS[:2]), torch.tensor([7, 8]))
+    longer = engine.extend(state, torch.tensor([[9, 10, 11], [12, 13, 99]]), counts=torch.tensor([3, 2]))
+    whole = [[*PROMPTS[0], 7, 9, 10, 11], [*PROMPTS[1], 8, 12, 13]]
+    assert longer.tokens == whole
+    assert longer.new_tokens == [[7, 9, 10, 11], [8, 12, 13]]
+    assert longer.prompt_lengths.tolist() == [5, 17]
+    for row, (ids, fed) in enumerate(zip(whole, (3, 2), strict=True)):
+        expected = full_logits(engine.model, ids)[-fed:]
+        torch.testing.assert_close(longer.all_logits[row, :fed], expected, **TOLERANCE)
+        torch.testing.assert_close(longer.logits[row], expected[-1], **TOLERANCE)
+
+
+@pytest.mark.parametrize("given", ["tensor", "lists", "counts"])
+def test_score_equals_log_softmax_of_a_full_forward_and_keeps_nothing(engine, given):
+    prompts, tokens = PROMPTS[:3], [[3, 4, 5], [6], [7, 8]]
+    state = engine.prefill(prompts)
+    before, in_use = state.logits.clone(), engine.pool.in_use
+    if given == "lists":
+        scores = engine.score(state, tokens)
+    else:
+        padded = torch.tensor([[3, 4, 5], [6, 99, 99], [7, 8, 99]])
+        counts = torch.tensor([3, 1, 2])
+        scores = engine.score(state, padded, counts) if given == "counts" else engine.score(state, padded)
+        tokens = tokens if given == "counts" else padded.tolist()
+    assert scores.shape == (3, 3)
+    assert scores.dtype == torch.float32
+    for row, (prompt, new) in enumerate(zip(prompts, tokens, strict=True)):
+        logp = full_logits(engine.model, prompt + new)[len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logp[range(len(new)), new]
+        torch.testing.assert_close(scores[row, : len(new)], expected, **TOLERANCE)
+        assert scores[row, len(new) :].tolist() == [0.0] * (3 - len(new))
+    assert state.tokens == prompts
+    assert torch.equal(state.logits, before)
+    assert engine.pool.in_use == in_use
+
+
+def test_hidden_states_equal_transformers(engine):
+    with torch.no_grad():
+        expected = [
+            engine.model(torch.tensor([[*p, 7, 8]]), output_hidden_states=True, use_cache=False).hidden_states
+            for p in PROMPTS
+        ]
+    state = engine.prefill(PROMPTS, hidden=True)
+    stepped = engine.step(state, [7] * 4, hidden=True)
+    extended = engine.extend(state, [[7, 8], [7], [7, 8], [7]], hidden=True)
+    for layer in (-1, 0, 1, 2):
+        for row, prompt in enumerate(PROMPTS):
+            want = expected[row][layer][0]
+            n = len(prompt)
+            torch.testing.assert_close(state.hidden(layer)[row, :n], want[:n], **TOLERANCE)
+            assert not state.hidden(layer)[row, n:].any()
+            torch.testing.assert_close(stepped.hidden(layer)[row, 0], want[n], **TOLERANCE)
+            fed = 2 - row % 2
+            torch.testing.assert_close(extended.hidden(layer)[row, :fed], want[n : n + fed], **TOLERANCE)
+            assert not extended.hidden(layer)[row, fed:].any()
+    assert state.hidden().shape == (4, 17, 32)
+    kept = extended.select([0, 2]).keep([1, 2])
+    assert not kept.hidden()[0, 1:].any()
+    torch.testing.assert_close(kept.hidden()[1], extended.hidden()[2])
+
+
+def test_hidden_states_of_a_prompt_in_chunks():
+    model, [prompt] = tiny_llama(), prompts_of([29])
+    engine = Engine(model, prefill_chunk=8)
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt]), output_hidden_states=True, use_cache=False).hidden_states[-1]
+    torch.testing.assert_close(engine.prefill(prompt, hidden=True).hidden(), expected, **TOLERANCE)
+
+
+def test_embeddings_give_what_their_ids_give(engine):
+    table = engine.model.get_input_embeddings().weight.detach()
+    embeddings = [table[p] for p in PROMPTS]
+    state, same = engine.prefill(PROMPTS), engine.prefill(embeddings=embeddings)
+    torch.testing.assert_close(same.logits, state.logits, **TOLERANCE)
+    assert same.tokens == [[-1] * len(p) for p in PROMPTS]
+    after, same_after = engine.step(state, [4, 5, 6, 7]), engine.step(same, [4, 5, 6, 7])
+    torch.testing.assert_close(same_after.logits, after.logits, **TOLERANCE)
+
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+    by_ids = engine.generate(PROMPTS, **settings)
+    by_embeddings = engine.generate(embeddings, **settings)
+    assert [g.token_ids for g in by_embeddings] == [g.token_ids for g in by_ids]
+    assert by_embeddings[0].prompt_token_ids == [-1] * 5
+
+
+def test_embeddings_in_another_dtype_take_the_models():
+    engine = Engine(tiny_llama(torch.bfloat16))
+    embeddings = engine.model.get_input_embeddings().weight.detach()[PROMPTS[1]].float()
+    expected = engine.generate(PROMPTS[1], max_new_tokens=6)
+    assert engine.generate(embeddings, max_new_tokens=6).token_ids == expected.token_ids
+
+
+def test_an_old_state_continues_as_if_nothing_had_happened_after_thousands_of_steps():
+    engine = Engine(tiny_llama(num_hidden_layers=1, max_position_embeddings=2048))
+    prompt = PROMPTS[1]
+    old = engine.prefill(prompt)
+    middle = engine.step(old, [5])
+    expected = [engine.step(old, [9]).logits, engine.step(middle, [9]).logits]
+    state, ids = old, []
+    for _ in range(2000):
+        ids.append(int(state.logits.argmax()))
+        state = engine.step(state, ids[-1:])
+    assert engine.pool.in_use <= -(-(17 + 2000) // 16) + 3
+    assert torch.equal(engine.step(old, [9]).logits, expected[0])
+    assert torch.equal(engine.step(middle, [9]).logits, expected[1])
+    assert state.tokens == [prompt + ids]
+    far = full_logits(engine.model, prompt + ids)[-1]
+    torch.testing.assert_close(state.logits[0], far, atol=1e-3, rtol=0)
+    del old, middle, state
+    assert_nothing_leaked(engine)
+
+
+def test_select_accepts_numbers_masks_and_tensors(engine):
+    state = engine.prefill(PROMPTS)
+    for index, rows in (
+        ([3, 0, 0], [3, 0, 0]),
+        (torch.tensor([True, False, True, False]), [0, 2]),
+        (torch.tensor([-1]), [3]),
+        ((1,), [1]),
+    ):
+        picked = state.select(index)
+        assert picked.tokens == [PROMPTS[i] for i in rows]
+        assert torch.equal(picked.logits, state.logits[rows])
+
+
+def test_several_models_in_lockstep(engine):
+    other = Engine(tiny_llama(num_hidden_layers=1), slots=2)
+    mine, theirs = engine.prefill(PROMPTS[:2]), other.prefill(PROMPTS[:2])
+    ids = [list(p) for p in PROMPTS[:2]]
+    for _ in range(6):
+        mixed = mine.logits.log_softmax(-1) + theirs.logits.log_softmax(-1)
+        expected = torch.stack(
+            [sum(full_logits(m, row)[-1].log_softmax(-1) for m in (engine.model, other.model)) for row in ids]
+        )
+        torch.testing.assert_close(mixed, expected, atol=1e-3, rtol=0)
+        tokens = mixed.argmax(-1)
+        mine, theirs = engine.step(mine, tokens), other.step(theirs, tokens)
+        for row, token in zip(ids, tokens.tolist(), strict=True):
+            row.append(token)
+    del mine, theirs
+    assert_nothing_leaked(other)
+
+
+# Errors of States
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda e, s: e.step(s, [1]), r"1 rows of tokens for a State of 2 rows"),
+        (lambda e, s: e.step(s, [1, 101]), r"row 1: token id 101 is not in 0\.\.100"),
+        (lambda e, s: e.step(s, [-1, 1]), r"row 0: token id -1"),
+        (lambda e, s: e.step(s, torch.tensor([1.0, 2.0])), r"token id|integer"),
+        (lambda e, s: e.extend(s, [[1], []]), r"row 1 is given no token"),
+        (lambda e, s: e.extend(s, [1, 2]), r"row 0"),
+        (lambda e, s: e.extend(s, torch.ones(2, 3, dtype=torch.long), counts=[3, 0]), r"row 1"),
+        (lambda e, s: e.extend(s, torch.ones(2, 3, dtype=torch.long), counts=[3, 4]), r"row 1.*4.*1\.\.3"),
+        (lambda e, s: e.extend(s, torch.ones(2, 3, dtype=torch.long), counts=[-1, 3]), r"row 0.*-1.*1\.\.3"),
+        (lambda e, s: e.extend(s, torch.ones(2, 3, dtype=torch.long), counts=[3]), r"1 counts?"),
+        (lambda e, s: e.extend(s, [[1] * 252, [1]]), r"row 0 would have 257 tokens.*max_length=256"),
+        (lambda e, s: e.score(s, [[1]]), r"1 rows of tokens for a State of 2 rows"),
+        (lambda e, s: s.select([2]), r"row 2 is not in a State of 2 rows"),
+        (lambda e, s: s.select([0.5]), r"row"),
+        (lambda e, s: s.select(torch.tensor([True, False, True])), r"2 rows"),
+        (lambda e, s: s.keep([1, 1]), r"keep needs a State made by extend"),
+        (lambda e, s: e.step(s, [1, 1]).keep([1, 1]), r"keep needs a State made by extend"),
+        (lambda e, s: e.extend(s, [[1, 2], [1]]).keep([0, 1]), r"row 0 was extended by 2.*count 0.*1\.\.2"),
+        (lambda e, s: e.extend(s, [[1, 2], [1]]).keep([1, 2]), r"row 1 was extended by 1.*count 2"),
+        (lambda e, s: e.extend(s, [[1, 2], [1]]).keep([1]), r"1 counts"),
+        (lambda e, s: e.extend(s, [[1, 2], [1]]).keep([1, 1]).keep([2, 1]), r"row 0 was extended by 1"),
+        (lambda e, s: s.hidden(), r"hidden=True"),
+        (lambda e, s: e.prefill(), r"prompts or embeddings"),
+        (lambda e, s: e.prefill([1], embeddings=torch.ones(1, 32)), r"prompts or embeddings"),
+        (lambda e, s: e.prefill(embeddings=torch.ones(2, 31)), r"size 31.*32"),
+    ],
+)
+def test_misuse_says_what_is_wrong_and_harms_nothing(engine, act, message):
+    state = engine.prefill(PROMPTS[:2])
+    with pytest.raises(HandloomError, match=message):
+        act(engine, state)
+    after = engine.step(state, [7, 8])
+    for row, token in enumerate((7, 8)):
+        expected = full_logits(engine.model, [*PROMPTS[row], token])[-1]
+        torch.testing.assert_close(after.logits[row], expected, **TOLERANCE)
+
+
+def test_the_last_position_can_be_used_and_no_further(engine):
+    state = engine.prefill(prompts_of([250])[0])
+    full = engine.extend(state, [[1] * 6])
+    assert full.lengths.tolist() == [256]
+    with pytest.raises(CapabilityError, match=r"257 tokens, more than max_length=256"):
+        engine.step(full, [1])
+
+
+def test_scoring_reaches_the_last_position_too(engine):
+    [prompt] = prompts_of([255])
+    logp = engine.score(engine.prefill(prompt), [[7]])
+    expected = full_logits(engine.model, prompt)[-1].log_softmax(-1)[7]
+    torch.testing.assert_close(logp[0, 0], expected, **TOLERANCE)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizers_padded_output_equals_its_texts(texts, side):
+    prompts = ["the quick", "a", "brown fox jumps over"]
+    batch = byte_level()(prompts, padding=True, padding_side=side, return_tensors="pt")
+    assert (batch["attention_mask"] == 0).any()
+    expected = texts.generate(prompts, max_new_tokens=8)
+    assert [outcome(g) for g in texts.generate(batch, max_new_tokens=8)] == [outcome(g) for g in expected]
+    assert texts.prefill(batch).tokens == [g.prompt_token_ids for g in expected]
+
+
+def test_a_padded_tensor_without_its_mask_explains_itself(texts):
+    ids = byte_level()(["the quick", "a"], padding=True, return_tensors="pt")["input_ids"]
+    for act in (texts.generate, texts.prefill, texts.stream):
+        with pytest.raises(
+            PromptError, match=r"without an attention_mask.*pad id 2.*input_ids and attention_mask"
+        ):
+            act(ids)
+
+
+def test_one_prompt_gives_one_result_and_a_list_gives_a_list(engine, texts):
+    assert engine.generate([5, 6], max_new_tokens=1).n_new == 1
+    assert len(engine.generate([[5, 6]], max_new_tokens=1)) == 1
+    assert len(texts.generate(["ab"], max_new_tokens=1)) == 1
+    assert texts.generate("ab", max_new_tokens=1).prompt_token_ids == texts.encode("ab")
+    results = engine.generate([[5, 6], [7]], max_new_tokens=1, n=2)
+    assert [(g.request, g.sample) for g in results] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len(engine.generate([5, 6], max_new_tokens=1, n=2)) == 2
+
+
+def test_chat_without_a_template_says_how_to_set_one(texts):
+    with pytest.raises(PromptError, match=r"no chat template.*tokenizer\.chat_template"):
+        texts.chat("hello")
+    with pytest.raises(PromptError, match="no chat template"):
+        texts.generate([{"role": "user", "content": "hello"}])
+
+
+def test_chat_and_message_lists_go_through_the_template():
+    engine = text_engine()
+    engine.tokenizer = type(engine.tokenizer)(tokenizer_object=engine.tokenizer.backend_tokenizer)
+    engine.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}|{% endfor %}>"
+    )
+    expected = engine.encode("user: fox|>")
+    messages = [{"role": "user", "content": "fox"}]
+    assert engine.chat_prompt("fox") == engine.chat_prompt(messages) == expected
+    settings = {"max_new_tokens": 4}
+    answers = [
+        engine.chat("fox", **settings),
+        engine.chat(messages, **settings),
+        engine.generate(messages, **settings),
+        engine.generate([messages], **settings)[0],
+        engine.generate(expected, **settings),
+    ]
+    assert all(outcome(a) == outcome(answers[0]) for a in answers)
+
+
+def test_encode_and_decode_are_the_tokenizers(texts):
+    ids = texts.encode("naïve 😀")
+    assert ids == byte_level()("naïve 😀")["input_ids"]
+    assert texts.decode(ids) == "naïve 😀"
+    assert texts.decode(torch.tensor(ids)) == "naïve 😀"
+    assert texts.decode([*ids, 1]) == "naïve 😀"
+    assert texts.decode([*ids, 1], skip_special_tokens=False) == "naïve 😀</s>"
+
+
+def test_without_a_tokenizer_ids_work_and_text_says_what_is_missing(engine):
+    generation = engine.generate([5, 6], max_new_tokens=3)
+    assert generation.text == ""
+    assert generation.n_new == 3
+    with pytest.raises(PromptError, match="no tokenizer"):
+        engine.generate("text")
+    with pytest.raises(PromptError, match="no tokenizer"):
+        engine.decode([5])
+    with pytest.raises(ParameterError, match=r"request 0: stop=.*needs a tokenizer"):
+        engine.generate([5, 6], stop="x")
+    with pytest.raises(ParameterError, match="needs a tokenizer"):
+        engine.generate([5, 6], bad_words=["x"])
+
+
+# Results
+
+
+def test_logprobs_equal_a_full_forward(engine):
+    settings = {"max_new_tokens": 10, "logprobs": 3, "prompt_logprobs": 0}
+    for generation in engine.generate(PROMPTS, temperature=0.7, top_k=5, seed=1, **settings):
+        prompt, ids = generation.prompt_token_ids, generation.token_ids
+        logits = full_logits(engine.model, prompt + ids)
+        raw = logits.log_softmax(-1)
+        given = [None, *raw[range(len(prompt) - 1), prompt[1:]].tolist()]
+        assert generation.prompt_logprobs[0] is None
+        assert generation.prompt_logprobs[1:] == pytest.approx(given[1:], abs=1e-4)
+        answer = range(len(prompt) - 1, len(prompt) + len(ids) - 1)
+        assert generation.raw_logprobs == pytest.approx(raw[answer, ids].tolist(), abs=1e-4)
+        best = logits[answer].topk(5)
+        processed = (best.values / 0.7).log_softmax(-1)
+        for i, (token, row) in enumerate(zip(ids, best.indices.tolist(), strict=True)):
+            assert generation.logprobs[i] == pytest.approx(processed[i, row.index(token)].item(), abs=1e-4)
+        top = raw[answer].topk(3)
+        for have, tokens, values in zip(
+            generation.top_logprobs, top.indices.tolist(), top.values.tolist(), strict=True
+        ):
+            assert list(have) == tokens
+            assert list(have.values()) == pytest.approx(values, abs=1e-4)
+
+
+def test_logprobs_are_absent_unless_asked_for_and_counts_are_per_request(engine):
+    asked = [None, 0, 2, 500]
+    params = [SamplingParams(max_new_tokens=2, logprobs=count) for count in asked]
+    results = engine.generate([[5, 6]] * 4, params)
+    assert results[0].top_logprobs is None
+    assert [[len(row) for row in g.top_logprobs] for g in results[1:]] == [[0, 0], [2, 2], [101, 101]]
+    assert [g.prompt_logprobs for g in results] == [None] * 4
+
+
+def test_prompt_logprobs_in_chunks_and_of_a_single_token():
+    model, [prompt] = tiny_llama(), prompts_of([29])
+    expected = full_logits(model, prompt)[:-1].log_softmax(-1)[range(28), prompt[1:]].tolist()
+    engine = Engine(model, prefill_chunk=8)
+    engine.generate(prompt, max_new_tokens=1)  # leaves the prompt's blocks as a known prefix
+    for n in (1, 2):
+        results = engine.generate([prompt], max_new_tokens=1, prompt_logprobs=0, n=n)
+        for generation in results:
+            assert generation.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    assert engine.generate([7], max_new_tokens=1, prompt_logprobs=0).prompt_logprobs == [None]
+
+
+def test_the_default_is_greedy_and_256_tokens_and_says_so(engine):
+    one_layer = Engine(tiny_llama(num_hidden_layers=1, max_position_embeddings=512))
+    generation = one_layer.generate([5])
+    assert (generation.n_new, generation.finish_reason) == (256, "length")
+    assert generation.stop_reason == "max_new_tokens"
+    logits = full_logits(one_layer.model, [5, *generation.token_ids])
+    assert logits[:-1].argmax(-1).tolist() == generation.token_ids
+    generation = engine.generate(PROMPTS[1])  # 17 tokens of 256
+    assert (generation.n_new, generation.finish_reason) == (239, "length")
+    assert generation.stop_reason == "max_length"
+
+
+def test_sampling_has_no_hidden_filter(engine):
+    """A flat distribution over 101 tokens, 600 draws: fewer than 90 different ones with p < 1e-6.
+
+    A filter such as top_k=50 leaves 50.
+    """
+    results = engine.generate([5], temperature=1e6, seed=0, n=3, max_new_tokens=200)
+    assert len({token for g in results for token in g.token_ids}) >= 90
+
+
+def test_model_defaults_are_read_when_asked_and_only_then(texts):
+    config = GenerationConfig(
+        do_sample=True, temperature=0.5, top_k=7, max_new_tokens=5, eos_token_id=[1, 40]
+    )
+    model = texts.model
+    before, model.generation_config = model.generation_config, config
+    try:
+        assert texts.generate("the", max_new_tokens=3, seed=1).params.temperature == 0
+        params = texts.generate("the", defaults="model").params
+        assert (params.temperature, params.top_k, params.max_new_tokens) == (0.5, 7, 5)
+        params = texts.generate("the", defaults="model", temperature=0, max_tokens=2).params
+        assert (params.temperature, params.max_new_tokens) == (0, 2)
+        params = next(texts.stream("the", defaults="model")).generation
+        assert params is None
+    finally:
+        model.generation_config = before
+    with pytest.raises(ParameterError, match=r'defaults=.*"none" or "model"'):
+        texts.generate("the", defaults="hub")
+
+
+def test_a_generation_config_or_a_dict_can_stand_for_params(texts):
+    config = GenerationConfig(do_sample=False, max_new_tokens=3)
+    expected = texts.generate("the", max_new_tokens=3).token_ids
+    assert texts.generate("the", config).token_ids == expected
+    assert texts.generate("the", {"max_tokens": 3}).token_ids == expected
+    assert texts.generate(["the"], [config])[0].token_ids == expected
+    with pytest.raises(ParameterError, match="not SamplingParams"):
+        texts.generate("the", 3)
+
+
+def test_eos_ids_come_from_generation_config_config_and_tokenizer():
+    tokenizer = byte_level()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = [40, 41]
+    model.config.eos_token_id = 42
+    engine = Engine(model, tokenizer)
+    assert engine.eos_token_ids == {1, 40, 41, 42}
+    for token in (1, 40, 41, 42):
+        generation = engine.generate("the", forced_tokens=forced([50, token, 51]), max_new_tokens=4)
+        assert (generation.token_ids, generation.finish_reason) == ([50, token], "eos")
+        assert generation.stop_reason == token
+
+
+def test_a_model_without_eos_runs_to_its_length(engine):
+    assert engine.eos_token_ids == frozenset()
+    generation = engine.generate([5], max_new_tokens=4, min_new_tokens=2)
+    assert (generation.n_new, generation.finish_reason) == (4, "length")
+
+
+def test_timings_add_up(engine):
+    for generation in engine.generate(PROMPTS, max_new_tokens=4):
+        t = generation.timings
+        assert t.queued >= 0
+        assert t.prefill > 0
+        assert t.queued + t.prefill <= t.first_token <= t.total
+        assert t.first_token + t.decode == pytest.approx(t.total, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"), [({}, False), ({"progress": False}, False), ({"progress": True}, True)]
+)
+def test_the_progress_bar_is_off_where_there_is_no_terminal(engine, capsys, options, shown):
+    engine.generate(PROMPTS, max_new_tokens=2, **options)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert ("4/4" in captured.err) == shown
+
+
+# The model it was given
+
+
+REPRESENTATIVES = ["llama", "gpt2", "bloom", "mistral_sw", "llama_dynamic_ntk", "phi3_longrope", "jamba"]
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_the_model_answers_as_before_beside_an_engine(name):
+    model = ARCHITECTURES[name]()
+    model.generation_config.pad_token_id = 0
+    long, short = prompts_of([41, 20])
+    ids = torch.tensor([long, [0] * 21 + short])
+    mask = torch.tensor([[1] * 41, [0] * 21 + [1] * 20])
+    attention = model.config._attn_implementation
+
+    def theirs():
+        given = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+        out = model.generate(ids, **given, return_dict_in_generate=True, output_logits=True)
+        return out.sequences.tolist(), torch.stack(out.logits)
+
+    before, logits = theirs()
+    engine = Engine(model, slots=2, max_length=128)
+    assert theirs()[0] == before
+    answers = [g.token_ids for g in engine.generate([long, short], max_new_tokens=8)]
+    state = engine.prefill(short)
+    again, logits_again = theirs()
+    assert again == before
+    assert torch.equal(logits_again, logits)
+    assert model.config._attn_implementation == attention
+    assert [g.token_ids for g in engine.generate([long, short], max_new_tokens=8)] == answers
+    after = engine.step(state, [7])
+    torch.testing.assert_close(after.logits[0], full_logits(model, [*short, 7])[-1], atol=1e-3, rtol=0)
+    del state, after
+    assert_nothing_leaked(engine)
+
+
+def test_a_generation_that_fails_half_way_leaves_the_model_as_it_was(engine):
+    def explode(logits, context):
+        raise RuntimeError("mine")
+
+    attention = engine.model.config._attn_implementation
+    with pytest.raises(RuntimeError, match="mine"):
+        engine.generate([PROMPTS[0], PROMPTS[1]], max_new_tokens=3, processors=[explode])
+    assert engine.model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "jamba"])
+def test_two_engines_on_one_model_do_not_meet(name):
+    model = ARCHITECTURES[name]()
+    one, two = Engine(model, slots=2), Engine(model, slots=3, block_size=4)
+    expected = [g.token_ids for g in one.generate(PROMPTS, max_new_tokens=9)]
+    first, second = one.stream(PROMPTS, max_new_tokens=9), two.stream(PROMPTS, max_new_tokens=9)
+    found = {}
+    streams = [first, second]
+    while streams:  # token by token in turn
+        for stream in list(streams):
+            event = next(stream, None)
+            if event is None:
+                streams.remove(stream)
+            elif event.generation:
+                found[stream is first, event.request] = event.generation.token_ids
+    assert [found[True, i] for i in range(4)] == expected
+    assert [found[False, i] for i in range(4)] == expected
+    assert_nothing_leaked(one)
+    assert_nothing_leaked(two)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_dynamic_ntk"])
+def test_engines_come_and_go_without_a_trace(name):
+    model = ARCHITECTURES[name]()
+
+    def traces():
+        gc.collect()
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+        return len(AttentionInterface._global_mapping), hooks
+
+    before = traces()
+    for _ in range(3):
+        Engine(model).generate([5, 6], max_new_tokens=2)
+    assert traces() == before
+
+
+def test_a_model_in_training_mode_is_switched_to_evaluation():
+    model = tiny_llama(attention_dropout=0.9)
+    expected = Engine(model).generate([5, 6], max_new_tokens=8).token_ids
+    model.train()
+    engine = Engine(model)
+    assert not model.training
+    assert engine.generate([5, 6], max_new_tokens=8).token_ids == expected
+
+
+def test_no_gradients_are_kept(engine):
+    state = engine.step(engine.prefill([5, 6]), [7])
+    assert not state.logits.requires_grad
+    assert not engine.score(state, [[5, 6]]).requires_grad
+
+
+def test_a_model_that_cannot_be_batched_says_so_once_and_is_right(caplog):
+    model = ARCHITECTURES["recurrent_gemma"]()
+    with caplog.at_level(logging.WARNING, logger="handloom"):
+        engine = Engine(model, slots=4)
+        engine.generate(PROMPTS, max_new_tokens=3)
+    lines = [r.getMessage() for r in caplog.records if r.name.startswith("handloom")]
+    assert len(lines) == 1
+    assert "one sequence at a time" in lines[0]
+    assert engine.slots == 1
+    assert not engine.capabilities.ragged
+    assert engine.capabilities.ragged.reason in lines[0]
+
+
+def test_a_model_that_cannot_run_is_an_error_that_says_why():
+    model = tiny_llama()
+    model.model.layers[0].mlp.gate_proj = torch.nn.Linear(31, 48)
+    with pytest.raises(ModelError, match="LlamaForCausalLM fails on a plain forward pass"):
+        Engine(model)
+
+
+def test_without_the_self_check_the_rules_decide_and_it_costs_one_pass_a_row(engine):
+    model = tiny_llama()
+    with recorded(model) as passes:
+        unchecked = Engine(model, self_check=False)
+    assert len(passes.shapes) <= 2
+    answers = [e.generate(PROMPTS[1], max_new_tokens=20).token_ids for e in (unchecked, engine)]
+    assert answers[0] == answers[1]
+
+
+# Its own arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 0}, r"slots=0"),
+        ({"slots": 2.5}, r"slots=2\.5"),
+        ({"slots": True}, r"slots=True"),
+        ({"block_size": 0}, r"block_size=0"),
+        ({"prefill_chunk": -1}, r"prefill_chunk=-1"),
+        ({"max_blocks": 0}, r"max_blocks=0"),
+        ({"max_blocks": "all"}, r"max_blocks='all'"),
+        ({"max_length": 1}, r"max_length=1"),
+        ({"max_length": "long"}, r"max_length='long'"),
+    ],
+)
+def test_arguments_out_of_range_are_named(options, message):
+    with pytest.raises(ParameterError, match=message):
+        Engine(tiny_llama(), **options)
+
+
+def test_max_length_beyond_learned_positions_is_refused_and_beyond_trained_ones_warned_of(caplog):
+    with pytest.raises(ParameterError, match=r"max_length=300.*256 positions"):
+        Engine(ARCHITECTURES["gpt2"](), max_length=300)
+    with caplog.at_level(logging.WARNING, logger="handloom"):
+        assert Engine(tiny_llama(), max_length=300).max_length == 300
+    assert "256" in caplog.text
+
+
+def test_max_length_bounds_prompt_and_output():
+    engine = Engine(tiny_llama(), max_length=20)
+    generation = engine.generate(PROMPTS[1], max_new_tokens=50)
+    assert (generation.n_new, generation.stop_reason) == (3, "max_length")
+    with pytest.raises(PromptError, match=r"prompt 1 has 20 tokens.*max_length=20.*at most 19"):
+        engine.generate([[5], [5] * 20])
+
+
+def test_a_request_max_length_that_its_prompt_fills_is_refused(engine):
+    with pytest.raises(
+        ParameterError, match=r"request 1: max_length=9 counts the prompt, which has 17 tokens"
+    ):
+        engine.generate(PROMPTS[:2], max_length=9)
+
+
+def test_buckets_shrink_with_the_requests_unless_fixed():
+    engine = Engine(tiny_llama(), slots=8)
+    assert [engine.bucket(n) for n in (0, 1, 3, 8, 20)] == [1, 1, 3, 8, 8]
+    assert Engine(tiny_llama(), slots=8, fixed_slots=True).bucket(1) == 8
+
+
+def test_repr_says_what_was_loaded(texts):
+    shown = repr(texts)
+    for part in ("LlamaForCausalLM", "vocab=360", "slots=3", "max_length=256", "float32", "cpu", "attention"):
+        assert part in shown
+
+
+def test_spelling_helper_matches_the_tokenizer(texts):
+    assert texts.decode(spell("the fox. STOP")) == "the fox. STOP"
