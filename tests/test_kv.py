@@ -191,13 +191,14 @@ def test_equal_blocks_behind_different_prefixes_are_different():
 
 def test_idle_prefixes_are_kept_until_their_space_is_wanted_oldest_first():
     pool = pool_of(max_blocks=4)
+    pool.writable(pool.table(), 0, 4 * BLOCK)  # memory that was never touched would be the last resort
     first, second = prefix_of(pool, [1, 1, 1, 1]), prefix_of(pool, [2, 2, 2, 2])
     del first
     del second
     assert (pool.in_use, pool.cached) == (0, 2)
     assert pool.obtainable() == 4
     pool.check()
-    table = pool.writable(pool.table(), 0, 3 * BLOCK)
+    table = pool.writable(pool.table(), 0, BLOCK)
     assert pool.match([1, 1, 1, 1, 0]) == ()
     assert len(pool.match([2, 2, 2, 2, 0])) == 1
     pool.check()
