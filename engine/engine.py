@@ -61,8 +61,10 @@ class Engine:
         prefix_cache: bool = True,
         self_check: bool = True,
     ):
-        for name, value in (("slots", slots), ("block_size", block_size), ("prefill_chunk", prefill_chunk)):
-            if not isinstance(value, int) or value < 1:
+        whole = {"slots": slots, "block_size": block_size, "prefill_chunk": prefill_chunk}
+        whole |= {} if max_blocks is None else {"max_blocks": max_blocks}
+        for name, value in whole.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ParameterError(f"{name}={value!r} must be a whole number of at least 1")
         if model.training:
             log.info("the model was in training mode; it is switched to evaluation mode")
@@ -264,7 +266,7 @@ class Engine:
             tokens: `[B]` token ids.
             hidden: keep hidden states.
         """
-        ids = torch.as_tensor(tokens).reshape(-1).tolist()
+        ids = _whole_numbers(tokens, "tokens")
         longer = self.extend(state, [[t] for t in ids], hidden=hidden)
         return State(
             rows=longer.rows,
@@ -324,9 +326,17 @@ class Engine:
     # -- inputs
 
     def _ragged(self, state: State, tokens, counts) -> list[list[int]]:
-        rows = tokens.tolist() if torch.is_tensor(tokens) else [list(row) for row in tokens]
+        if not torch.is_tensor(tokens) and not isinstance(tokens, list | tuple):
+            raise HandloomError(f"tokens must be [B, n] ids or one list of ids per row, got {tokens!r}")
+        rows = [_whole_numbers(row, f"row {i}") for i, row in enumerate(tokens)]
         if counts is not None:
-            rows = [row[: int(n)] for row, n in zip(rows, counts, strict=True)]
+            wanted = _whole_numbers(counts, "counts")
+            if len(wanted) != len(rows):
+                raise HandloomError(f"{len(wanted)} counts for {len(rows)} rows of tokens")
+            for i, (n, row) in enumerate(zip(wanted, rows, strict=True)):
+                if not 1 <= n <= len(row):
+                    raise HandloomError(f"row {i}: count {n} is not in 1..{len(row)}")
+            rows = [row[:n] for row, n in zip(rows, wanted, strict=True)]
         if len(rows) != len(state):
             raise HandloomError(f"{len(rows)} rows of tokens for a State of {len(state)} rows")
         for i, (new, row) in enumerate(zip(rows, state.rows, strict=True)):
@@ -416,6 +426,22 @@ class Engine:
                 )
             log.warning("max_length=%d is beyond the %d tokens this model was made for", max_length, own)
         return max_length
+
+
+def _whole_numbers(values, what: str) -> list[int]:
+    """A flat list of ints from a list or an integer tensor."""
+    tensor = values if torch.is_tensor(values) else None
+    if tensor is None:
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise HandloomError(f"{what} must be a list of token ids, got {values!r}")
+        wrong = [v for v in values if isinstance(v, bool) or not hasattr(v, "__index__")]
+        if wrong:
+            raise HandloomError(f"{what}: {wrong[0]!r} is not an integer token id")
+        return [int(v) for v in values]
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() > 1:
+        shape = list(tensor.shape)
+        raise HandloomError(f"{what} must be integer token ids, got {tensor.dtype} of shape {shape}")
+    return tensor.reshape(-1).tolist()
 
 
 def _eos(model, tokenizer) -> set[int]:

@@ -101,6 +101,8 @@ class BlockPool:
         self._next_uid = 1
         self.high_water = RESERVED
         self.copies = 0
+        if max_blocks is not None:
+            capacity = min(capacity, max_blocks + RESERVED)
         self._resize(max(capacity, RESERVED + 1))
 
     # -- storage
@@ -304,12 +306,15 @@ class BlockPool:
         parent = 0
         for i in range(len(tokens) // self.block_size):
             key = (parent, tuple(tokens[i * self.block_size : (i + 1) * self.block_size]))
-            block = self._prefix.setdefault(key, table.blocks[i])
-            if block not in self._names:
-                self._names[block] = key
-                self._uids[block] = self._next_uid
-                self._next_uid += 1
-            parent = self._uids[block]
+            if key not in self._prefix:
+                self._name(table.blocks[i], key)
+            parent = self._uids[self._prefix[key]]
+
+    def _name(self, block: int, key: tuple) -> None:
+        if block in self._names:  # known behind a twin that is gone by now
+            del self._prefix[self._names[block]]
+        self._prefix[key], self._names[block], self._uids[block] = block, key, self._next_uid
+        self._next_uid += 1
 
     def clear_prefixes(self) -> None:
         """Forget every kept prefix that nobody uses."""

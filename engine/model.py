@@ -62,7 +62,7 @@ class Model:
         self._name = f"handloom_{next(_names)}"
         self._step: CellPlan | None = None
         self._feed: Feed | None = None
-        self._hooks = _row_wise_rope(module)
+        self._ropes = _row_wise_ropes(module)
         self.restart = _rope_switch(self.config)
         if path == "attention":
             me = weakref.ref(self)
@@ -74,7 +74,7 @@ class Model:
     @property
     def shares_prefixes(self) -> bool:
         """Whether what a cell holds depends on the tokens up to it alone, so that equal prefixes may share it."""
-        return self.paged and not self.recurrent and not self._hooks
+        return self.paged and not self.recurrent and not self._ropes
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +115,7 @@ class Model:
         if hidden:
             arguments["output_hidden_states"] = True
         self._feed = feed
-        with self._our_attention(feed):
+        with self._ours(feed):
             out = self.module(**arguments)
         logits = out.logits[:, -1:] if last_only else out.logits
         states = tuple(out.hidden_states) if hidden else None
@@ -132,19 +132,21 @@ class Model:
         return Output(logits, tuple(torch.cat([_padded(h, feed.width) for h in layer]) for layer in layers))
 
     @contextmanager
-    def _our_attention(self, feed: Feed):
-        if self.path != "attention":
-            yield
-            return
+    def _ours(self, feed: Feed):
+        """Our attention function and rotations for the length of one pass; the model is left as it was."""
         self._step = None
         if feed.positions.device.type == "cpu" or feed.width > LONG:
             self._step = CellPlan(feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts)
+        handles = [part.register_forward_hook(_rotate_rows, with_kwargs=True) for part in self._ropes]
         theirs = self.config._attn_implementation
-        self.config._attn_implementation = self._name
+        if self.path == "attention":
+            self.config._attn_implementation = self._name
         try:
             yield
         finally:
             self.config._attn_implementation = theirs
+            for handle in handles:
+                handle.remove()
 
     def _attend(
         self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
@@ -188,7 +190,7 @@ class Model:
         for begin in range(start, len(tokens), chunk):
             part = tokens[begin : begin + chunk]
             table = self._writable(table, begin, len(part), room)
-            piece = None if embeddings is None else embeddings[None, begin : begin + chunk].to(self.device)
+            piece = None if embeddings is None else self.embedded(embeddings[None, begin : begin + chunk])
             feed = Feed.build([part], [begin], [table], self.pool.block_size, self.device, piece)
             outputs.append(self.forward(feed, cache, hidden=hidden, last_only=not every))
         if self.recurrent:
@@ -219,6 +221,11 @@ class Model:
         tables = [self._writable(r.table, r.length, len(t)) for r, t in zip(rows, tokens, strict=True)]
         feed = Feed.build(tokens, [r.length for r in rows], tables, self.pool.block_size, self.device)
         return _longer(rows, tables, tokens), self.forward(feed, hidden=hidden)
+
+    def embedded(self, embeddings):
+        """Embeddings on the device and in the dtype of the model's own."""
+        words = self.module.get_input_embeddings().weight
+        return embeddings.to(device=words.device, dtype=words.dtype)
 
     def _writable(self, table, start, count, room=0):
         return self.pool.writable(table, start, count, room) if self.paged else table
@@ -280,7 +287,7 @@ class Model:
         }[self.path]
         if not self.paged:
             note = "recurrent states only, no keys and values"
-        if self._hooks:
+        if self._ropes:
             note = "rotations are computed row by row"
         extend = Capability(True, "one forward pass per token: recurrent layers" if self.recurrent else "")
         if self.path == "attention" and not self.recurrent:
@@ -354,35 +361,40 @@ def _ragged_mask(original, additive: bool):
 # -- rotary embeddings that depend on the longest row
 
 
-def _row_wise_rope(module) -> list:
-    """Hooks that give each row the rotation it would have alone, where frequencies depend on the length."""
-    hooks = []
+def _row_wise_ropes(module) -> list:
+    """Rotary embeddings whose frequencies depend on the longest row, so that rows disturb each other."""
+    found = []
     for part in module.modules():
         kinds = getattr(part, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         if any(kind and ("dynamic" in kind or kind == "longrope") for kind in kinds):
-            hooks.append(part.register_forward_hook(_rotate_rows, with_kwargs=True))
-    return hooks
+            found.append(part)
+    return found
 
 
 def _rotate_rows(part, args, kwargs, output):
+    """A forward hook that gives each row the rotation it would have alone."""
     x, positions = args[0] if args else kwargs["x"], kwargs.get("position_ids")
     positions = args[1] if positions is None else positions
     rest = {k: v for k, v in kwargs.items() if k not in ("x", "position_ids")}
-    extra = args[2:]
     kinds = part.rope_type
     prefixes = [f"{kind}_" for kind in kinds] if isinstance(kinds, dict) else [""]
     prefixes = [p for p in prefixes if hasattr(part, f"{p}original_inv_freq")]
     rows = []
     for i in range(positions.shape[0]):
-        # The frequencies of a longer neighbour must not outlive its turn.
-        for prefix in prefixes:
-            setattr(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
-            setattr(
-                part, f"{prefix}inv_freq", getattr(part, f"{prefix}original_inv_freq").to(x.device).clone()
-            )
-        rows.append(part.forward(x, positions[i : i + 1], *extra, **rest))
+        _reset_rope(
+            part, prefixes, x.device
+        )  # the frequencies of a longer neighbour must not outlive its turn
+        rows.append(part.forward(x, positions[i : i + 1], *args[2:], **rest))
+    _reset_rope(part, prefixes, x.device)
     return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def _reset_rope(part, prefixes, device) -> None:
+    for prefix in prefixes:
+        original = getattr(part, f"{prefix}original_inv_freq").to(device).clone()
+        setattr(part, f"{prefix}max_seq_len_cached", part.original_max_seq_len)
+        setattr(part, f"{prefix}inv_freq", original)
 
 
 def _rope_switch(config) -> int | None:

@@ -46,12 +46,11 @@ def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool
     refusal = _refusal(module)
     tried = []
     for path in [] if refusal else _paths(module):
-        pool = BlockPool(**pool_options)
-        _allocate(pool, caches[0], layer_plan(module.config))
-        model = Model(module, pool, path, prefill_chunk)
-        error = _error(model, prompts, references) if self_check else 0.0
+        probe = Model(module, _pool(module, caches[0]), path, prefill_chunk)
+        error = _error(probe, prompts, references) if self_check else 0.0
         if not isinstance(error, str) and error <= _tolerance(module):
-            return model, pool, vocab
+            pool = _pool(module, caches[0], **pool_options)
+            return Model(module, pool, path, prefill_chunk), pool, vocab
         tried.append(
             f"{path}: {error if isinstance(error, str) else f'logits differ by {error:.2g} deviations'}"
         )
@@ -102,16 +101,18 @@ def _reference(module, config, prompts):
     return logits, caches
 
 
-def _allocate(pool, cache, plan) -> None:
-    """Make room in the pool for every layer that has keys and values, grouped by shape."""
+def _pool(module, cache, **options) -> BlockPool:
+    """A pool with cells for every layer that has keys and values in `cache`, grouped by shape."""
+    pool, count = BlockPool(**options), len(layer_plan(module.config))
     groups: dict[tuple, list[int]] = {}
-    for index, layer in enumerate(cache.layers[: len(plan)]):
+    for index, layer in enumerate(cache.layers[:count]):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is not None and keys.dim() == 4:
             shape = (keys.shape[1], keys.shape[3]), (values.shape[1], values.shape[3])
             groups.setdefault((*shape, keys.dtype, keys.device), []).append(index)
     for (key_shape, value_shape, dtype, device), layers in groups.items():
         pool.add_store(layers, key_shape, value_shape, dtype, device)
+    return pool
 
 
 def _tolerance(module) -> float:

@@ -91,7 +91,8 @@ class SoloModel:
         if embeddings is None:
             arguments["input_ids"] = torch.tensor([list(tokens)], device=self.device)
         else:
-            arguments["inputs_embeds"] = embeddings[None].to(self.device)
+            words = self.module.get_input_embeddings().weight
+            arguments["inputs_embeds"] = embeddings[None].to(device=words.device, dtype=words.dtype)
         arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = session.cache
         if "position_ids" in self._arguments:
             arguments["position_ids"] = positions

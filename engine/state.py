@@ -65,7 +65,11 @@ class State:
             index: row numbers, repeated ones fork; or a `[B]` bool mask.
         """
         picked = torch.as_tensor(index)
+        if picked.is_floating_point() and picked.numel():
+            raise HandloomError(f"rows are chosen by whole numbers or a bool mask, got {index!r}")
         if picked.dtype == torch.bool:
+            if picked.shape != (len(self),):
+                raise HandloomError(f"a mask of shape {list(picked.shape)} for a State of {len(self)} rows")
             picked = picked.nonzero().flatten()
         numbers = [int(i) for i in picked.flatten().tolist()]
         wrong = [i for i in numbers if not -len(self) <= i < len(self)]
