@@ -198,7 +198,7 @@ def test_idle_prefixes_are_kept_until_their_space_is_wanted_oldest_first():
     assert (pool.in_use, pool.cached) == (0, 2)
     assert pool.obtainable() == 4
     pool.check()
-    table = pool.writable(pool.table(), 0, BLOCK)
+    table = pool.writable(pool.table(), 0, 3 * BLOCK)
     assert pool.match([1, 1, 1, 1, 0]) == ()
     assert len(pool.match([2, 2, 2, 2, 0])) == 1
     pool.check()
