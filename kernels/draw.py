@@ -11,7 +11,7 @@ import torch
 
 from . import dispatch, philox
 
-SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
+GUMBEL_SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
 FLOAT_MAX = float(np.finfo(np.float32).max)
 SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score
 SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of the noise and of the score
@@ -75,7 +75,7 @@ def _draw_numpy(rows, seeds, positions, streams, greedy):
             tokens[index] = best
             continue
         top = min(top, np.float32(FLOAT_MAX))
-        ids = (row >= top - np.float32(SPAN)).nonzero()[0]
+        ids = (row >= top - np.float32(GUMBEL_SPAN)).nonzero()[0]
         if len(ids) > len(row) // 16:
             key = seeds[index : index + 1], positions[index : index + 1], streams[index : index + 1]
             ids = _contenders(row, top, *key)

@@ -115,7 +115,11 @@ def philox_lanes_numpy(seeds, positions, streams, counters):
         np.zeros((1, 1), dtype=np.uint64),
     )
     seeds = seeds.view(np.uint64)[:, None]
-    low, high = seeds & WORD_MASK, seeds >> 32
+    return philox_rounds_numpy(words, seeds & WORD_MASK, seeds >> 32)
+
+
+def philox_rounds_numpy(words, low, high):
+    """Ten rounds on a counter of four words with the key (low, high): uint64 arrays below 2**32 that broadcast."""
     for _ in range(ROUNDS):
         first, second = words[0] * MULTIPLIERS[0], words[2] * MULTIPLIERS[1]
         words = (

@@ -59,6 +59,11 @@ class Plan:
         }
 
 
+def first_warps(moments, sparse):
+    """Warps of a program of the first launch: more where more values are live."""
+    return 8 if moments or sparse else 4
+
+
 def _device_function(rule):
     """The Triton function of a value rule; counts and masses have a place holder."""
     if rule.kind != "value":
@@ -118,7 +123,7 @@ def sample_fused(
         *head,
         *row_arguments,
         RAW=plan.logprobs,
-        num_warps=4,
+        num_warps=first_warps(plan.moments, edits is not None),
         **plan.constants(FIRST_GROUPS, edits, bitmask),
     )
     sample_kernel[(plan.rows,)](

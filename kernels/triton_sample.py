@@ -443,8 +443,21 @@ def report(
                                    VARIANT)  # fmt: skip
     else:
         n = activate((group_top > value) & inside, group, active)
-        wide = (row, logits, source[2], source[3], source[4], source[5], source[6], source[7], rows)
-        wide = (*wide, source[9], active, n)
+        vocab, of_vocab, mask, mask_stride = source[2], source[3], source[4], source[5]
+        wide = (
+            row,
+            logits,
+            vocab,
+            of_vocab,
+            mask,
+            mask_stride,
+            source[6],
+            source[7],
+            rows,
+            source[9],
+            active,
+            n,
+        )
         higher, b, c = sweep_above(ordered_key(value), key, key, top, x, False, wide, False,
                                    VARIANT)  # fmt: skip
     total = mass.to(tl.float32) / FIXED_ONE

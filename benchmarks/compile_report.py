@@ -1,0 +1,248 @@
+"""Compile every Triton kernel variant for every target, without a GPU, and hold it against limits.json.
+
+    python benchmarks/compile_report.py                  # all targets, two at a time, one process each
+    python benchmarks/compile_report.py --target sm_90
+    python benchmarks/compile_report.py --write          # take what was measured as the new limits
+
+Prints one table; the exit status is 1 when a limit is broken. Checked: no spills, registers, shared memory,
+128-bit loads, and no contracted multiply-add where bits are promised to be the same everywhere.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+LIMITS = Path(__file__).with_name("limits.json")
+COLUMNS = ("registers", "spills", "shared", "wide_loads", "contractions", "seconds")
+
+ROW_TYPES = {
+    "stride": "i32",
+    "vocab": "i32",
+    "groups_of_vocab": "i32",
+    "groups": "i32",
+    "stats": "*fp32",
+    "width": "i32",
+    "active": "*i32",
+    "listed_x": "*fp32",
+    "listed_ids": "*i32",
+    "tokens": "*i64",
+    "floats": "*fp32",
+    "counts": "*i64",
+    "seeds": "*i64",
+    "positions": "*i64",
+    "streams": "*i64",
+    "temperatures": "*fp32",
+    "limits": "*fp32",
+    "bitmask": "*i32",
+    "mask_stride": "i32",
+    "sparse": ("*i32", "*fp32", "*i32", "*i32", "i32", "*i32", "i32", "*fp32", "*fp32", "*fp32"),
+    "point_values": "*fp32",
+    "rows": "i32",
+}
+ALIGNED = (
+    "logits",
+    "stride",
+    "vocab",
+    "stats",
+    "width",
+    "active",
+    "listed_x",
+    "listed_ids",
+    "token_ids",
+    "noise",
+)
+
+
+def sampling_cases():
+    """Yield (name, kernel, argument types, constants, warps) of the sampling kernels."""
+    from handloom.kernels import sample_fused, triton_noise, triton_sample
+    from handloom.kernels import triton_rules as devices
+
+    noise_types = dict.fromkeys(("seeds", "positions", "streams", "token_ids", "words"), "*i64")
+    noise_types |= {"noise": "*fp32", "columns": "i32"}
+    yield "noise", triton_noise.gumbel_kernel, noise_types, {"BLOCK": 1024}, 4
+    rules = {"open": (), "k+p+min-p": (0, 1, 2), "all": (0, 1, 2, 2, 2)}
+    value = {"open": (), "k+p+min-p": (devices.min_p_threshold,) * 3}
+    value["all"] = (*value["k+p+min-p"], devices.eta_threshold, devices.top_n_sigma_threshold)
+    for name, kinds in rules.items():
+        full = name == "all"
+        needs = tuple(i > 2 for i in range(len(kinds)))
+        warps = sample_fused.first_warps(full, full)
+        shared = {"KINDS": kinds, "MOMENTS": full, "PLANES": 10 if full else 3}
+        for dtype in ("bf16",) if name != "k+p+min-p" else ("bf16", "fp32"):
+            types = {"logits": f"*{dtype}", **ROW_TYPES}
+            first = {**shared, "VARIANT": (sample_fused.FIRST_GROUPS, full, full, ()), "RAW": full}
+            yield f"statistics {name} {dtype}", triton_sample.group_statistics_kernel, types, first, warps
+            if dtype == "fp32":
+                continue  # the second launch reads few logits; one dtype is enough
+            second = {
+                **shared,
+                "VARIANT": (sample_fused.SECOND_GROUPS, full, full, ()),
+                "DEVICES": value[name],
+                "NEEDS": needs,
+                "LOGPROBS": full,
+                "WIDTH": 2048,
+                "CAPACITY": sample_fused.CAPACITY,
+            }
+            yield f"sample {name} {dtype}", triton_sample.sample_kernel, types, second, 8
+
+
+CASES = (sampling_cases,)  # other modules add a function that yields the same five things
+
+
+def compile_case(kernel, types, constants, warps, target):
+    """Compile one variant; returns its figures."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    started = time.perf_counter()
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    figures = {"shared": compiled.metadata.shared, "seconds": round(time.perf_counter() - started, 1)}
+    return figures | (
+        _amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _nvidia(compiled.asm, target)
+    )
+
+
+def _nvidia(assembly, target):
+    """Registers, spills and instruction counts from the machine code."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    tools = Path(get_ptxas(TARGETS[target][1]).path).parent
+    tools = tools if (tools / "nvdisasm").exists() else Path(get_ptxas(90).path).parent
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(assembly["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "spills": int(re.search(r"STACK:(\d+)", usage).group(1)) + len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "wide_loads": len(re.findall(r"LDG\.E\.128", code)),
+        "contractions": len(re.findall(r"\bFFMA", code)),
+    }
+
+
+def _amd(code):
+    """The same from the assembly text of gfx942."""
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", code)),
+        "contractions": len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mac|mad)_f32", code)),
+    }
+
+
+def _output(*command):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def compile_target(target):
+    """All figures of one target, in this process: {case: figures}."""
+    return {
+        name: compile_case(kernel, types, constants, warps, target)
+        for cases in CASES
+        for name, kernel, types, constants, warps in cases()
+    }
+
+
+def in_subprocess(target):
+    """`compile_target` in a process of its own: a compiler may exit instead of raising."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, "--target", target, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        return {"compiler": {"error": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}}
+    return json.loads(done.stdout)
+
+
+def breaches(figures, limit):
+    """What of a case is over its limit: a list of words."""
+    if "error" in figures:
+        return [str(figures["error"])]
+    if limit is None:
+        return ["no limit recorded: run with --write"]
+    over = [
+        f"{name} > {limit[name]}" for name in ("registers", "spills", "shared") if figures[name] > limit[name]
+    ]
+    if figures["wide_loads"] < limit["wide_loads"]:
+        over.append(f"wide_loads < {limit['wide_loads']}")
+    if limit["contractions"] is not None and figures["contractions"] > limit["contractions"]:
+        over.append(f"contractions > {limit['contractions']}")
+    return over
+
+
+def as_limit(case, figures):
+    """The limit that measured figures give: registers and shared memory with a little head room."""
+    return {
+        "registers": figures["registers"] + 8,
+        "spills": 0,
+        "shared": figures["shared"] + 1024,
+        "wide_loads": figures["wide_loads"],
+        "contractions": 0 if case == "noise" else None,
+    }
+
+
+def main():
+    """Compile, print the table, and return 1 if a limit is broken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", choices=TARGETS)
+    parser.add_argument(
+        "--json", action="store_true", help="compile in this process and print figures as JSON"
+    )
+    parser.add_argument("--write", action="store_true", help="record what is measured as the new limits")
+    options = parser.parse_args()
+    if options.json:
+        print(json.dumps(compile_target(options.target)))
+        return 0
+    targets = [options.target] if options.target else list(TARGETS)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        found = dict(zip(targets, pool.map(in_subprocess, targets), strict=True))
+    import triton
+
+    limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"cases": {}}
+    if options.write:
+        for target, cases in found.items():
+            limits["cases"][target] = {case: as_limit(case, figures) for case, figures in cases.items()}
+        limits["triton"] = triton.__version__
+        LIMITS.write_text(json.dumps(limits, indent=1) + "\n")
+    print(f"triton {triton.__version__}; limits recorded with {limits.get('triton')}")
+    print(f"{'target':8}{'case':32}" + "".join(f"{name:>13}" for name in COLUMNS))
+    broken = 0
+    for target, cases in found.items():
+        for case, figures in cases.items():
+            over = breaches(figures, limits["cases"].get(target, {}).get(case))
+            broken += bool(over)
+            row = "".join(f"{figures.get(name, '-'):>13}" for name in COLUMNS)
+            print(f"{target:8}{case:32}{row}  {'; '.join(over)}".rstrip())
+    print(f"{broken} broken" if broken else "all within limits")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

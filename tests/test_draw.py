@@ -1,0 +1,59 @@
+"""The draw: only tokens that can win are looked at, and the result is that of looking at all."""
+
+import pytest
+import torch
+from sampling_rows import generator, key, rows
+
+from handloom.kernels import philox
+from handloom.kernels.draw import GUMBEL_SPAN, draw, draw_reference
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 31, 3000])
+def test_draw_is_its_reference(vocab):
+    for name, x in rows(4, vocab):
+        for seed in range(4):
+            parts = key(4, seed)
+            for greedy in (None, torch.tensor([True, False, True, False])):
+                assert torch.equal(
+                    draw(x, **parts, greedy=greedy), draw_reference(x, **parts, greedy=greedy)
+                ), name
+
+
+@pytest.mark.slow
+def test_draw_is_its_reference_at_full_size():
+    for name, x in rows(3, 151936):
+        for seed in range(3):
+            assert torch.equal(draw(x, **key(3, seed)), draw_reference(x, **key(3, seed))), name
+
+
+def test_ties_take_the_lowest_id():
+    x = torch.full((1, 10), -torch.inf)
+    x[0, [3, 8]] = 1.0
+    greedy = torch.tensor([True])
+    assert draw(x, **key(1), greedy=greedy).tolist() == [3]
+    parts = key(1)
+    noise = philox.gumbel(*parts.values(), torch.tensor([3, 8]))[0]
+    assert draw(x, **parts).tolist() == [[3, 8][int(noise.argmax())]]
+
+
+def test_an_offset_does_not_change_the_draw():
+    """Logits on a grid that survives adding 2**14 exactly."""
+    x = (torch.randn(64, 500, generator=generator(0)) * 64).round() / 64
+    parts = key(64)
+    assert torch.equal(draw(x, **parts), draw(x + 2.0**14, **parts))
+
+
+def test_tokens_beyond_the_span_cannot_win():
+    assert GUMBEL_SPAN > philox.GUMBEL_MAX - philox.GUMBEL_MIN
+
+
+def test_common_noise_moves_the_token_only_where_the_law_moves():
+    """Raising one logit can only turn tokens into that one: the property paired comparisons rest on."""
+    x = torch.randn(400, 50, generator=generator(2))
+    parts = key(400)
+    before = draw(x, **parts)
+    x[:, 17] += 1.0
+    after = draw(x, **parts)
+    changed = before != after
+    assert changed.any()
+    assert (after[changed] == 17).all()
