@@ -60,6 +60,8 @@ class Batch:
     position that token is fed at after it. Idle slots stay at 0 and write to the trash block.
     """
 
+    lag = 0  # steps that the host may look back: it sees each one before the next begins
+
     def __init__(self, engine, size: int, width: int):
         self.model, self.pool, self.size = engine.runner, engine.pool, size
         self.block, self.eos = self.pool.block_size, engine.eos_token_ids
@@ -156,7 +158,7 @@ class Batch:
             PoolExhausted: there is no block for it; the slot is as it was.
         """
         length, row = self.lengths[slot], self.rows[slot]
-        if self.model.paged and length >= len(row.table) * self.block:
+        if self.model.paged and len(row.table) * self.block <= length < self.requests[slot].room:
             self.rows[slot] = row = self._own_tail(row, length)
             self._map(slot, row.table, length // self.block)
 
@@ -165,11 +167,15 @@ class Batch:
         return replace(row, table=self.pool.writable(row.table, length, self.block - length % self.block))
 
     def _map(self, slot: int, table, first: int) -> None:
-        span = torch.arange(self.block, device=self.cells.device)
-        blocks = torch.tensor(table.blocks[first:], device=self.cells.device)
-        cells = (blocks[:, None] * self.block + span).flatten()
+        device, new = self.cells.device, table.blocks[first:]
+        if len(new) == 1:  # the step's own case: scalars reach a device without waiting for it
+            cells = torch.arange(new[0] * self.block, (new[0] + 1) * self.block, device=device)
+            self.table[slot, first] = new[0]
+        else:
+            blocks = torch.tensor(new, device=device)
+            cells = (blocks[:, None] * self.block + torch.arange(self.block, device=device)).flatten()
+            self.table[slot, first : len(table)] = blocks
         self.cells[slot, first * self.block : len(table) * self.block] = cells
-        self.table[slot, first : len(table)] = blocks
 
     def _insert(self, slot: int, states) -> None:
         if self.cache is None:
@@ -197,7 +203,7 @@ class Batch:
         context = self.context()
         drawn = self.sampler.sample(self.logits, context)
         self.tokens = drawn.tokens
-        self.sampler = self.sampler.accept(drawn.tokens, context)
+        self.sampler = self.sampler.accept(drawn.tokens, context, every_row=True)
         results = torch.stack((drawn.tokens, drawn.raw_logprobs, drawn.logprobs), 1)
         return Step(list(self.requests), results, self._most_probable())
 
@@ -251,7 +257,7 @@ class Batch:
         """The running requests in a batch of `size` slots."""
         keep = self.running
         index = (keep + [i for i in range(self.size) if i not in keep])[:size]
-        other = Batch(engine, size, self.history.shape[1] - 1)
+        other = type(self)(engine, size, self.history.shape[1] - 1)
         where = torch.tensor(index, device=self.logits.device)
         for name in _PER_SLOT:
             setattr(other, name, getattr(self, name).index_select(0, where))

@@ -9,8 +9,10 @@ from contextlib import closing
 
 import torch
 
+from .batch import Batch
 from .errors import CapabilityError, HandloomError, ParameterError, PromptError
 from .generation import Event, Generation
+from .graph import GraphBatch
 from .loop import run
 from .params import SamplingParams
 from .pipeline import Pipeline
@@ -39,6 +41,8 @@ class Engine:
         pipeline: the processors every request goes through; None is `Pipeline.default()`, which does nothing
             that a request does not ask for.
         prefix_cache: keep prompts' blocks for prompts that begin alike.
+        graph: run the decode step as one device program, captured as a CUDA graph; None does so on CUDA where the
+            model allows it. On a CPU True runs the same program uncaptured.
         self_check: compare a few logits with transformers' own cache when loading, and fall back if they differ.
 
     Raises:
@@ -59,6 +63,7 @@ class Engine:
         prefill_chunk: int = 512,
         pipeline: Pipeline | None = None,
         prefix_cache: bool = True,
+        graph: bool | None = None,
         self_check: bool = True,
     ):
         whole = {"slots": slots, "block_size": block_size, "prefill_chunk": prefill_chunk}
@@ -74,6 +79,8 @@ class Engine:
         options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": prefix_cache}
         self.runner, self.pool, self.vocab_size = adapt(model, options, prefill_chunk, self_check)
         self.capabilities = self.runner.capabilities()
+        self.graphs = self._wants_graphs(graph)
+        self._batches: dict[tuple[int, int], Batch] = {}
         self.slots = slots if self.capabilities.ragged else 1
         self.fixed_slots = fixed_slots
         self.pipeline = Pipeline.default() if pipeline is None else pipeline
@@ -219,6 +226,20 @@ class Engine:
         if self.device.type == "cpu":
             return max(1, rows)  # no graph is captured, so any shape will do
         return min(self.slots, 1 << max(0, rows - 1).bit_length())
+
+    def batch(self, requests: int, width: int) -> Batch:
+        """Slots for a run of `requests` requests of at most `width` tokens each."""
+        size = self.bucket(requests)
+        if not self.graphs:
+            return Batch(self, size, width)
+        width = min(max(2048, 1 << (width - 1).bit_length()), self.max_length)
+        kept = self._batches.pop((size, width), None)
+        return GraphBatch(self, size, width) if kept is None else kept
+
+    def give_back(self, batch: Batch) -> None:
+        """Keep an empty batch with what it has captured for the next run."""
+        if self.graphs:
+            self._batches[batch.size, batch.history.shape[1] - 1] = batch
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds by default."""
@@ -407,6 +428,12 @@ class Engine:
 
     def _from_config(self, config, overrides) -> SamplingParams:
         return SamplingParams.from_generation_config(config, eos_token_ids=self.eos_token_ids, **overrides)
+
+    def _wants_graphs(self, graph: bool | None) -> bool:
+        able = self.capabilities.graph
+        if graph and not able:
+            raise CapabilityError(f"graph=True: {able.reason}")
+        return bool(able) and self.device.type == "cuda" if graph is None else graph
 
     def _limit(self, max_length: int | None) -> int:
         names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")

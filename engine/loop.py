@@ -21,21 +21,24 @@ def run(engine, requests: list[Request]) -> Iterator[Event]:
     A finished row is replaced by the next waiting request; it is never decoded as padding. Closing the generator
     gives every block back. What a row draws depends on its own prompt, seed and parameters alone.
     """
-    waiting = deque(requests)
+    waiting, steps = deque(requests), deque()
     width = max((min(r.room, engine.max_length) for r in requests), default=1)
-    batch = Batch(engine, engine.bucket(len(waiting)), width)
+    batch = engine.batch(len(waiting), width)
     try:
         while waiting or batch.running:
             yield from admit(engine, batch, waiting)
             yield from prepare(batch)
-            yield from collect(batch, batch.draw())
-            if not waiting and engine.bucket(len(batch.running)) < batch.size:
+            steps.append(batch.draw())
+            while len(steps) > batch.lag:
+                yield from collect(batch, steps.popleft())
+            if batch.lag == 0 and not waiting and engine.bucket(len(batch.running)) < batch.size:
                 batch = batch.resized(engine, engine.bucket(len(batch.running)))
             if batch.running:
                 batch.feed()
     finally:
         for slot in batch.running:
             batch.clear(slot)
+        engine.give_back(batch)
 
 
 def admit(engine, batch: Batch, waiting: deque[Request]) -> Iterator[Event]:

@@ -135,7 +135,7 @@ class Model:
     def _ours(self, feed: Feed):
         """Our attention function and rotations for the length of one pass; the model is left as it was."""
         self._step = None
-        if feed.positions.device.type == "cpu" or feed.width > LONG:
+        if self.path == "attention" and (feed.positions.device.type == "cpu" or feed.width > LONG):
             self._step = CellPlan(feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts)
         handles = [part.register_forward_hook(_rotate_rows, with_kwargs=True) for part in self._ropes]
         theirs = self.config._attn_implementation
@@ -294,8 +294,14 @@ class Model:
             tree = Capability(False, "the engine has no tree step yet")
         else:
             tree = Capability(False, "recurrent layers" if self.recurrent else f"{self.path} path")
-        graph = Capability(False, "this build captures no graphs")
-        return Capabilities(self.path, Capability(True, note), yes, yes, extend, tree, graph)
+        return Capabilities(self.path, Capability(True, note), yes, yes, extend, tree, self._graph())
+
+    def _graph(self) -> Capability:
+        if self.path == "rows":
+            return Capability(False, "rows path: the host loops over rows")
+        if self._ropes or self.restart:
+            return Capability(False, "rotations depend on lengths that only the host knows")
+        return Capability(True, "captured on CUDA; the same program runs uncaptured elsewhere")
 
 
 def _longer(rows, tables, tokens):

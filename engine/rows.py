@@ -225,15 +225,16 @@ class Rows:
             logits = guarded(member.processor, logits, self._view(member, context))
         return logits
 
-    def accept(self, tokens: Tensor, context: Context) -> Rows:
+    def accept(self, tokens: Tensor, context: Context, *, every_row: bool = False) -> Rows:
         """Rows after `tokens` [B] int64 were committed; give the Context that `apply` or `sample` saw.
 
-        A token of -1 says that its row accepts nothing in this step: its memory stays as it is.
+        A token of -1 says that its row accepts nothing in this step: its memory stays as it is. `every_row`
+        says that there is none, so that nothing has to be read on the host.
         """
         stateful = [member for member in self.active() if member.memory is not None]
         if not stateful:
             return self
-        idle = (tokens < 0).nonzero().flatten().tolist() if bool((tokens < 0).any()) else []
+        idle = [] if every_row else (tokens < 0).nonzero().flatten().tolist()
         changed = {}
         for member in stateful:
             view = self._view(member, context)
