@@ -122,11 +122,13 @@ def _cell(value) -> str:
     return str(value)
 
 
-def in_turn(sides: dict[str, Callable[[], float]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def in_turn(
+    sides: dict[str, Callable[[int], float]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Run every side once per round, so that a slow minute of the machine falls on all of them.
 
     Args:
-        sides: name -> a function that returns its measurement.
+        sides: name -> a function from the round's number to a measurement.
         repeats: rounds that count, > 0. warmup: rounds before them that do not.
 
     Returns:
@@ -136,7 +138,7 @@ def in_turn(sides: dict[str, Callable[[], float]], repeats: int, warmup: int = 1
     for turn in range(warmup + repeats):
         # The order alternates: whoever runs second finds warmer caches and a warmer processor.
         for name in sides if turn % 2 == 0 else reversed(sides):
-            value = sides[name]()
+            value = sides[name](turn)
             if turn >= warmup:
                 measured[name].append(value)
     return measured

@@ -80,9 +80,9 @@ def sampling_cases():
     for name, kinds in rules.items():
         full = name == "all"
         needs = tuple(i > 2 for i in range(len(kinds)))
-        warps = sample_fused.first_warps(full, full)
         shared = {"KINDS": kinds, "MOMENTS": full, "PLANES": 10 if full else 3}
         for dtype in ("bf16",) if name != "k+p+min-p" else ("bf16", "fp32"):
+            warps = sample_fused.first_warps(full, full, 4 if dtype == "fp32" else 2)
             types = {"logits": f"*{dtype}", **ROW_TYPES}
             first = {**shared, "VARIANT": (sample_fused.FIRST_GROUPS, full, full, ()), "RAW": full}
             yield f"statistics {name} {dtype}", triton_sample.group_statistics_kernel, types, first, warps
@@ -90,7 +90,7 @@ def sampling_cases():
                 continue  # the second launch reads few logits; one dtype is enough
             second = {
                 **shared,
-                "VARIANT": (sample_fused.SECOND_GROUPS, full, full, ()),
+                "VARIANT": (sample_fused.second_groups(full, full), full, full, ()),
                 "DEVICES": value[name],
                 "NEEDS": needs,
                 "LOGPROBS": full,

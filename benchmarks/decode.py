@@ -3,6 +3,7 @@
 Run from the repository root: `python -m benchmarks.decode --help`.
 """
 
+import functools
 import json
 import random
 import time
@@ -121,39 +122,44 @@ def _step_and_call(model, run: Callable, steps: tuple[int, int], repeats: int) -
 
 
 def throughput(work: Workload, repeats: int, model: str, dtype: torch.dtype) -> list[dict]:
-    """Tokens per second and time to first tokens, both sides with the same model, dtype and threads."""
-    rng = random.Random(0)
+    """Tokens per second and time to first tokens, both sides with the same model, dtype and threads.
+
+    Every round has prompts of its own, so that no side finds a prompt that it has seen before.
+    """
     ours, theirs = load(model, dtype), load(model, dtype)
     vocab = ours.config.vocab_size
-    ragged = [
-        Request(random_prompt(rng, rng.randint(*work.prompts), vocab), rng.randint(*work.answers))
-        for _ in range(work.requests)
-    ]
-    lone = [Request(random_prompt(rng, work.single[0], vocab), work.single[1])]
-    shared = random_prompt(rng, work.shared, vocab)
     sides = [Handloom(ours, work.slots), HuggingFace(theirs, work.slots)]
+
+    def lone(side: Side, turn: int) -> float:
+        prompt, answer = work.single
+        return rate(side, [Request(random_prompt(random.Random(turn), prompt, vocab), answer)])
+
+    def ragged(side: Side, turn: int) -> float:
+        lengths, rng = random.Random(0), random.Random(turn)
+        sizes = [
+            (lengths.randint(*work.prompts), lengths.randint(*work.answers)) for _ in range(work.requests)
+        ]
+        return rate(side, [Request(random_prompt(rng, n, vocab), answer) for n, answer in sizes])
+
+    def first(side: Side, turn: int) -> float:
+        return side.first_tokens(
+            random_prompt(random.Random(turn), work.shared, vocab), work.samples, SAMPLING
+        )
+
+    cases = (
+        ("one prompt, greedy", lone, {"limit": 1.0}),
+        (f"{work.requests} ragged requests, {work.slots} slots", ragged, {"limit": 1.5, "warmup": 0}),
+        (
+            f"first tokens of {work.samples} samples, prompt of {work.shared}",
+            first,
+            {"limit": 3.0, "lower_is_better": True},
+        ),
+    )
     about = {"model": model, "dtype": str(dtype).removeprefix("torch.")}
     return [
         row | about
-        for row in (
-            *compare("one prompt, greedy", sides, lambda side: rate(side, lone), repeats, limit=1.0),
-            *compare(
-                f"{work.requests} ragged requests, {work.slots} slots",
-                sides,
-                lambda side: rate(side, ragged),
-                repeats,
-                limit=1.5,
-                warmup=0,
-            ),
-            *compare(
-                f"first tokens of {work.samples} samples, prompt of {work.shared}",
-                sides,
-                lambda side: side.first_tokens(shared, work.samples, SAMPLING),
-                repeats,
-                limit=3.0,
-                lower_is_better=True,
-            ),
-        )
+        for case, measure, options in cases
+        for row in compare(case, sides, measure, repeats, **options)
     ]
 
 
@@ -167,7 +173,7 @@ def rate(side: Side, requests: list[Request]) -> float:
 def compare(
     case: str,
     sides: list[Side],
-    measure: Callable[[Side], float],
+    measure: Callable[[Side, int], float],
     repeats: int,
     limit: float,
     lower_is_better: bool = False,
@@ -176,11 +182,11 @@ def compare(
     """One row per side; the first side's row has the median ratio by which it beats the second.
 
     Args:
-        measure: one measurement of one side: tokens per second, or seconds where lower is better.
+        measure: one side's measurement in one round: tokens per second, or seconds where lower is better.
         limit: the ratio that is wanted.
         warmup: rounds that do not count.
     """
-    measured = in_turn({side.name: (lambda side=side: measure(side)) for side in sides}, repeats, warmup)
+    measured = in_turn({side.name: functools.partial(measure, side) for side in sides}, repeats, warmup)
     first, second = (measured[side.name] for side in sides)
     ratio = median_ratio(second, first) if lower_is_better else median_ratio(first, second)
     unit = "s" if lower_is_better else "tokens/s"

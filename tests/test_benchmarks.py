@@ -122,11 +122,13 @@ def test_seconds_outside_leave_out_the_forward():
 
 def test_sides_take_turns_and_warm_up():
     seen = []
-    measured = in_turn(
-        {"a": lambda: seen.append("a") or 1.0, "b": lambda: seen.append("b") or 2.0}, repeats=2
-    )
+
+    def side(name):
+        return lambda turn: seen.append(name) or 10 * turn
+
+    measured = in_turn({"a": side("a"), "b": side("b")}, repeats=2)
     assert "".join(seen) == "abbaab"
-    assert measured == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
+    assert measured == {"a": [10, 20], "b": [10, 20]}
 
 
 def test_median_ratio_pairs_the_rounds():
