@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PromptError,
     )
     from handloom.generation import Event, Generation, Timings
+    from handloom.joint import join
     from handloom.kernels.draw import draw
     from handloom.params import SamplingParams
     from handloom.pipeline import Context, Pipeline, Processor
@@ -48,6 +49,7 @@ _HOME = {  # public name -> the module that defines it
     "State": "state",
     "Timings": "generation",
     "draw": "kernels.draw",
+    "join": "joint",
 }
 _MODULES = frozenset({"compat", "kernels", "laws", "naive", "processors", "profiles", "strategies"})
 
@@ -68,6 +70,7 @@ __all__ = [
     "State",
     "Timings",
     "draw",
+    "join",
 ]
 
 

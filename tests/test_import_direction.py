@@ -20,10 +20,10 @@ LAYERS = [
         *{"checks", "aliases", "params", "processors", "rows", "pipeline", "profiles"},
         *{"text", "stopping", "generation"},
     },
-    {"cache", "model", "solo", "probe", "graph", "loading"},
-    {"request", "batch", "loop"},
+    {"cache", "model", "solo", "probe", "loading"},
+    {"request", "batch", "graph", "loop"},
     {"engine"},
-    {"strategies", "laws", "naive", "compat", "demo", "records", "options", "terminal", "cli"},
+    {"joint", "strategies", "laws", "naive", "compat", "demo", "records", "options", "terminal", "cli"},
     {"benchmarks"},
 ]
 
