@@ -113,6 +113,7 @@ def exact_distribution(
     draws: int = 20_000,
     batch: int = 500,
     seed: int = 0,
+    samples: bool = True,
     false_alarm: float = 1e-6,
     **options,
 ) -> float:
@@ -122,12 +123,14 @@ def exact_distribution(
     expected fewer than five times are pooled. An impossible sequence fails at once.
 
     Args:
-        strategy: the sampler; it is given one prompt many times, each time with another seed.
+        strategy: the sampler.
         engine: with a vocabulary small enough to enumerate.
         prompt: one prompt.
         params: with temperature > 0, and max_new_tokens as the depth of the enumeration.
         draws, batch: sequences in all, and in one call.
-        seed: seeds `seed ... seed + draws - 1` are used, so that the result is the same every time.
+        seed: of the draws; the result is the same every time.
+        samples: ask for n samples of the prompt, which is prefilled once; False gives the strategy the prompt
+            many times, each time with another seed.
         false_alarm: probability of failing a strategy that is right.
         options: fields of `SamplingParams`, and options of the strategy.
 
@@ -136,11 +139,13 @@ def exact_distribution(
     """
     law, counts = sequence_law(engine, prompt, params), Counter()
     for start in range(seed, seed + draws, batch):
-        each = [params.replace(seed=s) for s in range(start, min(start + batch, seed + draws))]
-        results = _run(strategy, engine, [prompt] * len(each), each, options)
-        assert len(results) == len(each), (
-            f"exact_distribution: {len(results)} results for {len(each)} requests"
-        )
+        count = min(batch, seed + draws - start)
+        if samples:
+            results = _run(strategy, engine, [prompt], [params.replace(seed=start, n=count)], options)
+        else:
+            each = [params.replace(seed=start + i) for i in range(count)]
+            results = _run(strategy, engine, [prompt] * count, each, options)
+        assert len(results) == count, f"exact_distribution: {len(results)} results, {count} were asked for"
         counts.update(tuple(_ids(result)) for result in results)
     impossible = [sequence for sequence in counts if sequence not in law]
     assert not impossible, f"exact_distribution: drew {impossible[0]}, which has probability 0"

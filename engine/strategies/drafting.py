@@ -65,7 +65,9 @@ class DraftModel:
             streams: int64 [B] noise streams to draw from.
         """
         if self.state is None:
-            self.state = self.engine.prefill([row[:-1] for row in tokens])
+            prompts = {request.index: request.prompt for request in requests.asked}
+            filled = self.engine.prefill(list(prompts.values()))
+            self.state = filled.select([list(prompts).index(request.index) for request in requests.asked])
         fed = self.state.lengths.tolist()
         unseen = [row[n:] for row, n in zip(tokens, fed, strict=True)]
         walk = self.state = self.engine.extend(self.state, unseen)

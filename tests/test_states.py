@@ -1,0 +1,168 @@
+"""Random programs over States against recomputation from nothing, with the pool's books checked after each line."""
+
+import gc
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from helpers import full_logits, tiny_llama
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from handloom import Engine
+
+TOKENS = st.integers(0, 96)
+# fp32 rounding moves the logits by up to 1e-4; a wrong cell, mask or position moves them by 0.05 at least.
+TOLERANCE = 1e-3
+MOST_ROWS = 5
+LONGEST = 60
+
+
+def has_room(machine):
+    """Whether there is a State that can be continued."""
+    return any(max(map(len, rows)) < LONGEST for _, rows, _ in machine.kept)
+
+
+class Programs(RuleBasedStateMachine):
+    """Every State made is kept with the tokens it should hold, and any of them may be continued at any time."""
+
+    model = None
+    options: dict = {}
+
+    @initialize()
+    def load(self):
+        self.engine = Engine(self.model, self_check=False, **self.options)
+        self.kept = []  # and not in a Bundle: hypothesis holds on to what a rule returns
+
+    def checked(self, state, rows, prompts):
+        """Compare a State with the rows it should hold, recomputed without a cache."""
+        assert state.tokens == rows
+        assert state.lengths.tolist() == [len(row) for row in rows]
+        assert state.prompt_lengths.tolist() == prompts
+        for row, logits in zip(rows, state.logits, strict=True):
+            assert torch.allclose(logits, self.expected(row)[-1], atol=TOLERANCE, rtol=0)
+        self.kept.append((state, rows, prompts))
+
+    def pick(self, data, longest=LONGEST):
+        """Any State made so far, most of them old, if its rows are not too long to go on."""
+        fit = [i for i, (_, rows, _) in enumerate(self.kept) if max(map(len, rows)) < longest]
+        return self.kept[data.draw(st.sampled_from(fit))]
+
+    def expected(self, row):
+        return full_logits(self.model, row)
+
+    @rule(prompts=st.lists(st.lists(TOKENS, min_size=1, max_size=20), min_size=1, max_size=3))
+    def prefill(self, prompts):
+        self.checked(self.engine.prefill(prompts), prompts, [len(prompt) for prompt in prompts])
+
+    @precondition(has_room)
+    @rule(data=st.data())
+    def step(self, data):
+        state, rows, prompts = self.pick(data)
+        tokens = data.draw(st.lists(TOKENS, min_size=len(rows), max_size=len(rows)))
+        longer = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+        self.checked(self.engine.step(state, torch.tensor(tokens)), longer, prompts)
+
+    @precondition(has_room)
+    @rule(data=st.data())
+    def extend(self, data):
+        state, rows, prompts = self.pick(data)
+        new = [data.draw(st.lists(TOKENS, min_size=1, max_size=6)) for _ in rows]
+        longer = [row + more for row, more in zip(rows, new, strict=True)]
+        wide = self.engine.extend(state, new)
+        for row, more, logits in zip(longer, new, wide.all_logits, strict=True):
+            truth = self.expected(row)[len(row) - len(more) :]
+            assert torch.allclose(logits[: len(more)], truth, atol=TOLERANCE, rtol=0)
+        self.checked(wide, longer, prompts)
+
+    @precondition(has_room)
+    @rule(data=st.data())
+    def keep(self, data):
+        """Extend, keep a part, and go on from that part."""
+        state, rows, prompts = self.pick(data)
+        new = [data.draw(st.lists(TOKENS, min_size=1, max_size=6)) for _ in rows]
+        counts = [data.draw(st.integers(1, len(more))) for more in new]
+        shorter = [row + more[:count] for row, more, count in zip(rows, new, counts, strict=True)]
+        self.checked(self.engine.extend(state, new).keep(counts), shorter, prompts)
+
+    @precondition(has_room)
+    @rule(data=st.data())
+    def select(self, data):
+        state, rows, prompts = self.pick(data)
+        index = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=MOST_ROWS))
+        picked = [rows[i] for i in index], [prompts[i] for i in index]
+        self.checked(state.select(index), *picked)
+
+    @precondition(has_room)
+    @rule(data=st.data())
+    def score(self, data):
+        """Scoring commits nothing."""
+        state, rows, _ = self.pick(data)
+        new = [data.draw(st.lists(TOKENS, min_size=1, max_size=4)) for _ in rows]
+        scored = self.engine.score(state, new)
+        for row, more, logprobs in zip(rows, new, scored, strict=True):
+            truth = self.expected(row + more)[len(row) - 1 : -1].log_softmax(-1)
+            truth = truth.gather(1, torch.tensor(more)[:, None])[:, 0]
+            assert torch.allclose(logprobs[: len(more)], truth, atol=TOLERANCE, rtol=0)
+            assert not logprobs[len(more) :].any()
+        assert state.tokens == rows
+
+    @rule(prompts=st.lists(st.lists(TOKENS, min_size=1, max_size=20), min_size=1, max_size=3))
+    def generate(self, prompts):
+        """The loop shares the pool with the States."""
+        answers = self.engine.generate(prompts, max_new_tokens=3)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            truth = full_logits(self.model, prompt)[-1]
+            assert truth[answer.token_ids[0]] >= truth.max() - TOLERANCE
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def forget(self, data):
+        """Drop a State; its blocks go back unless another State needs them."""
+        self.kept.pop(data.draw(st.integers(0, len(self.kept) - 1)))
+
+    @invariant()
+    def the_books_are_right(self):
+        if hasattr(self, "engine"):
+            self.engine.pool.check()
+
+    def teardown(self):
+        """Old States still hold what they held; then all of them go, and every block comes back."""
+        if not hasattr(self, "engine"):
+            return
+        while self.kept:
+            state, rows, prompts = self.kept.pop()
+            assert state.tokens == rows
+            assert state.prompt_lengths.tolist() == prompts
+            for row, logits in zip(rows, self.engine.step(state, [1] * len(rows)).logits, strict=True):
+                assert torch.allclose(logits, self.expected([*row, 1])[-1], atol=TOLERANCE, rtol=0)
+            del state
+        gc.collect()
+        self.engine.pool.check()
+        assert self.engine.pool.in_use == 0
+
+
+def programs(name, model, examples, steps, **options):
+    """A test case that runs random programs on one model."""
+    machine = type(name, (Programs,), {"model": model, "options": options})
+    case = machine.TestCase
+    case.settings = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True
+    )
+    return case
+
+
+TestDense = programs("Dense", tiny_llama(), 15, 12, block_size=4)
+TestOneTokenBlocks = programs("OneTokenBlocks", tiny_llama(), 8, 10, block_size=1, prefill_chunk=3)
+TestNoPrefixCache = programs("NoPrefixCache", tiny_llama(), 6, 10, block_size=4, prefix_cache=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["mistral_sw8", "gemma2", "llama_dynamic_ntk", "deepseek_v3", "bloom", "mamba2", "lfm2", "gpt_neo"],
+)
+def test_random_programs_on_other_architectures(name):
+    case = programs(f"Programs_{name}", ARCHITECTURES[name](), 3, 8, block_size=4)
+    case("runTest").runTest()
