@@ -10,7 +10,6 @@ from .triton_sample import group_statistics_kernel, sample_kernel
 
 GROUP = 128
 FIRST_GROUPS = 16  # groups a program of the first launch
-SECOND_GROUPS = 16  # groups a step of the second launch
 CAPACITY = 1024  # candidates held in registers; more are read again in every step
 KINDS = {"count": 0, "mass": 1, "value": 2}
 
@@ -59,9 +58,14 @@ class Plan:
         }
 
 
-def first_warps(moments, sparse):
+def first_warps(moments, sparse, bytes_each):
     """Warps of a program of the first launch: more where more values are live."""
-    return 8 if moments or sparse else 4
+    return 8 if moments or sparse or bytes_each > 2 else 4
+
+
+def second_groups(moments, sparse):
+    """Groups a step of the second launch: fewer where each needs more registers."""
+    return 4 if moments or sparse else 16
 
 
 def _device_function(rule):
@@ -123,7 +127,7 @@ def sample_fused(
         *head,
         *row_arguments,
         RAW=plan.logprobs,
-        num_warps=first_warps(plan.moments, edits is not None),
+        num_warps=first_warps(plan.moments, edits is not None, logits.element_size()),
         **plan.constants(FIRST_GROUPS, edits, bitmask),
     )
     sample_kernel[(plan.rows,)](
@@ -135,7 +139,7 @@ def sample_fused(
         WIDTH=plan.width,
         CAPACITY=CAPACITY,
         num_warps=8,
-        **plan.constants(SECOND_GROUPS, edits, bitmask),
+        **plan.constants(second_groups(plan.moments, edits is not None), edits, bitmask),
     )
     return _result(plan, tokens, logits, n_top)
 

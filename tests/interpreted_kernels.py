@@ -1,0 +1,189 @@
+"""Values of the Triton kernels in the interpreter; run as a program, in a process of its own.
+
+Prints one line a failure and exits with their number. On a machine with a GPU, `benchmarks/gpu_check.py` runs the same
+checks on CUDA.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from sampling_rows import differences, edits, generator, key, rows
+
+from handloom.kernels import philox, rules, sample_fused, triton_noise
+from handloom.kernels.draw import draw, draw_reference
+from handloom.kernels.sample import sample, sample_reference
+
+
+def on(device, value):
+    """Move a tensor, a tuple of tensors or rules, or a dict of these."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {name: on(device, part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        parts = [on(device, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def back(drawn):
+    return type(drawn)(*(None if part is None else part.cpu() for part in drawn))
+
+
+def choices(g, batch, *values):
+    return torch.tensor(values)[torch.randint(len(values), (batch,), generator=g)].float()
+
+
+def rule_sets(g, batch, vocab):
+    """The pipelines to check, by name; parameters differ from row to row."""
+    k = rules.top_k(choices(g, batch, 0, 1, 50, vocab // 2, vocab + 1))
+    p = rules.top_p(choices(g, batch, 0.0, 0.1, 0.9, 0.999, 1.0))
+    m = rules.min_p(choices(g, batch, 0.0, 0.05, 1.0))
+    yield "open", ()
+    yield "k p min-p", (k, p, m)
+    yield "p", (rules.top_p(choices(g, batch, 0.1, 0.5, 0.99)),)
+    eta, top_a = rules.eta(choices(g, batch, 0, 1e-3)), rules.top_a(choices(g, batch, 0, 0.2))
+    sigma, less = rules.top_n_sigma(choices(g, batch, 0, 1.5)), rules.p_less(choices(g, batch, 0, 1))
+    yield "values", (sigma, eta, top_a, less, k, rules.epsilon(choices(g, batch, 0, 1e-3)))
+
+
+def sampling(device, batch, vocab, kinds=None, capacity=1024):
+    """The fused sampler against the reference on every kind of row; yields descriptions of differences."""
+    g = generator(vocab)
+    sample_fused.CAPACITY, before = capacity, sample_fused.CAPACITY
+    for number, (name, x) in enumerate(rows(batch, vocab)):
+        for case, (pipeline, chosen) in enumerate(rule_sets(g, batch, vocab)):
+            if kinds is not None and case != number % 4 and name not in kinds:
+                continue
+            x_given = x.bfloat16() if case == 1 else x
+            settings = {
+                **key(batch, number),
+                "temperature": choices(g, batch, 1.0, 0.7, 0.0, 5.0, 1e-3, float("inf")),
+                "logprobs": case > 0,
+                "rules": chosen,
+            }
+            if case % 2:
+                settings["edits"] = edits(batch, vocab, number)
+            if (number + case) % 3 == 0:
+                settings["bitmask"] = rules.pack_mask(torch.rand(batch, vocab, generator=g) < 0.8)
+            expected = sample_reference(x_given, **settings)
+            got = back(sample(on(device, x_given), kernels="triton", **on(device, settings)))
+            yield from (f"{name} {pipeline} V={vocab}: {text}" for text in differences(expected, got))
+    sample_fused.CAPACITY = before
+
+
+def noise(device):
+    """Words and noise, bit for bit."""
+    ids = torch.cat([torch.arange(3000), torch.tensor([151935, 2**31 - 1])])
+    parts = {
+        "seeds": torch.tensor([2**63 - 1, 7]),
+        "positions": torch.tensor([2**31 + 5, 3]),
+        "streams": torch.tensor([0, 2]),
+    }
+    values = torch.full((2, len(ids)), torch.nan, device=device)
+    words = torch.zeros(2, len(ids), dtype=torch.int64, device=device)
+    arguments = [*on(device, parts).values(), ids.to(device), values, words, len(ids)]
+    triton_noise.gumbel_kernel[(2, 2)](*arguments, BLOCK=2048, enable_fp_fusion=False)
+    if not torch.equal(words.cpu(), philox.philox_words_reference(*parts.values(), ids)):
+        yield "noise: words differ"
+    if not torch.equal(values.cpu().view(torch.int32), philox.gumbel(*parts.values(), ids).view(torch.int32)):
+        yield "noise: bits differ"
+
+
+def outputs(device):
+    """Poisoned outputs are written whole, canary rows around them are not, strides are followed, a plan is reused."""
+    batch, vocab = 3, 333
+    wide = torch.full((batch + 2, vocab + 40), torch.nan)
+    wide[1:-1, 16 : 16 + vocab] = torch.randn(batch, vocab, generator=generator(1))
+    x = wide[1:-1, 16 : 16 + vocab]
+    chosen = (rules.top_k(torch.tensor([20, 0, 5])),)
+    settings = {**key(batch), "rules": chosen, "logprobs": True}
+    expected = sample_reference(x, **settings)
+    held = on(device, settings)
+    given = on(device, wide)[1:-1, 16 : 16 + vocab]
+    plan = sample_fused.Plan(given, rules=held["rules"], logprobs=True)
+    canary = torch.full((batch + 2,), -77, dtype=torch.int64, device=device)
+    for buffer in (plan.statistics, plan.listed, plan.floats):
+        buffer.fill_(torch.nan)
+    plan.active.fill_(2**30)
+    for turn in range(2):
+        out = canary[1:-1]
+        drawn = back(sample_fused.sample_fused(given, out=out, plan=plan, **held))
+        yield from (f"outputs, turn {turn}: {text}" for text in differences(expected, drawn))
+        if canary[[0, -1]].tolist() != [-77, -77]:
+            yield "outputs: a canary was overwritten"
+    held["positions"] += 1  # parameters and positions are read from memory, not baked in
+    moved = back(sample_fused.sample_fused(given, plan=plan, **held))
+    later = sample_reference(x, **{**settings, "positions": settings["positions"] + 1})
+    yield from (f"outputs, moved: {text}" for text in differences(later, moved))
+
+
+def drawing(device):
+    """`draw` on the kernels."""
+    for name, x in rows(4, 500):
+        parts, greedy = key(4), torch.tensor([True, False, False, False])
+        expected = draw_reference(x, **parts, greedy=greedy)
+        got = draw(x.to(device), **on(device, parts), greedy=greedy.to(device), kernels="triton").cpu()
+        if not torch.equal(expected, got):
+            yield f"draw {name}: {expected.tolist()} != {got.tolist()}"
+
+
+@triton.jit
+def capped(x, token_ids, cap):
+    return tl.where(x > cap, cap, x)
+
+
+@triton.jit
+def half_of_best(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
+    return maximum - parameter
+
+
+def own_rule(device):
+    """A user's own edit and rule run in the kernel as in torch."""
+    batch, vocab = 2, 300
+    x = torch.randn(batch, vocab, generator=generator(5)) * 3
+    limit = rules.Rule(
+        "value", torch.tensor([1.0, 2.5]), lambda stats, gap: stats.maximum - gap, half_of_best
+    )
+    edit = rules.Pointwise(
+        torch.tensor([4.0, 6.0]), lambda logits, ids, cap: torch.minimum(logits, cap), capped
+    )
+    settings = {**key(batch), "logprobs": True}
+    expected = sample_reference(x, rules=(limit,), pointwise=(edit,), **settings)
+    moved = {"rules": (limit._replace(parameter=limit.parameter.to(device)),)}
+    moved["pointwise"] = (edit._replace(parameter=edit.parameter.to(device)),)
+    got = back(sample(x.to(device), kernels="triton", **on(device, settings), **moved))
+    yield from (f"own rule: {text}" for text in differences(expected, got))
+
+
+def checks(device):
+    """Every check, as (name, iterator of failures)."""
+    yield "noise", noise(device)
+    yield "outputs", outputs(device)
+    yield "own rule", own_rule(device)
+    yield "sampling", sampling(device, 3, 700, kinds=("normal", "broken"))
+    yield "sampling, candidates beyond the list", sampling(device, 2, 600, kinds=(), capacity=128)
+    yield "drawing", drawing(device)
+
+
+def main():
+    """Run every check; returns the number of failures."""
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    failures = 0
+    for name, found in checks("cuda" if torch.cuda.is_available() else "cpu"):
+        for text in found:
+            failures += 1
+            sys.stdout.write(f"{name}: {text[:400]}\n")
+    sys.stdout.write(f"{failures} failures\n")
+    return min(failures, 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

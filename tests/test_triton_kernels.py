@@ -1,0 +1,19 @@
+"""The Triton sampling kernels in the interpreter, in one process that is told so before it imports anything."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_kernels_compute_what_the_references_do():
+    """A process of its own, because a stray pointer in the interpreter ends the process."""
+    program = Path(__file__).with_name("interpreted_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "0 failures" in done.stdout
