@@ -17,7 +17,7 @@ import handloom
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("engine", "kernels", "tests", "benchmarks", ".ci")
-UNWANTED = shutil.ignore_patterns("__pycache__", "*.egg-info", "kernels-link")
+UNWANTED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 BUILD_EDITABLE = (
     "import sys; from setuptools import build_meta; print(build_meta.build_editable(sys.argv[1]))"
