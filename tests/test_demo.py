@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from handloom import demo
 from handloom.errors import ModelError
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import handloom
 import pytest
+
+import handloom
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"kernels": "handloom.kernels", "engine": "handloom", "benchmarks": "benchmarks"}
