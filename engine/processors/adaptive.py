@@ -11,7 +11,7 @@ from torch import Tensor
 
 from handloom.errors import ParameterError
 from handloom.kernels.philox import philox_words_numpy, philox_words_reference
-from handloom.processors.base import NEG_INF, Context, Edit, Keep
+from handloom.processors.base import NEG_INF, Context, Edit, Keep, committed
 
 LN2 = math.log(2.0)
 XTC_COUNTER = 2**33  # a token id that no vocabulary reaches: its noise is independent of the draw's
@@ -75,7 +75,7 @@ class Mirostat(Keep):
         return kept
 
     def accept(self, memory: dict[str, Tensor], tokens: Tensor, context: Context) -> dict[str, Tensor]:
-        logits, kept = noted(self, context)
+        logits, kept = committed(self, context)
         surprise = -token_logprob(logits, tokens, kept) / LN2
         v = context.values
         moved = memory["mu"] - v.mirostat_eta[:, 0] * (surprise - v.mirostat_tau[:, 0])
@@ -109,21 +109,9 @@ class AdaptiveP(Edit):
         return (5 - 10 * x**2 / (1 + x)).masked_fill(logits == NEG_INF, NEG_INF)
 
     def accept(self, memory: dict[str, Tensor], tokens: Tensor, context: Context) -> dict[str, Tensor]:
-        probability = token_logprob(noted(self, context), tokens).exp().nan_to_num(0.0)
+        probability = token_logprob(committed(self, context), tokens).exp().nan_to_num(0.0)
         decay = context.values.adaptive_decay[:, 0].clamp(max=0.99)
         return {"sum": probability + decay * memory["sum"], "weight": 1 + decay * memory["weight"]}
-
-
-def noted(processor, context: Context):
-    """What `apply` left in this step; raises ParameterError when `accept` was given another step's
-    Context.
-    """
-    value = context.noted()
-    if value is None:
-        raise ParameterError(
-            f"{processor.name}.accept needs the Context that its apply saw; give the same object"
-        )
-    return value
 
 
 class XTC(Keep):

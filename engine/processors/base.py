@@ -360,6 +360,18 @@ def mass_threshold(logits: Tensor, key: Tensor, mass: Tensor) -> Tensor:
     return ordered.gather(-1, (needed.sum(-1, keepdim=True) - 1).clamp(min=0))
 
 
+def committed(processor: Processor, context: Context) -> Any:
+    """What `apply` noted in this step; raises ParameterError when `accept` was given another step's
+    Context.
+    """
+    value = context.noted()
+    if value is None:
+        raise ParameterError(
+            f"{processor.name}.accept needs the Context that its apply saw; give the same object"
+        )
+    return value
+
+
 class Function(Processor):
     """A plain callable `(logits, context) -> logits` as an opaque processor."""
 

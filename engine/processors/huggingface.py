@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from handloom.errors import ParameterError
-from handloom.processors.base import Context, Processor
+from handloom.processors.base import Context, Processor, committed
 
 SHARED = ("Tokenizer", "PreTrained", "Config")  # parts of class names of what a copy shares with its original
 
@@ -112,12 +112,7 @@ class HFProcessor(Processor):
         return result
 
     def accept(self, memory: PerRow, tokens: Tensor, context: Context) -> PerRow:
-        moved = context.noted()
-        if moved is None:
-            raise ParameterError(
-                f"{self.name}.accept needs the Context that its apply saw; give the same object"
-            )
-        return moved
+        return committed(self, context)
 
     def __repr__(self) -> str:
         return f"HFProcessor({self.name})"
