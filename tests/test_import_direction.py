@@ -21,7 +21,7 @@ LAYERS = [
         *{"checks", "aliases", "params", "processors", "rows", "pipeline", "profiles"},
         *{"text", "stopping", "generation"},
     },
-    {"cache", "model", "solo", "probe", "loading"},
+    {"cache", "model", "solo", "probe", "loading", "compiling"},
     {"request", "batch", "graph", "loop"},
     {"engine"},
     {"joint", "strategies", "laws", "naive", "compat", "demo", "records", "options", "terminal", "cli"},
