@@ -42,7 +42,7 @@ class Mirostat(Keep):
 
     def pack(self, rows, context):
         packed = super().pack(rows, context)
-        return packed | {"versions": {row["mirostat"] for row in rows}}
+        return packed | {"first_version": any(row["mirostat"] == 1 for row in rows)}
 
     def start(self, context: Context) -> dict[str, Tensor]:
         return {"mu": 2 * context.values.mirostat_tau[:, 0].to(torch.float32)}
@@ -50,7 +50,7 @@ class Mirostat(Keep):
     def threshold(self, logits: Tensor, context: Context) -> Tensor:
         v, mu = context.values, context.memory["mu"][:, None]
         second = logits.logsumexp(-1, keepdim=True) - mu * LN2
-        if 1 not in v.versions:
+        if not v.first_version:
             return second
         return torch.where(v.mirostat == 1, self.zipf_cut(logits, mu), second)
 
@@ -159,7 +159,7 @@ def coin(context: Context) -> Tensor:
         )
     streams = torch.zeros_like(context.seeds) if context.streams is None else context.streams
     keys = (context.seeds, context.positions, streams)
-    ids = torch.tensor([XTC_COUNTER], device=context.seeds.device)
+    ids = torch.full((1,), XTC_COUNTER, device=context.seeds.device)
     if ids.device.type == "cpu":
         words = torch.from_numpy(
             philox_words_numpy(*(key.numpy() for key in keys), ids.numpy()).astype("int64")

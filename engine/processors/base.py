@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -217,7 +218,8 @@ def values_of(
     are on.
     """
     values = SimpleNamespace(**processor.pack(settings, context))
-    values.flags = flags
+    if processor.kind == "opaque":
+        values.flags = flags
     values.rows_on = None if all(flags) else torch.tensor(flags, device=context.device)[:, None]
     return values
 
@@ -311,10 +313,15 @@ class Keep(Processor):
         if limit != "level":
             return Rule(limit, parameter)
 
-        def threshold(statistics: Statistics, value: Tensor) -> Tensor:
-            return torch.where(value == off, NEG_INF, self.level(statistics, value))
+        return Rule("value", parameter, self._level_or_off, self.device)
 
-        return Rule("value", parameter, threshold, self.device)
+    @functools.cached_property
+    def _level_or_off(self) -> Callable[[Statistics, Tensor], Tensor]:
+        """`level`, with -inf for rows at the off value; one function a processor, as captured
+        graphs compare it.
+        """
+        off = float(self.defaults[self.fields[0]])
+        return lambda statistics, value: torch.where(value == off, NEG_INF, self.level(statistics, value))
 
     def cut(self, logits: Tensor, key: Tensor, context: Context) -> Tensor:
         """The threshold of every row in units of the key, [B, 1]."""
@@ -326,7 +333,7 @@ class Keep(Processor):
         if limit == "threshold":
             return torch.minimum(self.threshold(logits, context), key.amax(-1, keepdim=True))
         if limit == "count":
-            return count_threshold(key, self.count(context), getattr(context.values, "largest", None))
+            return count_threshold(key, self.count(context))
         return mass_threshold(logits, key, self.mass(context))
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
@@ -337,13 +344,14 @@ class Keep(Processor):
         return logits.masked_fill(key < threshold, NEG_INF)
 
 
-def count_threshold(key: Tensor, count: Tensor, largest: int | None = None) -> Tensor:
-    """The count-th largest key of every row, [B, 1], at most V-th; `largest` = max(count), if known, saves a
-    sync.
-    """
-    largest = int(count.max()) if largest is None else largest
-    top = key.topk(min(largest, key.shape[-1]), dim=-1).values
-    return top.gather(-1, count.clamp(1, key.shape[-1]) - 1)
+def count_threshold(key: Tensor, count: Tensor) -> Tensor:
+    """The count-th largest key of every row, [B, 1]; counts are cut to 1 ... V."""
+    place = count.clamp(1, key.shape[-1]) - 1
+    if key.device.type == "cpu":
+        return key.topk(int(place.max()) + 1, dim=-1).values.gather(-1, place)
+    return key.sort(dim=-1, descending=True).values.gather(
+        -1, place
+    )  # reading max(count) would stop the device
 
 
 def mass_threshold(logits: Tensor, key: Tensor, mass: Tensor) -> Tensor:

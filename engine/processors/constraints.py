@@ -11,9 +11,16 @@ from handloom.errors import ParameterError
 from handloom.processors.base import NEG_INF, Context, Edit
 
 
+def table_width(rows: list[list[int]]) -> int:
+    """The least power of two that holds the longest row."""
+    return 1 << (max([1, *(len(row) for row in rows)]) - 1).bit_length()
+
+
 def id_table(rows: list[list[int]], device, fill: int) -> Tensor:
-    """Ragged lists of ids as one [B, K] int64 tensor, padded with `fill`; K >= 1."""
-    width = max([1, *(len(row) for row in rows)])
+    """Ragged lists of ids as one [B, K] int64 tensor, padded with `fill`; K is a power of two, so
+    that few differ.
+    """
+    width = table_width(rows)
     return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows], device=device)
 
 
@@ -49,7 +56,7 @@ class LogitBias(Edit):
         for table in tables:
             check_ids(self.name, table, context.vocab_size)
         ids = [[int(i) for i in table] for table in tables]
-        width = max([1, *(len(row) for row in ids)])
+        width = table_width(ids)
         bias = [[float(b) for b in table.values()] + [0.0] * (width - len(table)) for table in tables]
         return {
             "ids": id_table(ids, context.device, context.vocab_size),

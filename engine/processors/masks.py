@@ -41,6 +41,7 @@ class Bitmask(Edit):
     """
 
     name = "bitmask"
+    kind = "opaque"  # asks the host at every step
     defaults = {"bitmask": None}
     identity_when_off = True
 
@@ -69,6 +70,7 @@ class BiasHook(Edit):
     """Add what a function returns: `function(context, vocab_size) -> [B, V] or [1, V] float32`."""
 
     name = "bias_hook"
+    kind = "opaque"  # may do anything on the host
 
     def __init__(self, function: Callable[[Context, int], Tensor]):
         super().__init__()

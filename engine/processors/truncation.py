@@ -28,7 +28,7 @@ class TopK(Keep):
 
     def pack(self, rows, context):
         counts = [row["top_k"] if self.on(row) else 1 for row in rows]
-        return {"top_k": torch.tensor(counts, device=context.device)[:, None], "largest": max(counts)}
+        return {"top_k": torch.tensor(counts, device=context.device)[:, None]}
 
     def count(self, context: Context) -> Tensor:
         return context.values.top_k
