@@ -99,6 +99,7 @@ class Batch:
 
     # -- rows come and go
 
+    @torch.no_grad()
     def place(self, slot: int, request: Request) -> None:
         """Put a prefilled request into a slot; its blocks are shared until it writes.
 
@@ -135,6 +136,7 @@ class Batch:
         self.stops[slot, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=self.stops.device)
         self.limits[slot] = min(request.room, self.history.shape[1] - 1)
 
+    @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Take a finished request out; its blocks go back, full ones stay known as a prefix."""
         row, request = self.rows[slot], self.requests[slot]
@@ -151,6 +153,7 @@ class Batch:
         self.history[slot] = -1
         self.logits[slot] = 0
 
+    @torch.no_grad()
     def prepare(self, slot: int) -> None:
         """Make room for the token that the slot draws next.
 
@@ -198,6 +201,7 @@ class Batch:
             params=self.sampler.params,
         )
 
+    @torch.no_grad()
     def draw(self) -> Step:
         """One token for every slot, remembered in `tokens`."""
         context = self.context()
@@ -214,6 +218,7 @@ class Batch:
         best = self.logits.log_softmax(-1).topk(min(max(*wanted, 1), self.logits.shape[-1]))
         return best.indices, best.values
 
+    @torch.no_grad()
     def feed(self) -> None:
         """One forward pass over all slots: append `tokens` and compute the logits behind them."""
         self.history.scatter_(1, self.positions, self.tokens[:, None])

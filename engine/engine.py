@@ -10,6 +10,7 @@ from contextlib import closing
 import torch
 
 from .batch import Batch
+from .compiling import compile_step
 from .errors import CapabilityError, HandloomError, ParameterError, PromptError
 from .generation import Event, Generation
 from .graph import GraphBatch
@@ -43,6 +44,8 @@ class Engine:
         prefix_cache: keep prompts' blocks for prompts that begin alike.
         graph: run the decode step as one device program, captured as a CUDA graph; None does so on CUDA where the
             model allows it. On a CPU True runs the same program uncaptured.
+        compile: compile the model's decode step with torch.compile, once for each number of rows. It takes from
+            half a minute to minutes, which stderr tells; what cannot be compiled runs as it is, and says why.
         self_check: compare a few logits with transformers' own cache when loading, and fall back if they differ.
 
     Raises:
@@ -64,6 +67,7 @@ class Engine:
         pipeline: Pipeline | None = None,
         prefix_cache: bool = True,
         graph: bool | None = None,
+        compile: bool = False,
         self_check: bool = True,
     ):
         whole = {"slots": slots, "block_size": block_size, "prefill_chunk": prefill_chunk}
@@ -82,7 +86,9 @@ class Engine:
         self.graphs = self._wants_graphs(graph)
         self._batches: dict[tuple[int, int], Batch] = {}
         self.slots = slots if self.capabilities.ragged else 1
-        self.fixed_slots = fixed_slots
+        self.fixed_slots, self.compile = fixed_slots, compile
+        if compile:
+            compile_step(self.runner, {self.bucket(rows) for rows in range(1, self.slots + 1)})
         self.pipeline = Pipeline.default() if pipeline is None else pipeline
         self.eos_token_ids = frozenset(_eos(model, tokenizer))
         self.max_length = self._limit(max_length)
@@ -223,8 +229,8 @@ class Engine:
         """Slots to decode `rows` running requests with."""
         if self.fixed_slots or rows >= self.slots:
             return self.slots
-        if self.device.type == "cpu":
-            return max(1, rows)  # no graph is captured, so any shape will do
+        if self.device.type == "cpu" and not self.compile:
+            return max(1, rows)  # nothing is captured or compiled, so any shape will do
         return min(self.slots, 1 << max(0, rows - 1).bit_length())
 
     def batch(self, requests: int, width: int) -> Batch:

@@ -48,6 +48,7 @@ class GraphBatch(Batch):
 
     # -- what the host does
 
+    @torch.no_grad()
     def draw(self) -> Step:
         """Start one whole step, forward pass included; its results are on their way when this returns."""
         live = self._live()

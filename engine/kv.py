@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -56,9 +57,13 @@ class Store:
 
 def _zeros(shape, dtype, device) -> torch.Tensor:
     """Zeros whose pages, on a CPU, cost no memory until they are written; `torch.zeros` writes them all."""
-    if torch.device(device).type != "cpu":
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would round every layer up to 2 MiB
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class BlockPool:
@@ -192,10 +197,11 @@ class BlockPool:
         index = np.asarray(blocks)
         self._free[index] = False
         self.filled[index] = 0
+        used = index[index < self.high_water]
         self.high_water = max(self.high_water, int(index.max()) + 1)
-        if self.scrub:
+        if self.scrub and len(used):
             for store in self.stores:
-                where = torch.as_tensor(index, device=store.keys.device)
+                where = torch.as_tensor(used, device=store.keys.device)
                 store.keys[:, where] = 0
                 store.values[:, where] = 0
         return tuple(int(b) for b in blocks)

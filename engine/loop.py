@@ -14,7 +14,6 @@ from .generation import Event
 from .request import Request
 
 
-@torch.no_grad()
 def run(engine, requests: list[Request]) -> Iterator[Event]:
     """Decode `requests` in the engine's slots and yield an Event for every token.
 
@@ -64,6 +63,7 @@ def fits(batch: Batch, request: Request) -> bool:
     return batch.pool.obtainable() - promised >= -(-request.room // batch.block)
 
 
+@torch.no_grad()
 def prefill(model, request: Request) -> None:
     """Compute the prompt, unless a sibling already has."""
     ready, prompt = request.prefilled, request.prompt

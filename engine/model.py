@@ -26,7 +26,7 @@ log = logging.getLogger("handloom")
 _names = itertools.count()
 LONG = 32  # more new tokens than this are a prompt: torch's own attention over gathered cells is faster
 # Arguments by which a model asks its attention for something that ours does not do.
-_FOREIGN = ("position_bias", "indices", "block_indices", "head_mask")
+FOREIGN = ("position_bias", "indices", "block_indices", "head_mask")
 
 
 @dataclass
@@ -55,7 +55,8 @@ class Model:
         self.plan = layer_plan(module.config)
         self.recurrent = any(kind in RECURRENT | HYBRID for kind, _ in self.plan)
         self.paged = any(kind in ATTENTION | HYBRID for kind, _ in self.plan)
-        pool.scrub = pool.scrub or path == "mask"
+        self.alone = False  # attend every row by itself, whatever it costs
+        pool.scrub = True  # rectangles of cells are read and masked afterwards
         self.cache = PagedCache(self.plan, pool, path)
         self.layout = self.cache  # a cache whose recurrent states are laid out as the model wants them
         self._arguments = self._accepted(module)
@@ -64,9 +65,10 @@ class Model:
         self._feed: Feed | None = None
         self._ropes = _row_wise_ropes(module)
         self.restart = _rope_switch(self.config)
+        self.compiled = None  # a CompiledStep that runs passes of one token per row
         if path == "attention":
             me = weakref.ref(self)
-            AttentionInterface.register(self._name, lambda *a, **kw: me()._attend(*a, **kw))
+            AttentionInterface.register(self._name, lambda *a, **kw: me().attend(*a, **kw))
             weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
         elif path == "mask":
             install_mask_hook()
@@ -102,6 +104,9 @@ class Model:
             return self._forward_rows(feed, hidden, last_only)
         cache = self.cache if cache is None else cache
         cache.bind(feed)
+        self._aim(feed)
+        if self.compiled is not None and self.compiled.takes(feed, hidden):
+            return Output(self.compiled(feed))
         arguments = {"use_cache": True}
         arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
         if feed.embeddings is None:
@@ -114,8 +119,7 @@ class Model:
             arguments["logits_to_keep"] = 1
         if hidden:
             arguments["output_hidden_states"] = True
-        self._feed = feed
-        with self._ours(feed):
+        with self._ours():
             out = self.module(**arguments)
         logits = out.logits[:, -1:] if last_only else out.logits
         states = tuple(out.hidden_states) if hidden else None
@@ -131,29 +135,35 @@ class Model:
         layers = zip(*(part.hidden for part in parts), strict=True)
         return Output(logits, tuple(torch.cat([_padded(h, feed.width) for h in layer]) for layer in layers))
 
-    @contextmanager
-    def _ours(self, feed: Feed):
-        """Our attention function and rotations for the length of one pass; the model is left as it was."""
-        self._step = None
+    def _aim(self, feed: Feed) -> None:
+        """What our attention function reads in the coming pass."""
+        self._feed, self._step = feed, None
         if self.path == "attention" and (feed.positions.device.type == "cpu" or feed.width > LONG):
-            self._step = CellPlan(feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts)
+            self._step = CellPlan(
+                feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts, alone=self.alone
+            )
+
+    @contextmanager
+    def _ours(self):
+        """Our attention function and rotations for the length of one pass; the model is left as it was."""
         handles = [part.register_forward_hook(_rotate_rows, with_kwargs=True) for part in self._ropes]
-        theirs = self.config._attn_implementation
+        settings = vars(self.config)  # the property's setter walks all sub-configurations, at every step
+        theirs = settings["_attn_implementation_internal"]
         if self.path == "attention":
-            self.config._attn_implementation = self._name
+            settings["_attn_implementation_internal"] = self._name
         try:
             yield
         finally:
-            self.config._attn_implementation = theirs
+            settings["_attn_implementation_internal"] = theirs
             for handle in handles:
                 handle.remove()
 
-    def _attend(
+    def attend(
         self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
         s_aux=None, **kwargs,
     ):  # fmt: skip
         """The attention function that transformers calls: query `[B, H, Q, D]`, key and value as the pool has them."""
-        for name in _FOREIGN:
+        for name in FOREIGN:
             if kwargs.get(name) is not None:
                 raise CapabilityError(f"attention with {name} is not paged")
         if key.dim() != 4 or key.shape[:2] != (self.pool.capacity, self.pool.block_size):

@@ -33,7 +33,8 @@ class SoloModel:
         exclusive: the model keeps state in its own modules, so only the cache used last is usable.
     """
 
-    path, restart, recurrent, paged, shares_prefixes = "solo", None, False, False, False
+    path, restart, recurrent, paged, shares_prefixes, alone = "solo", None, False, False, False, True
+    compiled = None
 
     def __init__(self, module, reason: str, exclusive: bool = False):
         self.module, self.reason, self.exclusive = module, reason, exclusive

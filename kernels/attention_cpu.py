@@ -1,11 +1,12 @@
-"""Decode attention on the CPU: every row is attended alone, over its own cells of the paged cache."""
+"""Decode attention on the CPU: each row over its own cells of the paged cache, or short rows in one rectangle."""
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 # A mask repeated once per query head of a group is worth its memory only below this many entries.
 _FOLDED_MASK_ENTRIES = 1 << 22
+# Rows up to this long are cheaper gathered into one rectangle; longer ones where they lie.
+RECTANGLE = 320
 
 
 class CellPlan:
@@ -17,12 +18,14 @@ class CellPlan:
         block_size: cells per block.
         counts: per row how many of the Q queries are real, 1..Q; None means all.
         tree: [B, Q, Q] bool, tree[b, j, f] = query j sees fresh cell f (itself, ancestors); None is causal.
+        alone: attend every row by itself, so that its bits do not depend on its neighbours. Otherwise short rows
+            with one query each may share a rectangle, whose cells beyond a row must then be finite.
 
     Raises:
         ValueError: a row has no cell or too few blocks.
     """
 
-    def __init__(self, tables, lengths, block_size, *, counts=None, tree=None):
+    def __init__(self, tables, lengths, block_size, *, counts=None, tree=None, alone=True):
         self.lengths = [int(n) for n in lengths]
         self.counts = None if counts is None else [int(n) for n in counts]
         self.block_size, self.tree, self._masks = block_size, tree, {}
@@ -30,6 +33,7 @@ class CellPlan:
             self._blocks(row, *pair) for row, pair in enumerate(zip(tables, self.lengths, strict=True))
         ]
         self.starts = [self._start(table) for table in self._tables]
+        self.together, self._index = not alone and tree is None and self._pays(), None
 
     def _blocks(self, row, table, length):
         needed = -(-length // self.block_size)
@@ -38,13 +42,41 @@ class CellPlan:
                 f"row {row}: length {length} needs 1..{len(table) * self.block_size} cells "
                 f"(its table has {len(table)} blocks of {self.block_size})"
             )
-        return torch.from_numpy(np.array(table[:needed], dtype=np.int64))
+        return tuple(table[:needed])
 
     def _start(self, table):
         """First cell of a row whose blocks follow each other in the pool, else None."""
-        ids = table.numpy()
-        consecutive = ids[-1] - ids[0] == len(ids) - 1 and bool((np.diff(ids) == 1).all())
-        return int(ids[0]) * self.block_size if consecutive else None
+        consecutive = table[-1] - table[0] == len(table) - 1 and table == tuple(
+            range(table[0], table[0] + len(table))
+        )
+        return int(table[0]) * self.block_size if consecutive else None
+
+    def _pays(self):
+        """Whether gathering all rows into one rectangle costs less than attending each alone (measured)."""
+        longest, total = max(self.lengths), sum(self.lengths)
+        return len(self.lengths) > 1 and longest <= RECTANGLE and len(self.lengths) * longest <= 2 * total
+
+    def rectangle(self, pool):
+        """All rows' cells [B, Hk, L, D], L a whole number of blocks; what lies beyond a row is masked."""
+        width = max(map(len, self._tables))
+        if self._index is None:
+            padded = [table + table[-1:] * (width - len(table)) for table in self._tables]
+            self._index = torch.tensor(padded).flatten()
+        cells = pool.index_select(0, self._index)
+        return cells.view(len(self.lengths), width * self.block_size, *pool.shape[2:]).transpose(1, 2)
+
+    def rectangle_mask(self, window, like):
+        """Additive mask [B, 1, 1, L] of one query a row over `rectangle`, in `like`'s dtype."""
+        key = ("rectangle", window, like.dtype)
+        if key not in self._masks:
+            cell = torch.arange(max(map(len, self._tables)) * self.block_size)
+            length = torch.tensor(self.lengths)[:, None]
+            seen = cell < length
+            if window is not None:
+                seen &= cell >= length - window
+            mask = torch.zeros(seen.shape, dtype=like.dtype).masked_fill_(~seen, float("-inf"))
+            self._masks[key] = mask[:, None, None]
+        return self._masks[key]
 
     def cells(self, pool, flat, row, first):
         """Cells first..length-1 of a row, [1, Hk, n, D]: a view of consecutive blocks, else a copy.
@@ -55,7 +87,8 @@ class CellPlan:
         if start is None:
             skipped = first // self.block_size
             start = -skipped * self.block_size
-            flat = flat_cells(pool.index_select(0, self._tables[row][skipped:].to(pool.device)))
+            index = torch.tensor(self._tables[row][skipped:], device=pool.device)
+            flat = flat_cells(pool.index_select(0, index))
         return flat[:, :, start + first : start + self.lengths[row]]
 
     def mask(self, row, queries, n, window, group, like):
@@ -113,6 +146,8 @@ def paged_attention_cpu(
     if plan is None:
         plan = CellPlan(tables, lengths, keys.shape[1], counts=counts, tree=tree)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if plan.together and q.shape[1] == 1 and softcap is None and sinks is None:
+        return _attend_rectangle(q, keys, values, plan, sliding_window, scale)
     flat_keys, flat_values = flat_cells(keys), flat_cells(values)
     rows = []
     for row, length in enumerate(plan.lengths):
@@ -129,6 +164,17 @@ def paged_attention_cpu(
             out = torch.cat([out, out.new_zeros(q.shape[1] - count, *out.shape[1:])])
         rows.append(out)
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def _attend_rectangle(q, keys, values, plan, window, scale):
+    """One query a row, [B, 1, Hq, D], over all rows' cells at once -> [B, 1, Hq, Dv]."""
+    rows, _, heads, dim = q.shape
+    kv_heads = keys.shape[2]
+    k, v = plan.rectangle(keys), plan.rectangle(values)
+    mask = plan.rectangle_mask(window, q)
+    folded = q.view(rows, kv_heads, heads // kv_heads, dim)
+    out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(rows, 1, heads, -1)
 
 
 def _attend(q, k, v, plan, row, window, scale):
