@@ -22,7 +22,7 @@ def decode(tmp_path_factory):
     """Rows that `decode.py` printed, and those that it appended to its file."""
     path = tmp_path_factory.mktemp("results") / "decode.jsonl"
     command = [sys.executable, "-m", "benchmarks.decode", "--json", "--preset", "quick", "--model", "tiny"]
-    command += ["--repeats", "2", "--threads", "1", "--output", str(path)]
+    command += ["--repeats", "1", "--threads", "1", "--output", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], read(path)
@@ -66,7 +66,7 @@ def test_throughput_compares_both_sides(decode):
 
 def test_memory_is_what_the_blocks_take_and_does_not_grow(decode):
     rows = {row["quantity"]: row for row in decode[1] if row["benchmark"] == "decode/memory"}
-    assert 0.95 <= rows["bytes in memory"]["ratio"] <= rows["bytes in memory"]["limit"]
+    assert 1 <= rows["bytes in memory"]["ratio"] <= rows["bytes in memory"]["limit"]
     assert rows["blocks in use"]["value"] == 0
     assert rows["pool capacity, blocks"]["value"] == rows["pool capacity, blocks"]["expected"]
     assert rows["tensors"]["value"] <= rows["tensors"]["expected"]
