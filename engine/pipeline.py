@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,6 +32,12 @@ __all__ = [
 
 class PipelineWarning(UserWarning):
     """An order of processors that rarely means what was intended."""
+
+
+@functools.cache
+def _built_in() -> tuple[Processor, ...]:
+    """One instance of every built-in rule, to ask whether a request uses it."""
+    return tuple(rule() for rule in DEFAULT_ORDER)
 
 
 def as_processor(rule: Any) -> Processor:
@@ -192,15 +199,14 @@ class Pipeline(tuple):
         if params is None:
             return
         read = {field for processor in self for field in getattr(processor, "fields", ())}
-        for rule in DEFAULT_ORDER:
-            unused = rule()
-            field = unused.fields[0]
-            if field in read or not unused.active(params):
+        for rule in _built_in():
+            field = rule.fields[0]
+            if field in read or not rule.active(params):
                 continue
             members = ", ".join(processor.name for processor in self) or "none"
             raise ParameterError(
                 f"{field}={getattr(params, field)!r} has no effect: no processor of the pipeline "
-                f"{self.name!r} reads it (members: {members}); add handloom.processors.{rule.__name__}() "
+                f"{self.name!r} reads it (members: {members}); add handloom.processors.{type(rule).__name__}() "
                 "or choose another profile"
             )
 

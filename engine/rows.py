@@ -119,6 +119,7 @@ class Rows:
         self.greedy = [True] * size  # an empty row must not cost the others a draw
         self._greedy_tensor: Tensor | None = None
         self._plan: Plan | None = None
+        self._merged: list[Any] = []  # the chains whose processors `members` holds
 
     def __len__(self) -> int:
         return self.size
@@ -135,15 +136,27 @@ class Rows:
             raise ParameterError(f"row {row} does not exist; rows are 0 to {self.size - 1}")
         self.params[row], self.chains[row], self._plan = params, chain, None
         self._place(row, chain, params)
-        site = dataclasses.replace(self.site, params=[params])
-        site.tokens = torch.tensor([list(prompt_ids)], dtype=torch.int64, device=site.device).view(1, -1)
-        site.lengths = torch.tensor([len(prompt_ids)], device=site.device)
-        site.prompt_lengths = site.lengths
-        site.seeds = torch.tensor([seed], device=site.device)
-        site.streams = torch.tensor([stream], device=site.device)
-        for member in self.members:
-            if member.on[row]:
+        stateful = [m for m in self.members if m.on[row] and type(m.processor).start is not Processor.start]
+        if stateful:
+            site = self._site_of(params, prompt_ids, seed, stream)
+            for member in stateful:
                 self._start(member, row, site)
+
+    def _site_of(self, params: Any, prompt_ids: Sequence[int], seed: int, stream: int) -> Context:
+        """The Context of a single row before its first token."""
+
+        def tensor(values):
+            return torch.tensor(values, dtype=torch.int64, device=self.site.device)
+
+        return dataclasses.replace(
+            self.site,
+            params=[params],
+            tokens=tensor([list(prompt_ids)]).view(1, -1),
+            lengths=tensor([len(prompt_ids)]),
+            prompt_lengths=tensor([len(prompt_ids)]),
+            seeds=tensor([seed]),
+            streams=tensor([stream]),
+        )
 
     def clear(self, row: int) -> None:
         """Take `row` back: no processor runs for it until it is filled again."""
@@ -156,8 +169,10 @@ class Rows:
     def _place(self, row: int, chain: Any, params: Any) -> None:
         """Switch the row's processors on, and everyone else's off for this row."""
         chains = list({id(other): other for other in self.chains if other is not None}.values())
-        old = {id(member.processor): member for member in self.members}
-        self.members = [old.get(id(p)) or Member(p, self.size) for p in merge(chains)]
+        if [id(other) for other in chains] != [id(other) for other in self._merged]:
+            old = {id(member.processor): member for member in self.members}
+            self.members = [old.get(id(p)) or Member(p, self.size) for p in merge(chains)]
+            self._merged = chains
         greedy = chain.greedy(params, row)
         mine = {id(processor) for processor in chain}
         for member in self.members:

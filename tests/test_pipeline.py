@@ -270,6 +270,11 @@ def test_explicit_parameters_beat_the_requests():
     assert result[0].max() == noise(2)[0].max() / 0.5
 
 
+def test_a_list_of_values_must_cover_all_rows():
+    with pytest.raises(ParameterError, match="top_k has 2 values, there is a row 2"):
+        Pipeline([TopK([1, 2])]).bind([None] * 3, [[]] * 3, vocab_size=VOCAB)
+
+
 def test_an_explicit_temperature_decides_the_mode():
     assert Pipeline([Temperature(0.5)]).bind([SamplingParams()], [[]], vocab_size=9).greedy == [False]
     assert Pipeline([Temperature(0)]).bind([SamplingParams(temperature=1.0)], [[]], vocab_size=9).greedy == [

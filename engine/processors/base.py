@@ -142,6 +142,10 @@ class Processor:
         for field, off in self.defaults.items():
             if field in self.explicit:
                 value = self.explicit[field]
+                if self.per_row(field) and row >= len(value):
+                    raise ParameterError(
+                        f"{self.name}: {field} has {len(value)} values, there is a row {row}"
+                    )
                 result[field] = value[row] if self.per_row(field) else value
             elif params is not None:
                 result[field] = getattr(params, field, off)
