@@ -1,0 +1,95 @@
+"""Products with 4-bit weights: our reading of bitsandbytes' layout against its own, and the kernel against that."""
+
+import pytest
+import torch
+
+from handloom.kernels import dispatch
+from handloom.kernels.nf4 import FourBitWeight, four_bit_linear, four_bit_linear_reference
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def quantized(outputs, inputs, *, kind="nf4", nested=False, blocksize=64, seed=0):
+    """(our weight, bitsandbytes' dense float32 weight) of one random matrix."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    functional = bitsandbytes.functional
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=nested, quant_type=kind
+    )
+    return FourBitWeight.from_bitsandbytes(packed, state), functional.dequantize_4bit(packed, state).float()
+
+
+def activations(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_layout_is_that_of_bitsandbytes(kind, nested, blocksize):
+    weight, dense = quantized(40, 512, kind=kind, nested=nested, blocksize=blocksize)
+    assert torch.allclose(weight.dense(), dense, rtol=1e-5, atol=1e-6)
+
+
+def test_layout_by_hand():
+    """Byte 0x2F: first code 2, then code 15; scale 10."""
+    code = torch.arange(16.0)
+    packed = torch.full((32, 1), 0x2F, dtype=torch.uint8)
+    weight = FourBitWeight(packed, (1, 64), code, torch.tensor([10.0]), 64)
+    assert weight.dense()[0, :4].tolist() == [20.0, 150.0, 20.0, 150.0]
+
+
+def check(weight, x, bias=None):
+    out = four_bit_linear(x, weight, bias, kernels="triton")
+    dense = weight.dense().double()
+    exact = x.double() @ dense.T + (0 if bias is None else bias.double())
+    plain = torch.nn.functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    assert out.dtype == x.dtype
+    slack = 8 * torch.finfo(x.dtype).eps
+    assert (out.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + slack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 17])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
+def test_kernel_against_the_dense_product(dtype, rows, nested):
+    weight, _ = quantized(40, 576, nested=nested)
+    check(weight, activations(rows, 576, dtype=dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_kernel_with_bias_and_other_blocks(rows, kind):
+    weight, _ = quantized(33, 256, kind=kind, blocksize=128)
+    check(weight, activations(rows, 256), torch.linspace(-3, 3, 33, device=DEVICE))
+
+
+def test_kernel_writes_its_output_and_nothing_else():
+    weight, _ = quantized(33, 128)
+    for rows in (1, 4):
+        frame = torch.full((rows + 2, 33), 7.25, device=DEVICE)
+        frame[1:-1] = float("nan")
+        x = activations(rows, 128)
+        four_bit_linear(x, weight, kernels="triton", out=frame[1:-1])
+        assert torch.allclose(frame[1:-1], four_bit_linear_reference(x, weight), atol=1e-4)
+        assert (frame[[0, -1]] == 7.25).all()
+
+
+def test_leading_axes_are_kept():
+    weight, _ = quantized(16, 64)
+    x = activations(2, 3, 64)
+    for kernels in ("torch", "triton"):
+        out = four_bit_linear(x, weight, kernels=kernels)
+        assert out.shape == (2, 3, 16)
+        assert torch.allclose(out[1, 2], four_bit_linear_reference(x[1, 2], weight), atol=1e-4)
+        assert four_bit_linear(x[:0], weight, kernels=kernels).shape == (0, 3, 16)
+
+
+def test_refusals():
+    weight, _ = quantized(16, 64)
+    with pytest.raises(ValueError, match="x has 65 features, the weight takes 64"):
+        four_bit_linear(activations(1, 65), weight)
+    odd = FourBitWeight(weight.packed, (16, 96), weight.code, weight.absmax, 64)
+    with pytest.raises(dispatch.KernelUnavailable, match="96 inputs in blocks of 64"):
+        four_bit_linear(activations(1, 96), odd, kernels="triton")
