@@ -4,10 +4,11 @@ import functools
 import random
 
 import pytest
+import torch
 from helpers import assert_nothing_leaked, poisoned, recorded, text_engine, tiny_llama
 
 from handloom import Engine, ParameterError, SamplingParams, laws
-from handloom.strategies import prompt_lookup, speculative
+from handloom.strategies import acceptance, prompt_lookup, speculative
 
 PROMPTS = [[5, 9, 17, 5, 9], [40], [3, 3, 8, 21, 60, 2, 11, 3, 3], [7, 70, 7, 70]]
 
@@ -156,14 +157,12 @@ def test_ratio_with_certain_drafts_has_the_exact_law():
 
 def test_a_wrong_rule_is_caught(monkeypatch):
     """The law test has teeth: accepting every draft token is noticed."""
-    from handloom.strategies import speculative as function
 
-    module = __import__(function.__module__, fromlist=["RULES"])
-    always = lambda processed, proposed, q, context, greedy: (  # noqa: E731
-        module.ratio(processed, proposed, q, context, greedy)[0].where(proposed < 0, proposed),
-        proposed >= 0,
-    )
-    monkeypatch.setitem(module.RULES, "ratio", always)
+    def always(processed, proposed, q, context, greedy):
+        chosen, _ = acceptance.ratio(processed, proposed, q, context, greedy)
+        return torch.where(proposed < 0, chosen, proposed), proposed >= 0
+
+    monkeypatch.setitem(acceptance.RULES, "ratio", always)
     target, other = pair()
     with pytest.raises(AssertionError, match="exact_distribution"):
         laws.exact_distribution(

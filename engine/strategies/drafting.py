@@ -7,6 +7,7 @@ from torch import Tensor
 
 from handloom.errors import ParameterError
 from handloom.kernels.draw import draw
+from handloom.strategies.acceptance import law
 from handloom.strategies.requests import Requests
 
 
@@ -27,19 +28,6 @@ def prompt_lookup(tokens: list[int], count: int, max_ngram: int = 3) -> list[int
             end = max((end for end in ends if end + count <= len(tokens)), default=ends[0])
             return tokens[end : end + count]
     return []
-
-
-def one_hot(tokens: Tensor, like: Tensor) -> Tensor:
-    """Distributions [B, V] that are sure of tokens [B], with the type of `like` [B, V]."""
-    return torch.zeros_like(like).scatter_(1, tokens[:, None], 1.0)
-
-
-def law(processed: Tensor, greedy: Tensor | None) -> Tensor:
-    """Probabilities [B, V] of the next token, from processed logits [B, V]; greedy [B] bool rows are sure."""
-    probabilities = processed.softmax(-1)
-    if greedy is None:
-        return probabilities
-    return torch.where(greedy[:, None], one_hot(processed.argmax(-1), processed), probabilities)
 
 
 class DraftModel:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from handloom.errors import ParameterError
 from handloom.generation import Generation
-from handloom.kernels.draw import draw
 from handloom.rows import logprob_of
-from handloom.strategies.drafting import DraftModel, law, one_hot, prompt_lookup
+from handloom.strategies.acceptance import DRAFT, RULES
+from handloom.strategies.drafting import DraftModel, prompt_lookup
 from handloom.strategies.requests import Requests, limit, push
-
-DRAFT, COIN = 2**30, 2**31  # streams of the drafts and of the acceptance tests, clear of the samples' own
 
 
 @dataclass(kw_only=True, repr=False)
@@ -125,34 +122,3 @@ def verify(requests, live, tokens, drafts, laws, logits, rule) -> tuple[Requests
         if not active:
             break
     return requests, new, done
-
-
-def ratio(processed: Tensor, proposed: Tensor, q: Tensor | None, context, greedy) -> tuple[Tensor, Tensor]:
-    """Tokens [B] with the law of `processed` [B, V], and which of them are the proposed ones.
-
-    Args:
-        processed: [B, V] logits that the pipeline left.
-        proposed: [B] draft tokens, -1 where there is none.
-        q: [B, V] what they were drawn from, None where they were certain.
-        context: noise keys.
-        greedy: [B] bool, rows that take the argmax, or None.
-    """
-    p, ids = law(processed, greedy), proposed.clamp(min=0)
-    q = one_hot(ids, p) if q is None else q
-    chance = (p.gather(1, ids[:, None]) / q.gather(1, ids[:, None])).clamp(max=1)
-    odds = torch.cat([chance, 1 - chance], 1).log()
-    coin = draw(odds, context.seeds, context.positions, context.streams + COIN)
-    accepted = (coin == 0) & (proposed >= 0)
-    rest = torch.where(proposed[:, None] >= 0, (p - q).clamp(min=0), p)
-    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, p)  # p = q but for rounding
-    other = draw(rest.log(), context.seeds, context.positions, context.streams)
-    return torch.where(accepted, proposed, other), accepted
-
-
-def coupled(processed: Tensor, proposed: Tensor, q: Tensor | None, context, greedy) -> tuple[Tensor, Tensor]:
-    """Tokens [B] as plain decoding draws them, and which of them are the proposed ones; see `ratio`."""
-    chosen = draw(processed, context.seeds, context.positions, context.streams, greedy)
-    return chosen, chosen == proposed
-
-
-RULES = {"ratio": ratio, "coupled": coupled}
