@@ -7,10 +7,12 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, prompts_of
 from helpers import (
+    POISON,
     assert_nothing_leaked,
     forced,
     full_logits,
     outcome,
+    poisoned,
     recorded,
     spell,
     text_engine,
@@ -199,6 +201,24 @@ def test_several_models_in_lockstep(engine):
             row.append(token)
     del mine, theirs
     assert_nothing_leaked(other)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "gemma2", "gpt_neo"])
+def test_a_branch_with_nan_does_not_reach_its_sibling(name):
+    model = poisoned(ARCHITECTURES[name]())
+    engine = Engine(model, max_length=128)
+    prompts = PROMPTS[:2]
+    state = engine.prefill(prompts)
+    spoilt = engine.extend(state, [[POISON] * 4] * 2)
+    assert spoilt.logits.isnan().all()
+    sound = engine.step(state, [4, 5])
+    longer = engine.extend(sound, [[6, 7], [8]])
+    for row, (first, rest) in enumerate((([4], [6, 7]), ([5], [8]))):
+        expected = full_logits(model, prompts[row] + first + rest)
+        torch.testing.assert_close(sound.logits[row], expected[len(prompts[row])], atol=1e-3, rtol=0)
+        torch.testing.assert_close(longer.logits[row], expected[-1], atol=1e-3, rtol=0)
+    del state, spoilt, sound, longer
+    assert_nothing_leaked(engine)
 
 
 # Errors of States

@@ -1,0 +1,187 @@
+"""Streams: events as they come, equal to what `generate` gives; closing early; nothing finished is lost."""
+
+import inspect
+
+import pytest
+import torch
+from architectures import prompts_of
+from helpers import assert_nothing_leaked, forced, outcome, recorded, spell, text_engine
+
+from handloom import SamplingParams
+from handloom.errors import ParameterError, PromptError
+
+PROMPTS = prompts_of([5, 17, 1, 9, 12, 30])
+BUDGETS = [7, 2, 5, 9, 1, 4]
+PARAMS = [SamplingParams(max_new_tokens=n, temperature=i % 2, seed=i) for i, n in enumerate(BUDGETS)]
+
+
+@pytest.fixture
+def engine():
+    engine = text_engine(slots=3)
+    yield engine
+    assert_nothing_leaked(engine)
+
+
+def by_row(events):
+    rows = {}
+    for event in events:
+        rows.setdefault((event.request, event.sample), []).append(event)
+    return rows
+
+
+def test_a_stream_holds_every_token_of_every_row_and_ends_with_the_result(engine):
+    expected = engine.generate(PROMPTS, PARAMS)
+    events = list(engine.stream(PROMPTS, PARAMS))
+    rows = by_row(events)
+    assert set(rows) == {(i, 0) for i in range(6)}
+    for (index, _), row in rows.items():
+        result = row[-1].generation
+        assert outcome(result)[:4] == outcome(expected[index])[:4]
+        assert [e.token_id for e in row] == result.token_ids
+        assert "".join(e.text for e in row) == result.text
+        assert [e.logprob for e in row] == result.logprobs
+        assert [e.raw_logprob for e in row] == result.raw_logprobs
+        assert [e.finish for e in row] == [None] * (len(row) - 1) + [result.finish_reason]
+        assert [e.generation for e in row[:-1]] == [None] * (len(row) - 1)
+
+
+def test_samples_have_streams_of_their_own(engine):
+    settings = {"n": 3, "temperature": 1.0, "seed": 2, "max_new_tokens": 6}
+    expected = engine.generate(PROMPTS[0], **settings)
+    rows = by_row(engine.stream(PROMPTS[0], **settings))
+    assert [[e.token_id for e in rows[0, s]] for s in range(3)] == [g.token_ids for g in expected]
+
+
+def test_it_is_a_plain_generator_and_tokens_come_as_they_are_made(engine):
+    stream = engine.stream(PROMPTS[0], max_new_tokens=5)
+    assert inspect.isgenerator(stream)
+    with recorded(engine.model) as passes:
+        next(stream)
+        assert passes.steps in ([], [1])  # at most the next step has been started
+        next(stream)
+        assert len(passes.steps) in (1, 2)
+        assert len(list(stream)) == 3
+
+
+def test_a_result_is_given_as_soon_as_its_row_ends(engine):
+    finished = [e.request for e in engine.stream(PROMPTS, PARAMS) if e.generation]
+    assert sorted(finished) == list(range(6))
+    # Slots run 0: 7 tokens, 1: 2 tokens, 2: 5 tokens; then 3 replaces 1, 4 and 5 replace 2, in that order.
+    assert finished == [1, 2, 4, 0, 5, 3]
+
+
+def test_text_that_may_become_a_stop_string_is_held_back(engine):
+    events = list(
+        engine.stream("the", forced_tokens=forced("a STOq b STOP c"), stop="STOP", max_new_tokens=15)
+    )
+    assert [e.text for e in events] == ["a", " ", "", "", "", "STOq", " ", "b", " ", "", "", "", ""]
+    assert events[-1].finish == "stop"
+    assert events[-1].generation.text == "a STOq b "
+    assert events[-1].generation.stop_reason == "STOP"
+
+
+def test_bytes_of_a_character_are_held_back(engine):
+    ids = engine.tokenizer.convert_tokens_to_ids(list("ðŁĺĢ")) + spell("!")  # the four bytes of 😀
+    events = list(engine.stream("the", forced_tokens=forced(ids), max_new_tokens=5))
+    assert [e.text for e in events] == ["", "", "", "😀", "!"]
+    events = list(engine.stream("the", forced_tokens=forced(ids), max_new_tokens=3))
+    assert "".join(e.text for e in events) == events[-1].generation.text == "�"
+
+
+def test_errors_come_before_the_first_event(engine):
+    with recorded(engine.model) as passes:
+        with pytest.raises(PromptError):
+            engine.stream([[5], []])
+        with pytest.raises(ParameterError):
+            engine.stream(PROMPTS, max_new_tokens=-1)
+        with pytest.raises(ParameterError):
+            engine.stream(PROMPTS, PARAMS[:2])
+    assert passes.shapes == []
+
+
+def test_a_row_that_fails_reports_it_in_its_last_event(engine):
+    def nothing(logits, context):
+        return torch.full_like(logits, -torch.inf)
+
+    params = [SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=3, processors=[nothing])]
+    rows = by_row(engine.stream(PROMPTS[:2], params))
+    [last] = rows[1, 0]
+    assert (last.token_id, last.text, last.finish) == (None, "", "error")
+    assert "no token is left" in last.generation.error
+    assert rows[0, 0][-1].generation.n_new == 3
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 8])
+def test_closing_gives_everything_back(engine, after):
+    stream = engine.stream(PROMPTS, max_new_tokens=20)
+    for _ in range(after):
+        next(stream)
+    stream.close()
+    assert list(stream) == []
+    engine.pool.check()
+    assert engine.pool.in_use == 0
+    assert len(engine.generate(PROMPTS, PARAMS)) == 6
+
+
+def test_a_dropped_stream_gives_everything_back(engine):
+    for event in engine.stream(PROMPTS, max_new_tokens=20):
+        if event.request == 1:
+            break
+    del event
+    assert_nothing_leaked(engine)
+
+
+def test_results_that_were_given_stay_when_a_stream_is_closed(engine):
+    expected = engine.generate(PROMPTS, PARAMS)
+    stream, results = engine.stream(PROMPTS, PARAMS), {}
+    for event in stream:
+        if event.generation:
+            results[event.request] = event.generation
+        if len(results) == 3:
+            break
+    stream.close()
+    assert {i: outcome(g)[:4] for i, g in results.items()} == {i: outcome(expected[i])[:4] for i in (1, 2, 4)}
+
+
+def test_ctrl_c_in_the_callers_loop_reaches_the_caller_and_frees_the_rows(engine):
+    def read():
+        for event in engine.stream(PROMPTS, max_new_tokens=20):
+            if event.request == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    assert_nothing_leaked(engine)
+
+
+def test_streams_of_one_engine_may_be_interleaved(engine):
+    expected = [engine.generate(p, max_new_tokens=6).token_ids for p in PROMPTS[:3]]
+    streams = [engine.stream(p, max_new_tokens=6) for p in PROMPTS[:3]]
+    found = [[] for _ in streams]
+    for _ in range(6):
+        for tokens, stream in zip(found, streams, strict=True):
+            tokens.append(next(stream).token_id)
+    assert found == expected
+    assert [next(s, None) for s in streams] == [None] * 3
+
+
+def test_states_can_be_used_while_a_stream_is_open(engine):
+    expected = engine.generate(PROMPTS[0], max_new_tokens=6).token_ids
+    stream = engine.stream(PROMPTS[0], max_new_tokens=6)
+    tokens = [next(stream).token_id, next(stream).token_id]
+    state = engine.step(engine.prefill(PROMPTS[1]), [7])
+    other = engine.generate(PROMPTS[2], max_new_tokens=3).token_ids
+    tokens += [event.token_id for event in stream]
+    assert tokens == expected
+    assert other == engine.generate(PROMPTS[2], max_new_tokens=3).token_ids
+    del state
+
+
+def test_chat_prompts_can_be_streamed(engine):
+    engine.tokenizer = type(engine.tokenizer)(tokenizer_object=engine.tokenizer.backend_tokenizer)
+    engine.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}:"
+    ids = engine.chat_prompt("fox")
+    assert ids == engine.encode("fox:")
+    expected = engine.chat("fox", max_new_tokens=4)
+    tokens = [e.token_id for e in engine.stream([{"role": "user", "content": "fox"}], max_new_tokens=4)]
+    assert tokens == expected.token_ids
