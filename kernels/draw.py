@@ -13,6 +13,7 @@ from . import dispatch, philox
 
 GUMBEL_SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
 FLOAT_MAX = float(np.finfo(np.float32).max)
+PIECE = 32768  # tokens taken at a time, a multiple of 4
 SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score
 SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of the noise and of the score
 NO_TOKEN = -1
@@ -78,7 +79,7 @@ def _draw_numpy(rows, seeds, positions, streams, greedy):
         ids = (row >= top - np.float32(GUMBEL_SPAN)).nonzero()[0]
         if len(ids) > len(row) // 16:
             key = seeds[index : index + 1], positions[index : index + 1], streams[index : index + 1]
-            ids = _contenders(row, top, *key)
+            ids = contenders(row, top, -np.inf, *key)
         pending.append((index, ids, np.minimum(row[ids], np.float32(FLOAT_MAX)) - top))
     if pending:
         index, winners = draw_ragged(pending, seeds, positions, streams)
@@ -109,23 +110,31 @@ def draw_ragged(pending, seeds, positions, streams):
     return index, [ids[start + scores[start:end].argmax()] for start, end in zip(starts, ends, strict=True)]
 
 
-def _contenders(row, top, seeds, positions, streams):
-    """Ids, ascending, of the few tokens of a long row that can win; one pass of words, no logarithm for the
-    rest.
+def contenders(row, top, floor, seeds, positions, streams):
+    """Ids, ascending, of the few tokens of a long row that can win; words for all, logarithms for few.
 
     With S the score of some token, token i can win only if g_i >= S - d_i (d = logit - top), which needs
-    E_i <= exp(d_i - S) and, as E >= u, a word of at most 2**32 * exp(d_i - S).
+    E_i <= exp(d_i - S) and, as E >= u, a word of at most 2**32 * exp(d_i - S). The row is taken in pieces that
+    stay in the cache.
+
+    Args:
+        row: float32 [V]. top: its maximum, finite. floor: tokens below it cannot be drawn; at most top.
+        seeds, positions, streams: int64 [1].
     """
-    shifted = np.minimum(row, np.float32(FLOAT_MAX)) - top
-    first = (shifted >= np.float32(-1.0)).nonzero()[0][:SAMPLE]
-    bound = (shifted[first] + philox.gumbel_numpy(seeds, positions, streams, first)[0]).max()
-    limits = np.exp(shifted - bound)
-    limits *= np.float32(2.0**32 * SLACK)
-    limits += np.float32(2.0)
-    counters = np.arange((len(row) + 3) // 4, dtype=np.uint64)[None]
-    lanes = philox.philox_lanes_numpy(seeds, positions, streams, counters)
-    ids = [first]
-    for lane, words in enumerate(lanes):
-        limit = limits[lane::4]
-        ids.append((words[0, : len(limit)].astype(np.float32) <= limit).nonzero()[0] * 4 + lane)
-    return np.unique(np.concatenate(ids))
+    first = (row >= max(top - np.float32(1.0), floor)).nonzero()[0][:SAMPLE]
+    shifted = np.minimum(row[first], top) - top
+    bound = (shifted + philox.gumbel_numpy(seeds, positions, streams, first)[0]).max()
+    found = [first]
+    for start in range(0, len(row), PIECE):
+        part = row[start : start + PIECE]
+        limits = np.exp((np.minimum(part, top) - top) - bound)
+        limits *= np.float32(2.0**32 * SLACK)
+        limits += np.float32(2.0)
+        if floor > -np.inf:
+            limits[part < floor] = -1.0
+        counters = np.arange(start // 4, (start + len(part) + 3) // 4, dtype=np.uint64)[None]
+        for lane, words in enumerate(philox.philox_lanes_numpy(seeds, positions, streams, counters)):
+            limit = limits[lane::4]
+            hits = (words[0, : len(limit)].astype(np.float32) <= limit).nonzero()[0]
+            found.append(hits * 4 + (start + lane))
+    return np.unique(np.concatenate(found))

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from . import philox
-from .draw import FLOAT_MAX, NO_TOKEN, _contenders, draw_ragged
+from .draw import FLOAT_MAX, NO_TOKEN, contenders, draw_ragged
 from .rules import MASS_SHARE, Drawn, Statistics
 from .sample_reference import apply_edits, with_top
 
 GROUPS = 512  # group maxima taken per row before a count limit
 BINS = 4096
+PIECE = 8192  # values binned at a time, so that what is in work stays in the cache
 SORT_BELOW = 4096  # candidates that are sorted rather than binned
 WEIGHT_SPAN = 64.0  # tokens further below the maximum share the last bin
 
@@ -77,13 +78,14 @@ class _Row:
         self.token = NO_TOKEN if self.bad else best
         self.full = self.values = row
         self.ids = None
+        self.limit = -np.inf  # candidates are the tokens at or above it
         self.log_mass = None  # of the candidates, relative to top; set by `statistics`
         if self.bad:
             return
         if self.top > FLOAT_MAX:
             self.full = self.values = np.minimum(row, np.float32(FLOAT_MAX))
         if not self.greedy and temperature != 1:
-            self.full = self.values = _scale(self.values, temperature)
+            self.full = self.values = _scale(self.values, self.values[best], temperature)
         self.top = self.values[best]
 
     def apply(self, rule, parameter):
@@ -114,6 +116,7 @@ class _Row:
         """Keep candidates at or above a limit."""
         if not limit > -np.inf:
             return
+        self.limit = max(self.limit, limit)
         chosen = (self.values >= limit).nonzero()[0]
         if len(chosen) == len(self.values):
             return
@@ -147,24 +150,24 @@ class _Row:
 
     def candidates(self, seed, position, stream):
         """(ids ascending, logits minus their maximum) of the tokens that may win the draw."""
-        ids, values = self.ids, self.values
-        if len(values) > max(len(self.full) // 16, 64):
-            left = values
-            if ids is not None:
-                left = np.full_like(self.full, -np.inf)
-                left[ids] = values
-            ids = _contenders(left, self.top, seed, position, stream)
-            values = left[ids]
-        elif ids is None:
-            ids = np.arange(len(values))
-        return ids, values - self.top
+        if len(self.values) > max(len(self.full) // 16, 64):
+            ids = contenders(self.full, self.top, self.limit, seed, position, stream)
+            return ids, self.full[ids] - self.top
+        return np.arange(len(self.values)) if self.ids is None else self.ids, self.values - self.top
 
 
-def _scale(values, temperature):
+def _scale(values, top, temperature):
+    """values / temperature; finite values stay finite and -inf stays -inf."""
     with np.errstate(over="ignore", invalid="ignore"):  # -inf / inf is put right below
-        scaled = np.clip(values / np.float32(temperature), -np.float32(FLOAT_MAX), np.float32(FLOAT_MAX))
-    if values.min() == -np.inf:
-        scaled[values == -np.inf] = -np.inf
+        scaled = values / np.float32(temperature)
+    ends = FLOAT_MAX * min(float(temperature), 1.0)
+    if temperature >= 1 and temperature < np.inf:
+        return scaled
+    if temperature < np.inf and top <= ends and values.min() >= -ends:
+        return scaled
+    excluded = values == -np.inf
+    np.clip(scaled, -np.float32(FLOAT_MAX), np.float32(FLOAT_MAX), out=scaled)
+    scaled[excluded] = -np.inf
     return scaled
 
 
@@ -184,31 +187,43 @@ def _mass_limit(values, top, share):
     Values are binned by distance from the top; the bin in which the mass crosses the limit is binned again by
     its own range until it is small or of equal values.
     """
-    shifted = (values - top).astype(np.float64)
-    weights = np.exp(shifted)
-    limit = share * MASS_SHARE * weights.sum()
-    above = 0.0
-    low, high = max(shifted.min(), -WEIGHT_SPAN), 0.0
+    above, limit = 0.0, None
+    low, high = max(float(values.min() - top), -WEIGHT_SPAN), 0.0
     while len(values) > SORT_BELOW and high > low:
-        bins = np.minimum((high - shifted) * ((BINS - 1) / (high - low)), BINS - 1).astype(np.int32)
-        mass = np.bincount(bins, weights=weights, minlength=BINS)
+        bins, mass = _binned(values, top, low, high)
+        limit = share * MASS_SHARE * mass.sum() if limit is None else limit
         total = above + np.cumsum(mass)
         crossing = min(int(np.searchsorted(total, limit)), BINS - 1)
         above = total[crossing] - mass[crossing]
         inside = (bins == crossing).nonzero()[0]
         if len(inside) == len(values):
             break
-        values, shifted, weights = values[inside], shifted[inside], weights[inside]
-        low, high = shifted.min(), shifted.max()
+        values = values[inside]
+        low, high = float(values.min() - top), float(values.max() - top)
     order = np.argsort(-values)
-    ordered = weights[order]
+    ordered = np.exp((values[order] - top).astype(np.float64))
+    limit = share * MASS_SHARE * ordered.sum() if limit is None else limit
     before = above + np.cumsum(ordered) - ordered
     last = max(int(np.searchsorted(before, limit)) - 1, 0)
     return values[order[last]]
 
 
+def _binned(values, top, low, high):
+    """Bin of each value, by distance from the top between -high and -low, and the weight in each bin."""
+    bins = np.empty(len(values), dtype=np.int16)
+    mass = np.zeros(BINS)
+    scale = np.float32((BINS - 1) / (high - low))
+    for start in range(0, len(values), PIECE):
+        shifted = values[start : start + PIECE] - top
+        weights = np.exp(shifted, dtype=np.float64)
+        place = np.clip((np.float32(high) - shifted) * scale, 0, BINS - 1).astype(np.intp)
+        bins[start : start + PIECE] = place
+        mass += np.bincount(place, weights=weights, minlength=BINS)
+    return bins, mass
+
+
 def _describe(logits, drawn, tokens):
-    raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1).numpy()
+    raw = logits.detach().float().numpy()
     floats = np.full((3, len(drawn)), np.nan, dtype=np.float32)
     counts = np.zeros((2, len(drawn)), dtype=np.int64)
     for index, (left, token) in enumerate(zip(drawn, tokens, strict=True)):
@@ -216,7 +231,16 @@ def _describe(logits, drawn, tokens):
             continue
         stats = left.statistics()
         value = left.full[token]
-        floats[:, index] = raw[index, token], (value - left.top) - left.log_mass, stats.entropy[0]
+        given = _log_probability(raw[index], token)
+        floats[:, index] = given, (value - left.top) - left.log_mass, stats.entropy[0]
         counts[:, index] = stats.count[0], 1 + np.count_nonzero(left.full > value)
     floats, counts = torch.from_numpy(floats), torch.from_numpy(counts)
     return Drawn(torch.from_numpy(tokens), floats[0], floats[1], floats[2], counts[0], counts[1])
+
+
+def _log_probability(row, token):
+    """Log-softmax of one row at a token; +inf counts as the largest float."""
+    top = row.max()
+    if top > FLOAT_MAX:
+        row, top = np.minimum(row, np.float32(FLOAT_MAX)), np.float32(FLOAT_MAX)
+    return (row[token] - top) - np.log(np.exp(row - top).sum(dtype=np.float64))

@@ -24,12 +24,12 @@ class Plan:
     def __init__(self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False):
         rows, vocab = logits.shape
         device = logits.device
-        self.rows, self.vocab, self.logprobs = rows, vocab, logprobs
+        self.rows, self.vocab, self.logprobs = rows, vocab, bool(logprobs)
         self.kinds = tuple(KINDS[rule.kind] for rule in rules)
         self.devices = tuple(_device_function(rule) for rule in rules)
         self.needs = tuple(bool(rule.kind == "value" and rule.needs_statistics) for rule in rules)
         self.points = tuple(point.device for point in pointwise)
-        self.moments = logprobs or any(self.needs)
+        self.moments = self.logprobs or any(self.needs)
         self.planes = 10 if self.moments else 3
         self.vocab_groups = triton.cdiv(vocab, GROUP)
         self.groups = self.vocab_groups + (0 if edits is None else triton.cdiv(edits.ids.shape[1], GROUP))
@@ -65,7 +65,12 @@ def first_warps(moments, sparse, bytes_each):
 
 def second_groups(moments, sparse):
     """Groups a step of the second launch: fewer where each needs more registers."""
-    return 4 if moments or sparse else 16
+    return 8 if moments or sparse else 16
+
+
+def second_options():
+    """Launch options of the second launch: one program a row, so registers need not be shared."""
+    return {"num_warps": 8} | ({} if torch.version.hip else {"maxnreg": 255})
 
 
 def _device_function(rule):
@@ -138,7 +143,7 @@ def sample_fused(
         LOGPROBS=plan.logprobs,
         WIDTH=plan.width,
         CAPACITY=CAPACITY,
-        num_warps=8,
+        **second_options(),
         **plan.constants(second_groups(plan.moments, edits is not None), edits, bitmask),
     )
     return _result(plan, tokens, logits, n_top)
