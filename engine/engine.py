@@ -34,7 +34,7 @@ class Engine:
         tokenizer: its tokenizer, or None where prompts are ids.
         slots: most rows decoded together, >= 1.
         fixed_slots: always decode all slots, so that a row's logits do not depend, to the last bit, on how many
-            requests there are. Otherwise the batch shrinks with them.
+            requests there are. Otherwise the batch shrinks with them. Prompts then share no computed prefix.
         max_length: most tokens of prompt and output together; None takes the model's limit.
         block_size: tokens in a block of the key/value pool, >= 1.
         max_blocks: most blocks in the pool; None lets it grow.
@@ -80,7 +80,9 @@ class Engine:
             model.eval()
         self.model, self.tokenizer = model, tokenizer
         self.config = model.config.get_text_config(decoder=True)
-        options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": prefix_cache}
+        # A shared prefix was computed in another shape than the prompt alone: equal, but not to the last bit.
+        share = prefix_cache and not fixed_slots
+        options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": share}
         self.runner, self.pool, self.vocab_size = adapt(model, options, prefill_chunk, self_check)
         self.capabilities = self.runner.capabilities()
         self.graphs = self._wants_graphs(graph)
@@ -392,21 +394,27 @@ class Engine:
         wanted = self._params(params, len(encoded), defaults, overrides)
         requests = []
         for index, (prompt, asked) in enumerate(zip(encoded, wanted, strict=True)):
-            if asked.stop and self.tokenizer is None:
-                raise ParameterError(
-                    f"request {index}: stop={asked.stop!r} needs a tokenizer; use stop_token_ids"
-                )
-            if asked.max_length is not None and asked.max_length <= len(prompt):
-                raise ParameterError(
-                    f"request {index}: max_length={asked.max_length} counts the prompt, which has {len(prompt)} tokens"
-                )
-            asked = asked.resolve(self.tokenizer)
-            asked.check_vocabulary(self.vocab_size)
-            self.pipeline.for_params(asked).check(asked)
+            try:
+                asked = self._checked(asked, len(prompt))
+            except ParameterError as error:
+                raise ParameterError(f"request {index}: {error}") from error
             seed = int(torch.randint(2**62, ())) if asked.seed is None else asked.seed
             shared = Prefilled(waiting=asked.n)
             requests += [Request(index, sample, prompt, asked, seed, shared) for sample in range(asked.n)]
         return requests, single
+
+    def _checked(self, asked: SamplingParams, prompt_length: int) -> SamplingParams:
+        """The parameters with every string as ids, or a ParameterError."""
+        if asked.stop and self.tokenizer is None:
+            raise ParameterError(f"stop={asked.stop!r} needs a tokenizer; use stop_token_ids")
+        if asked.max_length is not None and asked.max_length <= prompt_length:
+            raise ParameterError(
+                f"max_length={asked.max_length} counts the prompt, which has {prompt_length} tokens"
+            )
+        asked = asked.resolve(self.tokenizer)
+        asked.check_vocabulary(self.vocab_size)
+        self.pipeline.for_params(asked).check(asked)
+        return asked
 
     def _params(self, params, count: int, defaults: str, overrides) -> list[SamplingParams]:
         if defaults not in ("none", "model"):

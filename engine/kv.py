@@ -278,19 +278,19 @@ class BlockPool:
         needed = -(-(length + count) // size)
         fresh = self.allocate(needed - len(kept) + copy, kept[-1] if kept and not copy else None, room)
         if copy:
-            self.copy(kept[-1], fresh[0])
+            self.copy(kept[-1], fresh[0], offset)
             kept = kept[:-1]
         for i in range(whole, needed):
             block = kept[i] if i < len(kept) else fresh[i - len(kept)]
             self.filled[block] = min(size, length + count - i * size)
         return table if not fresh and len(kept) == len(blocks) else self.table(kept + fresh)
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy one block's cells in every layer."""
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` cells of a block in every layer; what a sibling wrote behind them stays its own."""
         self.copies += 1
         for store in self.stores:
-            store.keys[:, target] = store.keys[:, source]
-            store.values[:, target] = store.values[:, source]
+            store.keys[:, target, :count] = store.keys[:, source, :count]
+            store.values[:, target, :count] = store.values[:, source, :count]
 
     # -- shared prefixes
 

@@ -27,13 +27,18 @@ def run(engine, requests: list[Request]) -> Iterator[Event]:
         while waiting or batch.running:
             yield from admit(engine, batch, waiting)
             yield from prepare(batch)
-            steps.append(batch.draw())
-            while len(steps) > batch.lag:
-                yield from collect(batch, steps.popleft())
-            if batch.lag == 0 and not waiting and engine.bucket(len(batch.running)) < batch.size:
-                batch = batch.resized(engine, engine.bucket(len(batch.running)))
-            if batch.running:
-                batch.feed()
+            try:
+                steps.append(batch.draw())
+                while len(steps) > batch.lag:
+                    yield from collect(batch, steps.popleft())
+                if batch.lag == 0 and not waiting and engine.bucket(len(batch.running)) < batch.size:
+                    batch = batch.resized(engine, engine.bucket(len(batch.running)))
+                if batch.running:
+                    batch.feed()
+            except torch.OutOfMemoryError as error:
+                yield from abandon(batch, error)
+                batch = engine.batch(max(1, batch.size // 2), width)
+                steps.clear()
     finally:
         for slot in batch.running:
             batch.clear(slot)
@@ -94,6 +99,17 @@ def prepare(batch: Batch) -> Iterator[Event]:
             event = batch.requests[slot].end("error", f"request {batch.requests[slot].index}: {error}")
             batch.clear(slot)
             yield event
+
+
+def abandon(batch: Batch, error: Exception) -> Iterator[Event]:
+    """End every running row: there was no memory for a step of so many."""
+    for slot in batch.running:
+        request = batch.requests[slot]
+        event = request.end(
+            "error", f"request {request.index}: out of memory with slots={batch.size}, use fewer: {error}"
+        )
+        batch.clear(slot)
+        yield event
 
 
 def collect(batch: Batch, step: Step) -> Iterator[Event]:
