@@ -186,9 +186,7 @@ def unpadded(input_ids: Tensor, kwargs: dict[str, Any]) -> list[Any]:
 
 
 def padded_output(input_ids: Tensor, results: list[Generation], config: Any) -> Any:
-    """What `generate` returns: ids [B, T + new] padded on the right, or the output class that was
-    asked for.
-    """
+    """What `generate` returns: ids [B, T + new], padded on the right, or its output class."""
     pad = config.pad_token_id
     if pad is None:
         pad = next(iter_ids(config.eos_token_id), 0)

@@ -136,9 +136,7 @@ class Pipeline(tuple):
         seeds: Sequence[int] | None = None,
         streams: Sequence[int] | None = None,
     ) -> Rows:
-        """Rows for `params` (one SamplingParams or None a row) with their prompts' ids; `capacity` rows in
-        all.
-        """
+        """Rows for `params` (one SamplingParams or None a row) and their prompts' ids; >= `capacity` rows."""
         if len(params) != len(prompts):
             raise ParameterError(f"{len(params)} params for {len(prompts)} prompts; give one for each")
         site = Context(
@@ -151,8 +149,7 @@ class Pipeline(tuple):
         return rows
 
     def for_params(self, params: Any) -> Pipeline:
-        """The pipeline of one request: this one or the profile it names, with the request's own processors
-        put in.
+        """The pipeline of one request: this or the profile it names, with its own processors put in.
 
         Own processors with `before_temperature` go before the temperature, the others to the end; a profile
         may have one place for all of them.
@@ -182,9 +179,7 @@ class Pipeline(tuple):
         )
 
     def temperature_place(self) -> int:
-        """Index of the first processor that depends on sampling (temperature or truncation), or the
-        length.
-        """
+        """Index of the first processor that only concerns sampling, or the length."""
         return next((i for i, p in enumerate(self) if getattr(p, "sampling_only", False)), len(self))
 
     def greedy(self, params: Any, row: int = 0) -> bool:
@@ -215,9 +210,7 @@ class Pipeline(tuple):
         return lint_order(list(self))
 
     def explain(self, params: Any = None) -> str:
-        """A table: order, parameters, form, properties, and where each member runs and why; `params`: one
-        request.
-        """
+        """A table of the members: form, parameters, where each runs and why; `params`: for one request."""
         chain = self.for_params(params) if params is not None else self
         return explain_table(chain, params)
 
@@ -296,7 +289,9 @@ def places(chain: Sequence[Processor], certain: bool) -> list[str]:
         if not reason and i < first:
             blocker = next(p for p in chain[i + 1 :] if not isinstance(p, Keep) or p.unfused())
             reason = f"runs before {blocker.name}, which the sampler cannot follow"
-        found.append(f"torch ({reason})" if reason else "fused sampler")
+        on_device = isinstance(processor, Keep) and processor.unfused("cuda")
+        here = f"fused sampler; torch on CUDA ({on_device})" if on_device else "fused sampler"
+        found.append(f"torch ({reason})" if reason else here)
     return found
 
 
@@ -321,7 +316,8 @@ def explain_table(chain: Pipeline, params: Any) -> str:
         }
         form = f"keep by {processor.limit}" if isinstance(processor, Keep) else processor.kind
         marks = "; ".join(mark for mark, yes in traits.items() if yes)
-        lines.append(f"{i:3d} {processor.name:20s} {form:18s} {place:40s} {', '.join(values)}  [{marks}]")
+        tail = ", ".join(values) + (f"  [{marks}]" if marks else "")
+        lines.append(f"{i:3d} {processor.name:20s} {form:18s} {place:40s} {tail}")
     if params is not None and chain.greedy(params):
         lines.append("  greedy: members that only concern sampling are skipped, and the argmax is taken")
     lines += [f"  ! {message}" for message in lint_order(shown)] if certain else []

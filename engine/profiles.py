@@ -40,9 +40,7 @@ def counting_prompt(penalty: Processor) -> Processor:
 
 
 def hf(params: Any) -> Pipeline:
-    """transformers 5.23.0, `_get_logits_processor`: a request's own processors come last before the
-    temperature.
-    """
+    """transformers 5.23.0: a request's own processors come right before the temperature."""
     before = [
         rules.LogitBias(),
         rules.SequenceBias(),
@@ -145,9 +143,7 @@ def llamacpp(params: Any) -> Pipeline:
 
 
 def textgen(params: Any) -> Pipeline:
-    """text-generation-webui (order of its presets): penalties over the whole text, truncation after
-    temperature.
-    """
+    """text-generation-webui, its presets' order: penalties over the whole text, temperature first."""
     before = [
         rules.LogitBias(),
         rules.SequenceBias(),

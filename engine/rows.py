@@ -93,12 +93,12 @@ class Plan:
     rules: tuple[Rule, ...]
 
 
-def split_tail(processors: Sequence[Processor]) -> int:
-    """How many of `processors` come before the part that the fused sampler runs: temperature, then
-    keep rules.
-    """
+def split_tail(processors: Sequence[Processor], device_type: str = "cpu") -> int:
+    """How many of `processors` come before what the fused sampler runs: temperature, then keep rules."""
     first = len(processors)
-    while first and isinstance(processors[first - 1], Keep) and not processors[first - 1].unfused():
+    while (
+        first and isinstance(processors[first - 1], Keep) and not processors[first - 1].unfused(device_type)
+    ):
         first -= 1
     return first - 1 if first and isinstance(processors[first - 1], Temperature) else first
 
@@ -127,9 +127,7 @@ class Rows:
     def fill(
         self, row: int, params: Any, prompt_ids: Sequence[int] = (), seed: int = 0, stream: int = 0
     ) -> None:
-        """Give `row` to a new request; its memory starts afresh. Raises ParameterError for fields nobody
-        reads.
-        """
+        """Give `row` to a new request, with fresh memory; ParameterError for a field that nobody reads."""
         chain = self.pipeline.for_params(params)
         chain.check(params)
         if not 0 <= row < self.size:
@@ -215,7 +213,7 @@ class Rows:
         """Which active members run where in `sample`; made anew when rows have changed."""
         if self._plan is None:
             chosen = [i for i, member in enumerate(self.members) if any(member.on)]
-            first = split_tail([self.members[i].processor for i in chosen])
+            first = split_tail([self.members[i].processor for i in chosen], self.site.device.type)
             temperature, rules = None, []
             for i in chosen[first:]:
                 member = self.members[i]
@@ -233,9 +231,7 @@ class Rows:
         return self._plan
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
-        """Processed logits [B, V] float32; the same tensor when no processor is on. Never writes to
-        `logits`.
-        """
+        """Processed logits [B, V] float32; `logits` itself, which is never written to, when all are off."""
         for member in self.active():
             logits = guarded(member.processor, logits, self._view(member, context))
         return logits

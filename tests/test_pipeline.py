@@ -24,7 +24,7 @@ from handloom.processors import (
     TopP,
     Typical,
 )
-from handloom.rows import merge
+from handloom.rows import merge, split_tail
 
 VOCAB = 300
 PROMPT = [4, 8, 15, 16, 23, 42]
@@ -154,6 +154,8 @@ def test_a_users_rule_of_eight_lines_is_fused():
     pipeline = Pipeline([Temperature(0.8), WithinSigma([1.0, 0.0, 2.0]), TopK(40)])
     rows = pipeline.bind([None] * 3, [[]] * 3, vocab_size=VOCAB)
     assert rows.plan().unfused == []
+    assert "torch on CUDA (it has no device function)" in pipeline.explain()
+    assert split_tail(pipeline, "cuda") == 2
     x, ctx = noise(3), context(3)
     assert rows.sample(x, ctx).tokens.tolist() == unfused(rows, x, ctx)[0].tolist()
     kept = rows.apply(x, ctx) > -math.inf

@@ -18,8 +18,7 @@ XTC_COUNTER = 2**33  # a token id that no vocabulary reaches: its noise is indep
 
 
 def token_logprob(logits: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
-    """log p of tokens [B] under softmax(logits), [B]; with `kept`, under the distribution kept to those
-    logits.
+    """log p of tokens [B] under softmax(logits), or under what `kept` leaves of it, [B].
 
     A token outside `kept` (one that was forced from outside) still gets a finite value.
     """

@@ -135,9 +135,7 @@ class Processor:
         self.explicit = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in given.items()}
 
     def settings(self, params: Any = None, row: int = 0) -> dict[str, Any]:
-        """Parameter values of one row: explicit ones first, then the row's `SamplingParams`, then the off
-        values.
-        """
+        """Values of one row: explicit ones first, then its `SamplingParams`', then the off values."""
         result = {}
         for field, off in self.defaults.items():
             if field in self.explicit:
@@ -294,10 +292,12 @@ class Keep(Processor):
             )
         return found[0]
 
-    def unfused(self) -> str:
+    def unfused(self, device_type: str = "cpu") -> str:
         """Why this rule cannot run in the fused sampler; empty when it can."""
         if type(self).key is not Keep.key:
             return "its key is not the logit"
+        if device_type != "cpu" and self.limit == "level" and self.device is None:
+            return "it has no device function"
         return "its threshold needs more than row statistics" if self.limit == "threshold" else ""
 
     def rule(self, context: Context) -> Rule | None:
@@ -373,9 +373,7 @@ def mass_threshold(logits: Tensor, key: Tensor, mass: Tensor) -> Tensor:
 
 
 def committed(processor: Processor, context: Context) -> Any:
-    """What `apply` noted in this step; raises ParameterError when `accept` was given another step's
-    Context.
-    """
+    """What `apply` noted in this step; raises ParameterError given another step's Context."""
     value = context.noted()
     if value is None:
         raise ParameterError(

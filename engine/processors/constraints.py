@@ -34,9 +34,7 @@ def check_ids(name: str, ids, vocab_size: int | None) -> list[int]:
 
 
 def ban_table(logits: Tensor, table: Tensor) -> Tensor:
-    """Copy of `logits` [B, V] with the ids of `table` [B, K] at -inf; table entries equal to V are
-    padding.
-    """
+    """Copy of `logits` [B, V] with the ids of `table` [B, K] at -inf; entries of V are padding."""
     spare = torch.nn.functional.pad(logits, (0, 1))
     return spare.scatter_(1, table, NEG_INF)[:, : logits.shape[-1]]
 
@@ -87,9 +85,7 @@ class BannedTokens(Edit):
 
 
 class SuppressFirst(BannedTokens):
-    """Tokens that may not be the first token of the output (Hugging Face `begin_suppress_tokens`). Off when
-    empty.
-    """
+    """Tokens that may not be the first token of the output (`begin_suppress_tokens`). Off when empty."""
 
     name = "suppress_first"
     defaults = {"suppress_first": ()}

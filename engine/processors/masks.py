@@ -123,8 +123,7 @@ def green_tokens(keys: Tensor, previous: Tensor, vocab_size: int, gamma: Tensor 
 
 
 def watermark_score(ids, vocab_size: int, gamma: float = 0.25, key: int = 15485863) -> float:
-    """z-score of the number of green tokens in `ids` (a sequence of at least two token ids); above 4:
-    watermarked.
+    """z-score of the number of green tokens in `ids` (two or more); above 4: watermarked.
 
     Repeated pairs (previous token, token) count once, as they carry no new evidence.
     """

@@ -59,9 +59,7 @@ def counts_at(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 class Penalty(Edit):
-    """Base of the penalties on seen tokens: scope "prompt", "output", "all" or "auto", optionally the last n
-    tokens.
-    """
+    """Base of the penalties on seen tokens, in a scope and optionally among the last n tokens."""
 
     needs_history = True
     identity_when_off = True
@@ -75,8 +73,7 @@ class Penalty(Edit):
 
 
 class RepetitionPenalty(Penalty):
-    """Divide positive and multiply negative logits of seen tokens by r (CTRL, Keskar et al. 2019,
-    1909.05858).
+    """Divide positive and multiply negative logits of seen tokens by r (CTRL, 1909.05858).
 
     Each token once, however often it occurred. "auto" scope: prompt and output. Off at 1.
     """

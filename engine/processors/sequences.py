@@ -87,9 +87,7 @@ class BadWords(SequenceBias):
 
 
 class ForcedTokens(Edit):
-    """Force tokens at chosen places of the output: `{position: token id}`, position 0 first. Off
-    when empty.
-    """
+    """Force tokens at places of the output: `{position from 0: token id}`. Off when empty."""
 
     name = "forced_tokens"
     defaults = {"forced_tokens": {}}

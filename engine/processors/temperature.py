@@ -17,8 +17,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 class Temperature(Edit):
-    """Divide logits by a temperature (Ackley et al. 1985): logit' = logit / T. T = 0 makes the row
-    greedy.
+    """logit' = logit / T (Ackley et al. 1985). T = 0 makes the row greedy.
 
     Off at 1. Steps aside for rows that use `dynatemp_range` or `edt_theta`, which set the temperature
     themselves.

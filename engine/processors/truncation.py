@@ -198,6 +198,7 @@ class PLess(Keep):
 
     name = "p_less"
     defaults = {"p_less": False}
+    device = "p_less_threshold"
 
     def pack(self, rows, context):
         modes = {False: 0.0, True: 1.0, "norm": float(context.vocab_size)}
@@ -206,7 +207,7 @@ class PLess(Keep):
 
     def rule(self, context: Context) -> Rule:
         rule = super().rule(context)
-        return rule._replace(device="p_less_threshold") if context.values.plain else rule
+        return rule if context.values.plain else rule._replace(device=None)
 
     def level(self, statistics: Statistics, vocab: Tensor) -> Tensor:
         least = statistics.collision

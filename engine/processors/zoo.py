@@ -22,8 +22,7 @@ from handloom.processors.huggingface import PerRow
 
 
 class RowRule(Processor):
-    """Base of rules written for one row: `begin(prompt)` gives a row's state, `step` the new logits and
-    state.
+    """Base of rules for one row: `begin(prompt)` gives its state, `step` new logits and state.
 
     States are immutable values; a step's new state counts once its token is accepted.
     """
@@ -60,9 +59,7 @@ class RowRule(Processor):
 
 
 def force(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """`logits` [V] with every other token excluded; a single forced token is drawn even where it
-    was excluded.
-    """
+    """`logits` [V] with all other tokens excluded; a single token is forced even where it was."""
     forced = torch.full_like(logits, NEG_INF)
     forced[list(tokens)] = logits[list(tokens)] if len(tokens) > 1 else 0.0
     return forced
@@ -90,8 +87,7 @@ class EndOfSentence:
 
 
 class GenLengthLogitsProcessor(RowRule):
-    """Boost the end token by boost_factor * n^p / 10^p after n output tokens; negative values ask for longer
-    texts.
+    """Boost the end token by boost_factor * n^p / 10^p after n output tokens (negative: longer texts).
 
     complete_sentences: only after a full stop or a new line. boost_token_str: another token than the end
     token. A row that has that token already is left alone.
