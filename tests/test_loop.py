@@ -108,7 +108,9 @@ def test_samples_that_wait_for_a_slot_need_no_second_prefill(engine):
         results = engine.generate(PROMPTS[3], n=7, temperature=1.0, seed=1, max_new_tokens=4)
     assert passes.prompts == [40]
     wide = Engine(engine.model, slots=7)
-    assert ids_of(wide.generate(PROMPTS[3], n=7, temperature=1.0, seed=1, max_new_tokens=4)) == ids_of(results)
+    assert ids_of(wide.generate(PROMPTS[3], n=7, temperature=1.0, seed=1, max_new_tokens=4)) == ids_of(
+        results
+    )
     assert [g.sample for g in results] == list(range(7))
 
 
@@ -207,7 +209,8 @@ MIXED = {
     "repetition_window": {"repetition_penalty": 1.5, "penalty_window": 3},
     "presence_penalty": {"presence_penalty": 2.0, "penalty_scope": "all"},
     "frequency_penalty": {"frequency_penalty": 1.0, "penalty_scope": "prompt"},
-    "dry": {"dry_multiplier": 9.0, "dry_base": 2.0, "dry_allowed_length": 0, "dry_window": 20, "dry_breakers": (7, "the")},
+    "dry": {"dry_multiplier": 9.0, "dry_base": 2.0, "dry_allowed_length": 0, "dry_breakers": (7, "the")},
+    "dry_window": {"dry_multiplier": 9.0, "dry_allowed_length": 0, "dry_window": 6},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "logit_bias": {"logit_bias": {5: 4.0, 300: 3.0}},
     "sequence_bias": {"sequence_bias": {(40,): 5.0, (40, 41): 50.0}},
@@ -270,7 +273,10 @@ def test_parameters_of_one_row_do_not_touch_a_plain_neighbour(texts):
     prompt = PROMPTS[1]
     expected = texts.generate(prompt, max_new_tokens=12)
     for name, fields in MIXED.items():
-        params = [SamplingParams(max_new_tokens=12), SamplingParams(**({"seed": 7, "max_new_tokens": 12} | fields))]
+        params = [
+            SamplingParams(max_new_tokens=12),
+            SamplingParams(**({"seed": 7, "max_new_tokens": 12} | fields)),
+        ]
         beside = texts.generate([prompt, PROMPTS[0]], params)[0]
         assert outcome(beside)[:4] == outcome(expected)[:4], name
         assert beside.logprobs == pytest.approx(expected.logprobs, abs=1e-3), name
@@ -301,7 +307,9 @@ def fixed(request):
 
 SAMPLED = [
     SamplingParams(max_new_tokens=14, temperature=t, seed=i, top_k=k)
-    for i, (t, k) in enumerate([(0.0, 0), (1.0, 0), (2.0, 20), (0.0, 0), (1.3, 5), (0.7, 0), (1.0, 50), (0.0, 0)])
+    for i, (t, k) in enumerate(
+        [(0.0, 0), (1.0, 0), (2.0, 20), (0.0, 0), (1.3, 5), (0.7, 0), (1.0, 50), (0.0, 0)]
+    )
 ]
 
 
@@ -342,9 +350,7 @@ def test_fixed_slots_give_the_same_bits_after_a_conversation_that_begins_alike(f
 
 
 def test_tokens_of_a_sampled_row_do_not_depend_on_the_number_of_slots(model):
-    answers = [
-        ids_of(Engine(model, slots=slots).generate(PROMPTS, SAMPLED)) for slots in (1, 2, 5, 8)
-    ]
+    answers = [ids_of(Engine(model, slots=slots).generate(PROMPTS, SAMPLED)) for slots in (1, 2, 5, 8)]
     assert answers == [answers[0]] * 4
 
 
@@ -397,7 +403,10 @@ def test_every_reason_in_one_batch(texts):
         ({"stop": "x j", "include_stop": True} | said, ("stop", "x j", "the fox j", 9)),
         ({"stop_token_ids": spell("fj")} | said, ("stop", spell("f")[0], "the ", 5)),
         ({"criteria": [enough]} | said, ("stop", "enough", "the f", 5)),
-        ({"criteria": [lambda p: "because" if p.text == "th" else None]} | said, ("stop", "because", "th", 2)),
+        (
+            {"criteria": [lambda p: "because" if p.text == "th" else None]} | said,
+            ("stop", "because", "th", 2),
+        ),
         ({"allowed_tokens": spell("a"), "banned_tokens": spell("b"), "processors": [nothing_left]}, None),
     ]
     results = texts.generate([spell("ab")] * len(cases), [SamplingParams(**fields) for fields, _ in cases])
