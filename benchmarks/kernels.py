@@ -94,6 +94,7 @@ def ours(mode, logits) -> Callable[[], object]:
         plan = Plan(
             logits, rules=settings["rules"], edits=settings.get("edits"), logprobs=mode == "everything"
         )
+        settings["rules"] = plan.rules
         return lambda: sample_fused(logits, plan=plan, **settings)
     return lambda: sample(logits, **settings)
 

@@ -14,11 +14,20 @@ CAPACITY = 1024  # candidates held in registers; more are read again in every st
 KINDS = {"count": 0, "mass": 1, "value": 2}
 
 
+def fill(table, members):
+    """Copy each member's parameter into its row of the table, unless it lives there."""
+    for target, member in zip(table, members, strict=False):
+        if member.parameter.data_ptr() != target.data_ptr():
+            target.copy_(member.parameter)
+
+
 class Plan:
     """Everything about a call that does not change from step to step: variants, buffers, off values.
 
     A Plan is for one number of rows, vocabulary, device and tuple of rules; `sample_fused` makes one unless
     it is given, and a decode loop that captures graphs keeps its own so that steps allocate nothing.
+    `plan.rules` and `plan.pointwise` are the given ones with parameters that live in the plan: used in calls,
+    and changed in place, they cost no copy.
     """
 
     def __init__(self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False):
@@ -46,6 +55,12 @@ class Plan:
         self.zeros = torch.zeros(rows, device=device, dtype=torch.int64)
         self.limits = torch.empty(max(len(rules), 1), rows, **empty)
         self.point_values = torch.empty(max(len(pointwise), 1), rows, **empty)
+        fill(self.limits, rules)
+        fill(self.point_values, pointwise)
+        self.rules = tuple(rule._replace(parameter=at) for rule, at in zip(rules, self.limits, strict=False))
+        self.pointwise = tuple(
+            point._replace(parameter=at) for point, at in zip(pointwise, self.point_values, strict=False)
+        )
 
     def constants(self, groups, edits, bitmask):
         """Compile-time arguments that both launches share."""
@@ -109,9 +124,8 @@ def sample_fused(
         plan = Plan(logits, rules=rules, edits=edits, pointwise=pointwise, logprobs=logprobs)
     if plan.rows == 0:
         return _result(plan, plan.tokens if out is None else out, logits, n_top)
-    for values, source in ((plan.limits, rules), (plan.point_values, pointwise)):
-        for target, part in zip(values, source, strict=False):
-            target.copy_(part.parameter)
+    fill(plan.limits, rules)
+    fill(plan.point_values, pointwise)
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     tokens = plan.tokens if out is None else out
     sparse, mask, mask_stride = _edit_arguments(logits, plan, edits, bitmask)

@@ -118,6 +118,7 @@ def outputs(device):
         yield from (f"outputs, turn {turn}: {text}" for text in differences(expected, drawn))
         if canary[[0, -1]].tolist() != [-77, -77]:
             yield "outputs: a canary was overwritten"
+    held["rules"] = plan.rules
     held["positions"] += 1  # parameters and positions are read from memory, not baked in
     moved = back(sample_fused.sample_fused(given, plan=plan, **held))
     later = sample_reference(x, **{**settings, "positions": settings["positions"] + 1})
