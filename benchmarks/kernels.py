@@ -1,6 +1,7 @@
 """Sampling against the transformers chain and plain torch, both sides in one run; see --help."""
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -184,11 +185,14 @@ def costs(mode, batch, vocab, dtype):
     return {"launches": 2, "passes": 1, "bytes_read": batch * vocab * element + statistics}
 
 
-def seconds_on_cpu(run):
-    """Processor seconds of this thread, so that other processes on the machine do not count."""
-    started = time.thread_time()
-    run()
-    return time.thread_time() - started
+def seconds_on_cpu(run, calls=5):
+    """Median processor seconds of calls in a row: other processes do not count, and caches hold our own data."""
+    taken = []
+    for _ in range(calls):
+        started = time.thread_time()
+        run()
+        taken.append(time.thread_time() - started)
+    return statistics.median(taken)
 
 
 def graph_timer(build, mode, logits, cold):

@@ -13,7 +13,7 @@ from . import dispatch, philox
 
 GUMBEL_SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
 FLOAT_MAX = float(np.finfo(np.float32).max)
-PIECE = 32768  # tokens taken at a time, a multiple of 4
+PIECE = 16384  # tokens taken at a time, a multiple of 4
 SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score
 SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of the noise and of the score
 NO_TOKEN = -1
@@ -133,8 +133,9 @@ def contenders(row, top, floor, seeds, positions, streams):
         if floor > -np.inf:
             limits[part < floor] = -1.0
         counters = np.arange(start // 4, (start + len(part) + 3) // 4, dtype=np.uint64)[None]
-        for lane, words in enumerate(philox.philox_lanes_numpy(seeds, positions, streams, counters)):
+        even, odd = philox.philox_lanes_numpy(seeds, positions, streams, counters)
+        for lane, words in enumerate((even[0, 0], odd[0, 0], even[1, 0], odd[1, 0])):
             limit = limits[lane::4]
-            hits = (words[0, : len(limit)].astype(np.float32) <= limit).nonzero()[0]
+            hits = (words[: len(limit)].astype(np.float32) <= limit).nonzero()[0]
             found.append(hits * 4 + (start + lane))
     return np.unique(np.concatenate(found))

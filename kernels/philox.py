@@ -106,41 +106,40 @@ def gumbel_reference(seeds, positions, streams, token_ids):
 def philox_lanes_numpy(seeds, positions, streams, counters):
     """All four words of each counter: seeds, positions, streams int64 [B], counters uint64 [B or 1, C].
 
-    Returns four uint64 arrays [B, C]; array i holds the word of token 4 * counter + i.
+    Returns (words 0 and 2, words 1 and 3), each uint64 [2, B, C]; word i is that of token 4 * counter + i.
     """
-    words = (
-        counters,
-        positions.view(np.uint64)[:, None] & WORD_MASK,
-        streams.view(np.uint64)[:, None] & WORD_MASK,
-        np.zeros((1, 1), dtype=np.uint64),
-    )
+    first = np.empty((2, len(seeds), counters.shape[1]), dtype=np.uint64)
+    first[0] = counters
+    first[1] = streams.view(np.uint64)[:, None] & WORD_MASK
+    second = np.zeros((2, len(seeds), 1), dtype=np.uint64)
+    second[0] = positions.view(np.uint64)[:, None] & WORD_MASK
     seeds = seeds.view(np.uint64)[:, None]
-    return philox_rounds_numpy(words, seeds & WORD_MASK, seeds >> 32)
+    return philox_rounds_numpy(first, second, np.stack([seeds & WORD_MASK, seeds >> 32]))
 
 
-def philox_rounds_numpy(words, low, high):
-    """Ten rounds on a counter of four words with the key (low, high): uint64 arrays below 2**32 that broadcast."""
-    for _ in range(ROUNDS):
-        first, second = words[0] * MULTIPLIERS[0], words[2] * MULTIPLIERS[1]
-        words = (
-            (second >> 32) ^ (words[1] ^ low),
-            second & WORD_MASK,
-            (first >> 32) ^ (words[3] ^ high),
-            first & WORD_MASK,
-        )
-        low, high = (low + KEY_STEPS[0]) & WORD_MASK, (high + KEY_STEPS[1]) & WORD_MASK
-    return words
+def philox_rounds_numpy(first, second, key):
+    """Ten rounds: counter words (0, 2) and (1, 3) uint64 [2, B, C], key words uint64 [2, B, 1] -> the same pairs.
+
+    The two halves of a round are alike, so each operation serves both.
+    """
+    for keys in (key + _KEY_STEPS) & WORD_MASK:
+        products = first * _MULTIPLIERS
+        first, second = (products >> 32)[::-1] ^ (second ^ keys), (products & WORD_MASK)[::-1]
+    return first, second
+
+
+_MULTIPLIERS = np.array(MULTIPLIERS, dtype=np.uint64)[:, None, None]
+_KEY_STEPS = (
+    np.arange(ROUNDS, dtype=np.uint64)[:, None, None, None] * np.array(KEY_STEPS, np.uint64)[:, None, None]
+)
 
 
 def philox_words_numpy(seeds, positions, streams, token_ids):
     """`philox_words_reference` in NumPy: int64 [B] each, token_ids int64 [B, K] or [K] -> uint32 [B, K]."""
     token_ids = np.atleast_2d(token_ids)
-    lanes = philox_lanes_numpy(seeds, positions, streams, (token_ids >> 2).view(np.uint64))
-    lane = token_ids & 3
-    words = np.where(
-        lane < 2, np.where(lane == 0, lanes[0], lanes[1]), np.where(lane == 2, lanes[2], lanes[3])
-    )
-    return words.astype(np.uint32)
+    first, second = philox_lanes_numpy(seeds, positions, streams, (token_ids >> 2).view(np.uint64))
+    pair = np.where(token_ids & 1, second, first)
+    return np.where(token_ids & 2, pair[1], pair[0]).astype(np.uint32)
 
 
 def gumbel_from_words_numpy(words):

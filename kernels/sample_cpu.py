@@ -5,6 +5,8 @@ maxima of groups; a mass finds its boundary by a histogram of weights, refined i
 later rules work on the few candidates left. Noise is made for survivors alone.
 """
 
+import functools
+
 import numpy as np
 import torch
 
@@ -98,10 +100,7 @@ class _Row:
                 self.keep(_mass_limit(self.values, self.top, float(parameter)))
         elif rule.device == "min_p_threshold":
             if parameter > 0:
-                floor = philox.log_numpy(
-                    np.clip(np.float32(parameter), np.float32(1e-37), np.float32(1.0))[None]
-                )
-                self.keep(min(self.top + floor[0], self.top))
+                self.keep(min(self.top + _log(float(parameter)), self.top))
         else:
             limit = rule.threshold(self.statistics(), torch.tensor([parameter]))
             self.keep(min(limit.numpy()[0], self.top))
@@ -154,6 +153,12 @@ class _Row:
             ids = contenders(self.full, self.top, self.limit, seed, position, stream)
             return ids, self.full[ids] - self.top
         return np.arange(len(self.values)) if self.ids is None else self.ids, self.values - self.top
+
+
+@functools.lru_cache(maxsize=256)
+def _log(share):
+    """The exact float32 logarithm of a min-p parameter, with the bits of the kernels."""
+    return philox.log_numpy(np.clip(np.float32(share), np.float32(1e-37), np.float32(1.0))[None])[0]
 
 
 def _scale(values, top, temperature):
