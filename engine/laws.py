@@ -351,20 +351,23 @@ def check_processor(
         forks, _ = trial.play([trial.on] * 8, [0, 1, 2, 3] * 2, rows[at].select([0, 1, 2, 3] * 2), at)
         for half in (slice(0, 4), slice(4, 8)):
             trial.equal(f"rewind to step {at}", [step[half] for step in forks], together[at:])
-    for at in range(steps):
-        context, logits = trial.context(range(4), at), trial.inputs[at]
-        reference = rows[at].apply(logits, context)
-        if not reference.isneginf().all(-1).any():
-            tokens = draw(
-                reference, context.seeds, context.positions, context.streams, rows[at].greedy_rows()
-            )
-            fused = rows[at].sample(logits, trial.context(range(4), at)).tokens
-            trial.equal("the fused draw", [fused[:, None]], [tokens[:, None]])
-        if kernel is not None:
-            other = kernel(rows[at], logits, trial.context(range(4), at))
-            trial.equal("the kernel's kept tokens", [other.isneginf()], [reference.isneginf()])
-            error = (other - reference).nan_to_num(0.0).abs().max()
-            assert error <= atol, f"check_processor({trial.processor.name}): kernel off by {float(error):.2e}"
+    for at, before in enumerate(rows):
+        _same_as_reference(trial, before, at, kernel, atol)
+
+
+def _same_as_reference(trial: Trial, rows: Rows, at: int, kernel: Callable | None, atol: float) -> None:
+    """At one step of a trial, the fused draw takes the reference's token, and a kernel gives its logits."""
+    context, logits = trial.context(range(4), at), trial.inputs[at]
+    reference = rows.apply(logits, context)
+    if not reference.isneginf().all(-1).any():
+        tokens = draw(reference, context.seeds, context.positions, context.streams, rows.greedy_rows())
+        fused = rows.sample(logits, trial.context(range(4), at)).tokens
+        trial.equal("the fused draw", [fused[:, None]], [tokens[:, None]])
+    if kernel is not None:
+        other = kernel(rows, logits, trial.context(range(4), at))
+        trial.equal("the kernel's kept tokens", [other.isneginf()], [reference.isneginf()])
+        error = float((other - reference).nan_to_num(0.0).abs().max())
+        assert error <= atol, f"check_processor({trial.processor.name}): kernel off by {error:.2e}"
 
 
 class Trial:

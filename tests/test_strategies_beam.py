@@ -143,7 +143,7 @@ def test_sampled_candidates_are_drawn_without_replacement():
     """A beam of 1 draws two candidates and goes on with the likelier, as in transformers; at the end the one
     drawn first counts. A beam of 2 returns the likelier of both. False alarms: 2e-6.
     """
-    engine, prompt, draws = Engine(tiny_llama(vocab_size=5)), [1, 2], 700
+    engine, prompt, draws = Engine(tiny_llama(vocab_size=5)), [1, 2], 500
 
     def p(ids):
         return naive.next_logits(engine.model, [ids])[0].div(2.0).softmax(-1).tolist()

@@ -14,16 +14,9 @@ from handloom.strategies.requests import Requests
 
 @torch.no_grad()
 def beam_search(
-    engine,
-    prompts,
-    params=None,
-    *,
-    num_beams=4,
-    length_penalty=1.0,
-    early_stopping=False,
-    num_return_sequences=1,
-    **overrides,
-) -> list[Generation]:
+    engine, prompts, params=None, *, num_beams=4, length_penalty=1.0, early_stopping=False,
+    num_return_sequences=1, **overrides,
+) -> list[Generation]:  # fmt: skip
     """The most probable sequences that a beam finds; sampled beams where temperature > 0.
 
     Processors act on log-probabilities, as in transformers; `logprobs` of the results are what they gave. A
@@ -55,15 +48,9 @@ def beam_search(
     scores = torch.full((len(live), num_beams), NEVER, device=state.logits.device)
     scores[:, 0] = 0.0  # at first the beams of a prompt are equal: only one may go on
     while live:
-        raw, context = state.logits.log_softmax(-1), requests.at(state)
-        processed = requests.rows.apply(raw, context)
-        total = (processed.unflatten(0, (-1, num_beams)) + scores[..., None]).flatten(1)  # [P, beams * V]
+        raw = state.logits.log_softmax(-1)
         width = max(2, 1 + max(len(search.stops) for search in live)) * num_beams
-        best = (total + noise(requests, context, num_beams)).topk(min(width, total.shape[1])).indices
-        values, tokens = total.gather(1, best), best % raw.shape[1]
-        parents = best // raw.shape[1] + torch.arange(len(live), device=best.device)[:, None] * num_beams
-        steps = torch.stack([raw[parents, tokens], processed[parents, tokens]], -1).tolist()
-        parents, tokens = parents.tolist(), tokens.tolist()
+        values, parents, tokens, steps = candidates(requests, raw, requests.at(state), scores, width)
 
         def trail(i, j):
             return [*trails[parents[i][j]], (tokens[i][j], *steps[i][j])]  # noqa: B023 - called in this round only
@@ -84,6 +71,29 @@ def beam_search(
             requests.rows.apply(raw[beams], context)  # memory advances with the context that apply saw
             requests, state = requests.accept(chosen, context), engine.step(state, chosen)
     return [result for search in searches for result in search.results(num_return_sequences)]
+
+
+def candidates(requests: Requests, raw: Tensor, context, scores: Tensor, width: int):
+    """The best, or sampled, continuations of the beams of each prompt.
+
+    Args:
+        requests, context: of the P * beams rows.
+        raw: [P * beams, V] log-probabilities.
+        scores: [P, beams] of the beams so far.
+        width: how many continuations of each prompt, K.
+
+    Returns:
+        Their scores [P, K], and lists [P][K] of the row that each continues, its token, and that token's raw and
+        processed log-probability.
+    """
+    processed = requests.rows.apply(raw, context)
+    prompts, beams = scores.shape
+    total = (processed.unflatten(0, (prompts, beams)) + scores[..., None]).flatten(1)  # [P, beams * V]
+    best = (total + noise(requests, context, beams)).topk(min(width, total.shape[1])).indices
+    parents = best // raw.shape[1] + torch.arange(prompts, device=best.device)[:, None] * beams
+    tokens = best % raw.shape[1]
+    steps = torch.stack([raw[parents, tokens], processed[parents, tokens]], -1)
+    return total.gather(1, best), parents.tolist(), tokens.tolist(), steps.tolist()
 
 
 def noise(requests: Requests, context, num_beams: int) -> Tensor | float:
