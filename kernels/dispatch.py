@@ -71,13 +71,16 @@ def select(operation, device, argument=None, unsupported=None):
 
 def _why_not(device_type, named):
     """Why Triton cannot run on this kind of device, or None; the interpreter runs only named choices."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if device_type == "cuda" or (named and interpreting()):
-        return None
+        return None if _has_triton() else "triton is not installed"
     return (
         f"tensors are on {device_type!r}; Triton needs 'cuda' (or TRITON_INTERPRET=1 before it is imported)"
     )
+
+
+@functools.cache
+def _has_triton():
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreting():
