@@ -15,6 +15,7 @@ from .errors import CapabilityError, HandloomError, ParameterError, PromptError
 from .generation import Event, Generation
 from .graph import GraphBatch
 from .loop import run
+from .parallel import fresh_seed, is_split
 from .params import SamplingParams
 from .pipeline import Pipeline
 from .probe import adapt
@@ -103,6 +104,7 @@ class Engine:
         dtype="auto",
         device=None,
         device_map=None,
+        tp_plan=None,
         quantization: str | None = None,
         gguf_file: str | None = None,
         revision: str | None = None,
@@ -113,8 +115,8 @@ class Engine:
         """An Engine for a hub id or a local folder.
 
         Args:
-            name_or_path, dtype, device, device_map, quantization, gguf_file, revision, trust_remote_code: see
-                `handloom.loading.load`.
+            name_or_path, dtype, device, device_map, tp_plan, quantization, gguf_file, revision, trust_remote_code:
+                see `handloom.loading.load`.
             model_kwargs: further arguments for transformers' `from_pretrained`.
             engine_kwargs: arguments of `Engine`.
 
@@ -128,6 +130,7 @@ class Engine:
             dtype=dtype,
             device=device,
             device_map=device_map,
+            tp_plan=tp_plan,
             quantization=quantization,
             gguf_file=gguf_file,
             revision=revision,
@@ -398,7 +401,7 @@ class Engine:
                 asked = self._checked(asked, len(prompt))
             except ParameterError as error:
                 raise ParameterError(f"request {index}: {error}") from error
-            seed = int(torch.randint(2**62, ())) if asked.seed is None else asked.seed
+            seed = fresh_seed(self.model) if asked.seed is None else asked.seed
             shared = Prefilled(waiting=asked.n)
             requests += [Request(index, sample, prompt, asked, seed, shared) for sample in range(asked.n)]
         return requests, single
@@ -410,6 +413,11 @@ class Engine:
         if asked.max_length is not None and asked.max_length <= prompt_length:
             raise ParameterError(
                 f"max_length={asked.max_length} counts the prompt, which has {prompt_length} tokens"
+            )
+        if asked.max_time is not None and is_split(self.model):
+            raise ParameterError(
+                f"max_time={asked.max_time} is read from each rank's own clock, and a rank that stops alone leaves "
+                "the others waiting for ever; use max_new_tokens"
             )
         asked = asked.resolve(self.tokenizer)
         asked.check_vocabulary(self.vocab_size)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+import functools
+import logging
+import time
 
+import torch
+from torch.nn.functional import linear
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from . import packing, parallel
 from .errors import ModelError
 
-QUANTIZATIONS = ("nf4", "fp4", "int8")
+log = logging.getLogger("handloom")
+QUANTIZATIONS = ("nf4", "fp4", "int8", *packing.BITS)
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+SMALL = 1 << 18  # weights of a layer below which the dtype is not worth a measurement
+GAIN = 1.2  # how much faster another dtype has to be before the checkpoint's own is left
 
 
 def load(
@@ -17,6 +26,7 @@ def load(
     dtype="auto",
     device=None,
     device_map=None,
+    tp_plan=None,
     quantization: str | None = None,
     gguf_file: str | None = None,
     revision: str | None = None,
@@ -27,41 +37,72 @@ def load(
 
     Args:
         name_or_path: hub id or local folder.
-        dtype: a torch dtype, its name, or `auto` for the checkpoint's own.
+        dtype: a torch dtype, its name, or `auto`: the checkpoint's own, but on a CPU the faster one of float32 and
+            bfloat16, measured at the model's shapes.
         device: where the model goes; None takes CUDA where there is one.
         device_map: passed on for models larger than one device; excludes `device`.
-        quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes).
+        tp_plan: `auto` splits the model over the processes that torchrun started; excludes `device`, `device_map`
+            and `quantization`.
+        quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes), or on a CPU `int8-cpu` or `int4-cpu`: packed
+            weights, the output layer included, with bfloat16 activations.
         gguf_file: a GGUF file in the folder, dequantised on load.
         revision, trust_remote_code, model_kwargs: passed on to transformers.
 
     Raises:
         ModelError: nothing usable is found there, or an argument is not valid.
     """
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ModelError(f"quantization={quantization!r} is not one of None, {', '.join(QUANTIZATIONS)}")
-    if device is not None and device_map is not None:
-        raise ModelError(f"device={device!r} and device_map={device_map!r} exclude each other")
+    place = _place(device, device_map, tp_plan, quantization)
     dtype = _dtype(dtype)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        common["gguf_file"] = gguf_file
     arguments = {**common, "dtype": dtype, **model_kwargs}
     if gguf_file is not None:
         from transformers.utils.quantization_config import GgufConfig
 
-        common["gguf_file"] = arguments["gguf_file"] = gguf_file
         arguments["quantization_config"] = GgufConfig(dequantize=True)
         arguments["dtype"] = torch.float32 if dtype == "auto" else dtype
-    if quantization is not None:
+    if quantization in packing.BITS:
+        arguments["dtype"] = torch.bfloat16 if dtype == "auto" else dtype
+    elif quantization is not None:
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
-    if device_map is not None or quantization is not None:
-        arguments["device_map"] = device_map if device_map is not None else {"": place}
+        arguments["device_map"] = {"": place}
+    elif dtype == "auto" and place.type == "cpu":
+        arguments["dtype"] = _dtype_for_cpu(name_or_path, common)
+    if device_map is not None:
+        arguments["device_map"] = device_map
+    if tp_plan is not None:
+        arguments |= parallel.plan_arguments(tp_plan)
     try:
         module = AutoModelForCausalLM.from_pretrained(name_or_path, **arguments)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ModelError(f"cannot load a causal LM from {str(name_or_path)!r}: {error}") from error
-    if "device_map" not in arguments:
+    if "device_map" not in arguments and tp_plan is None:
         module = module.to(place)
+    if quantization in packing.BITS:
+        packing.pack(module, quantization)
     return module.eval(), _tokenizer(name_or_path, common)
+
+
+def _place(device, device_map, tp_plan, quantization) -> torch.device:
+    """Where the model goes, once the arguments fit each other."""
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ModelError(f"quantization={quantization!r} is not one of None, {', '.join(QUANTIZATIONS)}")
+    given = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
+    given = {name: value for name, value in given.items() if value is not None}
+    if tp_plan is not None and quantization is not None:
+        given["quantization"] = quantization
+    if len(given) > 1:
+        listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ModelError(f"{listed} exclude each other")
+    packed = quantization in packing.BITS
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() and not packed else "cpu"))
+    if packed and (place.type != "cpu" or device_map not in (None, "cpu", {"": "cpu"})):
+        where = f"device_map={device_map!r}" if device_map is not None else f"device={str(place)!r}"
+        raise ModelError(
+            f'quantization={quantization!r} is for the CPU, not {where}; on CUDA use "int8", "nf4" or "fp4"'
+        )
+    return place
 
 
 def _dtype(dtype):
@@ -70,6 +111,62 @@ def _dtype(dtype):
     if dtype not in DTYPES:
         raise ModelError(f"dtype={dtype!r} is not a torch dtype or one of {', '.join(DTYPES)}")
     return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+# -- the dtype on a CPU
+
+
+def _dtype_for_cpu(name_or_path, common):
+    """The checkpoint's dtype, or the one of float32 and bfloat16 that is clearly faster on this machine."""
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, **common).get_text_config(decoder=True)
+    except (OSError, ValueError, KeyError):
+        return "auto"  # from_pretrained will say what is wrong
+    own = getattr(config, "dtype", None)
+    hidden, vocab = getattr(config, "hidden_size", None), getattr(config, "vocab_size", None)
+    inner = getattr(config, "intermediate_size", None) or (hidden and 4 * hidden)
+    if own not in (torch.float32, torch.bfloat16, torch.float16) or getattr(
+        config, "quantization_config", None
+    ):
+        return "auto"
+    if not isinstance(hidden, int) or not isinstance(inner, int) or hidden * inner < SMALL:
+        return "auto"
+    times = linear_times(hidden, inner, min(vocab, 1 << 14))
+    best = min(times, key=times.get)
+    chosen = own if own in times and times[own] <= GAIN * times[best] else best
+    listed = ", ".join(f"{str(d).removeprefix('torch.')} {1e6 * t:.0f} us" for d, t in times.items())
+    log.info("dtype on this CPU: %s (a layer and part of the output layer: %s)", chosen, listed)
+    return chosen
+
+
+@functools.lru_cache(maxsize=16)  # one answer a process: engines of one model agree
+def linear_times(hidden: int, inner: int, outputs: int, rounds: int = 5) -> dict[torch.dtype, float]:
+    """Shortest time of the products of one decode step at batch 1, for each dtype worth a thought.
+
+    Args:
+        hidden, inner, outputs: widths of the residual stream, the feed-forward layer and (part of) the output layer.
+        rounds: measurements of each, in turn.
+
+    Returns:
+        dtype -> seconds for `inner x hidden`, `hidden x inner` and `outputs x hidden`.
+    """
+    shapes = ((inner, hidden), (hidden, inner), (outputs, hidden))
+    sides = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        sides[dtype] = [
+            (torch.full((1, shape[1]), 0.5, dtype=dtype), torch.full(shape, 0.01, dtype=dtype))
+            for shape in shapes
+        ]
+    best = dict.fromkeys(sides, float("inf"))
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            for dtype, products in sides.items():
+                start = time.perf_counter()
+                for x, weight in products:
+                    linear(x, weight)
+                if turn:  # the first round pays for what is set up once
+                    best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best
 
 
 def _bitsandbytes(quantization: str, dtype):

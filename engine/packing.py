@@ -1,0 +1,57 @@
+"""Weight-only quantisation for the CPU: a loaded model's linear layers are replaced by packed ones."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from .errors import ModelError
+from .kernels.packed import PackedLinear, pack_linears
+
+log = logging.getLogger("handloom")
+BITS = {"int8-cpu": 8, "int4-cpu": 4}
+
+
+def pack(model, quantization: str, group: int = 32):
+    """Replace every linear layer of a model, the output layer too, by an 8- or 4-bit one; in place.
+
+    Input embeddings keep their dtype: a step reads one row of them a token. Where they are tied to the output layer
+    that layer gets a packed copy of its own.
+
+    Args:
+        model: a transformers model on the CPU, not quantised yet.
+        quantization: `int8-cpu` (one scale an output) or `int4-cpu` (scale and zero a group of inputs).
+        group: inputs that share a scale at 4 bits: 32, 64, 128 or 256.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: the model lies on another device, or has no layer that can be packed.
+    """
+    place = model.get_input_embeddings().weight.device
+    if place.type != "cpu":
+        raise ModelError(
+            f'quantization={quantization!r} is for the CPU; on {place} use "int8", "nf4" or "fp4"'
+        )
+    before = _bytes(model)
+    left = pack_linears(model, BITS[quantization], group=group)
+    packed = sum(isinstance(module, PackedLinear) for module in model.modules())
+    if not packed:
+        reasons = sorted(set(left.values())) or ["the model has no nn.Linear"]
+        raise ModelError(f"quantization={quantization!r}: no layer can be packed: {'; '.join(reasons)[:300]}")
+    # Products round their inputs to bfloat16, so logits are compared as those of a quantised model.
+    model.is_quantized = True
+    log.info(
+        "%s: %d layers packed, %.0f MB -> %.0f MB", quantization, packed, before / 1e6, _bytes(model) / 1e6
+    )
+    for name, reason in left.items():
+        log.info("%s stays as it is: %s", name, reason)
+    return model
+
+
+def _bytes(model) -> int:
+    """Bytes of parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if torch.is_tensor(t)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
