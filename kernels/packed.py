@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 DENSE_ROWS = 32  # with more rows than this an int8 weight is worth widening for a plain product
+INT8_INPUTS = 16  # torch's int8 product reads inputs in steps of so many, past the end of other weights
 INT4_OUTPUTS = 16  # torch packs int4 weights in tiles of so many outputs
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # ranges tried for each int4 group; the least squared error wins
 
@@ -99,7 +100,8 @@ def unpackable(layer, bits, group):
             f"weight is {weight.dtype} on {weight.device}; packed products need a floating weight on the CPU"
         )
     if bits == 8:
-        return None
+        odd = layer.in_features % INT8_INPUTS
+        return f"{layer.in_features} inputs; int8 needs a multiple of {INT8_INPUTS}" if odd else None
     if group not in (32, 64, 128, 256):
         return f"group={group}: expected 32, 64, 128 or 256"
     if layer.in_features % group or layer.out_features % INT4_OUTPUTS:
