@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,12 +30,14 @@ class Step:
         results: `[S, 3]` token, raw and processed log-probability of each slot.
         best: ids and log-probabilities `[S, n]` of the most probable tokens, or None.
         ready: set when `results` has arrived, None where it is there already.
+        failures: why a processor left a slot without a token.
     """
 
     requests: list[Request | None]
     results: torch.Tensor
     best: tuple[torch.Tensor, torch.Tensor] | None = None
     ready: torch.cuda.Event | None = None
+    failures: dict[int, str] = field(default_factory=dict)
 
     def read(self) -> list[list[float]]:
         """The results, once they have arrived."""
@@ -209,7 +211,8 @@ class Batch:
         self.tokens = drawn.tokens
         self.sampler = self.sampler.accept(drawn.tokens, context, every_row=True)
         results = torch.stack((drawn.tokens, drawn.raw_logprobs, drawn.logprobs), 1)
-        return Step(list(self.requests), results, self._most_probable())
+        failures = context.cache.get("failures", {})
+        return Step(list(self.requests), results, self._most_probable(), failures=failures)
 
     def _most_probable(self):
         wanted = [r.params.logprobs for r in self.requests if r is not None and r.params.logprobs is not None]

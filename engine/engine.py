@@ -90,6 +90,7 @@ class Engine:
         self._batches: dict[tuple[int, int], Batch] = {}
         self.slots = slots if self.capabilities.ragged else 1
         self.fixed_slots, self.compile = fixed_slots, compile
+        self.runner.alone = fixed_slots
         if compile:
             compile_step(self.runner, {self.bucket(rows) for rows in range(1, self.slots + 1)})
         self.pipeline = Pipeline.default() if pipeline is None else pipeline

@@ -40,6 +40,7 @@ class GraphBatch(Batch):
         self.captured: dict[tuple, Captured] = {}
         self.memory_pool = torch.cuda.graph_pool_handle() if self.on_cuda else None
         self.refused: set[tuple] = set()
+        self.failures: dict[int, str] = {}
 
     @property
     def on_cuda(self) -> bool:
@@ -77,7 +78,8 @@ class GraphBatch(Batch):
 
     def _send(self, best) -> Step:
         if not self.on_cuda:
-            return Step(list(self.requests), self.results.clone(), best and tuple(t.clone() for t in best))
+            best = best and tuple(t.clone() for t in best)
+            return Step(list(self.requests), self.results.clone(), best, failures=self.failures)
         results = torch.empty(self.results.shape, dtype=self.results.dtype, pin_memory=True)
         results.copy_(self.results, non_blocking=True)
         if best is not None:
@@ -87,7 +89,7 @@ class GraphBatch(Batch):
             best = best[0]
         ready = torch.cuda.Event()
         ready.record()
-        return Step(list(self.requests), results, best, ready)
+        return Step(list(self.requests), results, best, ready, self.failures)
 
     # -- the device program
 
@@ -101,6 +103,7 @@ class GraphBatch(Batch):
         """Draw a token for every slot; memory is updated where it lies."""
         context = self.context()
         drawn = self.sampler.sample(self.logits, context)
+        self.failures = context.cache.get("failures", {})
         advanced = self.sampler.accept(drawn.tokens, context, every_row=True)
         for old, new in zip(self.sampler.active(), advanced.active(), strict=True):
             _overwrite(old, new)

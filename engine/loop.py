@@ -120,7 +120,8 @@ def collect(batch: Batch, step: Step) -> Iterator[Event]:
             continue
         token, raw, processed = results[slot]
         if math.isnan(raw) or math.isnan(processed):
-            event = request.end("error", f"request {request.index}: {blame(raw)}")
+            reason = step.failures.get(slot) or blame(raw)
+            event = request.end("error", f"request {request.index}: {reason}")
         else:
             event = request.push(int(token), raw, processed, best and best[slot])
         if event.finish:

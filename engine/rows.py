@@ -311,8 +311,10 @@ class Rows:
         tokens = drawn.tokens.clamp(
             min=0
         )  # -1 marks a row without a drawable token; its log-probabilities are NaN
-        raw = drawn.raw_logprob if drawn.raw_logprob is not None and processed is logits else None
-        return Drawn(tokens, logprob_of(logits, tokens) if raw is None else raw, drawn.logprob, None)
+        final = drawn.logprob
+        if any(self.greedy):  # by the formula of a batch without sampling rows, to the last bit
+            final = torch.where(self.greedy_rows(), logprob_of(processed, tokens), final)
+        return Drawn(tokens, logprob_of(logits, tokens), final, None)
 
     def greedy_rows(self) -> Tensor | None:
         """[B] bool: rows that take the argmax; None when there are none."""

@@ -32,7 +32,8 @@ class Context:
     values: parameters of the processor that is running, one attribute per field, [B, 1].
     memory: memory of the processor that is running, or None.
     notes: what `apply` leaves for the `accept` of the same step (same Context).
-    cache: what several processors of one step share, such as the history once it is built.
+    cache: what several processors of one step share, such as the history once it is built. A processor that
+        must give up on a row leaves it without a token and says why in `cache["failures"][row]`.
     """
 
     tokens: Any = None
@@ -219,7 +220,9 @@ def values_of(
     """The namespace that a processor reads as `context.values`; `rows_on` is [B, 1] bool, or None when all
     are on.
     """
-    values = SimpleNamespace(**processor.pack(settings, context))
+    # A row for which the rule is off packs as off: its settings may be another request's, or explicit ones.
+    packed = [own if on else dict(processor.defaults) for own, on in zip(settings, flags, strict=True)]
+    values = SimpleNamespace(**processor.pack(packed, context))
     if processor.kind == "opaque":
         values.flags = flags
     values.rows_on = None if all(flags) else torch.tensor(flags, device=context.device)[:, None]
@@ -229,6 +232,11 @@ def values_of(
 def guarded(processor: Processor, logits: Tensor, context: Context) -> Tensor:
     """Apply `processor`; rows for which it is off come back bit-identical whatever the rule returns."""
     result = processor.apply(logits, context)
+    if not isinstance(result, Tensor) or result.shape != logits.shape:
+        got = list(result.shape) if isinstance(result, Tensor) else repr(result)
+        raise ParameterError(
+            f"processor {processor.name!r} must return logits of shape {list(logits.shape)}, got {got}"
+        )
     rows_on = context.values.rows_on
     if rows_on is None or isinstance(processor, (Edit, Keep)) or result is logits:
         return result

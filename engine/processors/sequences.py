@@ -159,8 +159,13 @@ class PrefixFunction(Processor):
         for row, function in enumerate(context.values.functions):
             if function is None:
                 continue
-            allowed = function(streams[row], context.history[row, : lengths[row]])
-            allowed = check_ids(self.name, allowed, logits.shape[-1])
             result[row] = NEG_INF
+            try:
+                allowed = function(streams[row], context.history[row, : lengths[row]])
+                allowed = check_ids(self.name, allowed, logits.shape[-1])
+            except Exception as error:  # noqa: BLE001 - one request's function must not take the others with it
+                failures = context.cache.setdefault("failures", {})
+                failures[row] = f"prefix_fn raised {type(error).__name__}: {error}"
+                continue
             result[row, allowed] = logits[row, allowed]
         return result
