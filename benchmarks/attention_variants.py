@@ -3,6 +3,7 @@
 import functools
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,13 +169,11 @@ def excess(build, row):
     return [f"{build.name} on {row['target']}: {text}" for text in found]
 
 
-def main():
-    """Print every build on every target (or those on the command line); exit 1 if a limit is broken."""
-    import sys
-
+def report(found):
+    """Print these builds on every target (or those on the command line); exit 1 where a limit is broken."""
     wrong = []
     for target in sys.argv[1:] or TARGETS:
-        for build in builds():
+        for build in found:
             row = measure(build, target)
             wrong += excess(build, row)
             print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
@@ -183,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    report(builds())

@@ -109,8 +109,8 @@ def _store(ptr, value, mask, UPCAST: tl.constexpr):
 def sizes(rows, blocksize):
     """Tile sizes by name for so many rows of x; the launch and the offline compile both take them from here."""
     if rows <= GEMV_ROWS:
-        return {"BLOCK_N": 8, "GROUPS": max(1, 512 // blocksize)}
-    return {"BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": 32}
+        return {"BLOCK_N": 8, "GROUPS": max(1, 1024 // blocksize)}
+    return {"BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": 64}
 
 
 def launch(x, weight, bias, out):

@@ -166,15 +166,24 @@ RULES = {
     "all": {"window": 20, "softcap": 3.0, "sinks": True},
 }
 TREES = {name: {**RULES[name], "tree": True} for name in ("plain", "window", "all")}
-MATRIX = [
-    pytest.param({**shape, **rule}, id=f"{shape_name}, {name}")
-    for shape_name, shape in SHAPES.items()
-    for name, rule in RULES.items()
-] + [
-    pytest.param({**shape, **rule}, id=f"{shape_name}, tree, {name}")
-    for shape_name, shape in (("verify", VERIFY), ("ragged", RAGGED))
-    for name, rule in TREES.items()
-]
+MATRIX = (
+    [
+        pytest.param({**shape, **rule}, id=f"{shape_name}, {name}")
+        for shape_name, shape in SHAPES.items()
+        for name, rule in RULES.items()
+    ]
+    + [
+        # A window narrower than the tree is deep, where a cell's place differs from its position.
+        pytest.param(
+            {"lengths": (8, 30, 40), "queries": 8, "window": 2, "tree": True}, id="deep tree, window 2"
+        ),
+    ]
+    + [
+        pytest.param({**shape, **rule}, id=f"{shape_name}, tree, {name}")
+        for shape_name, shape in (("verify", VERIFY), ("ragged", RAGGED))
+        for name, rule in TREES.items()
+    ]
+)
 HEADS = [
     pytest.param({"heads": (4, 4)}, id="multi-head"),
     pytest.param({"heads": (8, 1)}, id="multi-query"),

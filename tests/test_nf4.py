@@ -1,5 +1,10 @@
 """Products with 4-bit weights: our reading of bitsandbytes' layout against its own, and the kernel against that."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -93,3 +98,14 @@ def test_refusals():
     odd = FourBitWeight(weight.packed, (16, 96), weight.code, weight.absmax, 64)
     with pytest.raises(dispatch.KernelUnavailable, match="96 inputs in blocks of 64"):
         four_bit_linear(activations(1, 96), odd, kernels="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_build_keeps_its_limits(target):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.nf4_variants", target]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.count(target) == 6
