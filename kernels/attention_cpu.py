@@ -28,7 +28,7 @@ class CellPlan:
     def __init__(self, tables, lengths, block_size, *, counts=None, tree=None, alone=True):
         self.lengths = [int(n) for n in lengths]
         self.counts = None if counts is None else [int(n) for n in counts]
-        self.block_size, self.tree, self._masks = block_size, tree, {}
+        self.block_size, self.tree, self._masks, self._ids = block_size, tree, {}, {}
         self._tables = [
             self._blocks(row, *pair) for row, pair in enumerate(zip(tables, self.lengths, strict=True))
         ]
@@ -87,8 +87,9 @@ class CellPlan:
         if start is None:
             skipped = first // self.block_size
             start = -skipped * self.block_size
-            index = torch.tensor(self._tables[row][skipped:], device=pool.device)
-            flat = flat_cells(pool.index_select(0, index))
+            if row not in self._ids:
+                self._ids[row] = torch.tensor(self._tables[row], device=pool.device)
+            flat = flat_cells(pool.index_select(0, self._ids[row][skipped:]))
         return flat[:, :, start + first : start + self.lengths[row]]
 
     def mask(self, row, queries, n, window, group, like):

@@ -392,6 +392,19 @@ def test_cpu_is_as_exact_as_torch_attention(queries):
         assert error <= 2 * (plain[0].transpose(0, 1).double() - exact[row]).abs().max() + 1e-7
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_short_rows_in_one_rectangle(window, dtype):
+    """Rows that may share a rectangle get the same values; cells beyond a row are finite there, and unseen."""
+    case = Case(lengths=(50, 64, 90), window=window, dtype=dtype)
+    for pool in (case.keys, case.values):
+        pool.nan_to_num_(30.0)
+    plan = CellPlan(case.table.tolist(), case.lengths, case.block, alone=False)
+    assert plan.together
+    case.check(paged_attention_cpu(case.q, case.keys, case.values, plan=plan, sliding_window=window))
+    assert not CellPlan(case.table.tolist(), case.lengths, case.block).together
+
+
 def test_cpu_large_chunk_keeps_its_mask_small():
     """A chunk whose mask is too large to repeat per head takes the other route, to the same values."""
     case = Case(lengths=(1500,), queries=1000, heads=(4, 1), dims=(8, 8))
