@@ -3,7 +3,6 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-README = HERE / "README.md"
 
 DEMO = [
     "filelock>=3.12",
@@ -28,6 +27,7 @@ DEV = [
     *BENCH,
     "build>=1.2",
     "hypothesis>=6.100",
+    "logits-processor-zoo>=0.2.1",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -40,7 +40,7 @@ setup(
     name="handloom",
     version="0.1.0",
     description="A decoding engine for researchers: any Hugging Face LM, a handwritten loop, open kernels",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

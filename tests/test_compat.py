@@ -3,6 +3,7 @@
 import copy
 import math
 
+import logits_processor_zoo.transformers as originals
 import pytest
 import torch
 from tiny_tokenizers import byte_level
@@ -25,8 +26,6 @@ from handloom.errors import CapabilityError, ParameterError
 from handloom.params import SamplingParams
 from handloom.pipeline import Context, Pipeline
 from handloom.processors import zoo
-
-originals = pytest.importorskip("logits_processor_zoo.transformers")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def test_python_blocks_run_in_order(smollm2, monkeypatch, capsys):
     assert count >= 8
     printed = capsys.readouterr().out
     assert "The capital of France is Paris. eos" in printed
-    assert "repetition_penalty" in printed and "top_k" in printed
+    assert {"repetition_penalty", "top_k"} <= set(printed.split())
     engine = namespace["engine"]
     del namespace
     engine.pool.check()
@@ -39,7 +39,8 @@ def test_both_commands_are_those_that_ci_runs():
     )
     assert 'pip install -c constraints.txt -e ".[dev]" && pytest' in commands
     ci = (README.parent / ".ci" / "run").read_text(encoding="utf-8")
-    assert '-c constraints.txt -e ".[dev]"' in ci and re.search(r"^pytest", ci, re.M)
+    assert '-c constraints.txt -e ".[dev]"' in ci
+    assert re.search(r"^pytest", ci, re.M)
 
 
 def test_the_tree_names_files_that_exist():
