@@ -7,7 +7,7 @@ import logging
 import torch
 from transformers import DynamicCache
 
-from .cache import HYBRID, RECURRENT, layer_plan
+from .cache import ATTENTION, HYBRID, RECURRENT, layer_plan
 from .errors import ModelError
 from .kv import BlockPool
 from .model import Model, supported_layers
@@ -71,10 +71,16 @@ def _paths(module) -> list[str]:
     config = module.config.get_text_config(decoder=True)
     kinds = {kind for kind, _ in layer_plan(config)}
     rows = [] if kinds & (RECURRENT | HYBRID) else ["rows"]
-    # Rules for what a short probe would not meet: one temperature for all rows, borders that only a mask knows.
+    # Rules for what a short probe would not meet: one temperature for all rows, borders that only a mask knows,
+    # keys that are expanded behind the cache.
     if getattr(config, "attn_temperature_tuning", None) or config.model_type in POSITION_FROM_KEYS:
         return rows
-    if "chunked_attention" in kinds or not type(module)._can_set_attn_implementation():
+    own = (
+        "chunked_attention" in kinds
+        or getattr(config, "kv_lora_rank", None)
+        or not kinds & (ATTENTION | HYBRID)
+    )
+    if own or not type(module)._can_set_attn_implementation():
         return ["mask", *rows]
     return ["attention", "mask", *rows]
 
