@@ -85,12 +85,13 @@ class CompiledStep:
     Args:
         model: the adapter whose step is compiled.
         sizes: numbers of rows worth compiling for; other steps run as they are.
+        backend: of torch.compile.
 
     Raises:
         CapabilityError: the model does not run on the attention path alone, so its step has no static shape.
     """
 
-    def __init__(self, model: Model, sizes: set[int]):
+    def __init__(self, model: Model, sizes: set[int], backend: str = "inductor"):
         reason = unsupported(model)
         if reason:
             raise CapabilityError(f"the decode step cannot be compiled: {reason}")
@@ -106,7 +107,7 @@ class CompiledStep:
         weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
         # A code object of its own: torch counts recompilations for each code object, not for each model.
         forward = types.FunctionType(_forward.__code__.replace(), globals(), f"decode_{self._number}")
-        self._forward = torch.compile(forward, fullgraph=True, dynamic=False)
+        self._forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
 
     def takes(self, feed: Feed, hidden: bool) -> bool:
         """Whether this pass is a plain decode step, one token for every row, of a size to compile for."""

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from .errors import ModelError
-from .kernels.packed import PackedLinear, pack_linears
+from .kernels.packed import PackedLinear, pack_linears, unpackable
 
 log = logging.getLogger("handloom")
 BITS = {"int8-cpu": 8, "int4-cpu": 4}
@@ -17,7 +17,7 @@ def pack(model, quantization: str, group: int = 32):
     """Replace every linear layer of a model, the output layer too, by an 8- or 4-bit one; in place.
 
     Input embeddings keep their dtype: a step reads one row of them a token. Where they are tied to the output layer
-    that layer gets a packed copy of its own.
+    that layer gets a packed copy of its own. It takes 8 bits in either case: 4 there change answers.
 
     Args:
         model: a transformers model on the CPU, not quantised yet.
@@ -36,6 +36,7 @@ def pack(model, quantization: str, group: int = 32):
             f'quantization={quantization!r} is for the CPU; on {place} use "int8", "nf4" or "fp4"'
         )
     before = _bytes(model)
+    _pack_output(model)
     left = pack_linears(model, BITS[quantization], group=group)
     packed = sum(isinstance(module, PackedLinear) for module in model.modules())
     if not packed:
@@ -49,6 +50,12 @@ def pack(model, quantization: str, group: int = 32):
     for name, reason in left.items():
         log.info("%s stays as it is: %s", name, reason)
     return model
+
+
+def _pack_output(model) -> None:
+    output = model.get_output_embeddings()
+    if output is not None and unpackable(output, 8, 32) is None:
+        model.set_output_embeddings(PackedLinear(output, 8))
 
 
 def _bytes(model) -> int:

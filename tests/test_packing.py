@@ -1,0 +1,82 @@
+"""Packed models behind an engine, the measured dtype, and what is refused."""
+
+import logging
+
+import pytest
+import torch
+from architectures import prompts_of
+from helpers import full_logits, tiny_llama
+
+from handloom import Engine, loading
+from handloom.errors import ModelError
+from handloom.kernels.packed import PackedLinear, unpackable
+from handloom.packing import pack
+
+PROMPTS = prompts_of([7, 3, 11])
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 112}
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("int8-cpu", 8), ("int4-cpu", 4)])
+def test_a_packed_model_decodes_what_its_own_logits_say(tmp_path, kind, bits):
+    tiny_llama(**WIDE).save_pretrained(tmp_path)
+    engine = Engine.from_pretrained(tmp_path, quantization=kind, device="cpu", slots=2, max_length=64)
+    layers = [m for m in engine.model.modules() if isinstance(m, PackedLinear)]
+    output = engine.model.get_output_embeddings()
+    assert len(layers) == 2 * 7 + 1
+    assert output.bits == 8
+    assert {m.bits for m in layers if m is not output} == {bits}
+    assert engine.dtype == torch.bfloat16
+    assert engine.capabilities.path == "attention"
+    for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, max_new_tokens=6), strict=True):
+        logits = full_logits(engine.model, prompt + answer.token_ids)
+        for i, token in enumerate(answer.token_ids):
+            row = logits[len(prompt) - 1 + i]
+            assert row[token] >= row.max() - 0.05 * row.std()  # bfloat16 ties may fall either way
+
+
+def test_tied_embeddings_stay_and_the_output_layer_gets_its_own_copy():
+    model = tiny_llama(torch.bfloat16, **WIDE, tie_word_embeddings=True)
+    words = model.get_input_embeddings().weight
+    before = words.clone()
+    pack(model, "int4-cpu")
+    assert model.get_input_embeddings().weight is words
+    assert torch.equal(words, before)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        wanted, got = x.float() @ before.float().T, model.get_output_embeddings()(x).float()
+    assert float((got - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_int8_is_refused_where_torch_would_read_past_the_weight():
+    assert "24 inputs" in unpackable(torch.nn.Linear(24, 64), 8, 32)
+    assert unpackable(torch.nn.Linear(48, 64), 8, 32) is None
+
+
+@pytest.mark.parametrize("where", [{"device": "cuda"}, {"device_map": "auto"}], ids=["device", "device_map"])
+def test_packing_for_another_device_names_what_to_use_there(tmp_path, where):
+    with pytest.raises(ModelError, match=r"int4-cpu.*for the CPU.*nf4"):
+        Engine.from_pretrained(tmp_path, quantization="int4-cpu", **where)
+
+
+TIMES = {
+    "bfloat16 is faster": ({torch.float32: 3.0, torch.bfloat16: 1.0}, torch.bfloat16),
+    "too close to leave the checkpoint's own": ({torch.float32: 1.1, torch.bfloat16: 1.0}, torch.float32),
+    "float32 is faster": ({torch.float32: 1.0, torch.bfloat16: 3.0}, torch.float32),
+}
+
+
+@pytest.mark.parametrize(("times", "chosen"), TIMES.values(), ids=TIMES)
+def test_auto_takes_the_faster_dtype_and_logs_it(tmp_path, monkeypatch, caplog, times, chosen):
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "SMALL", 1)
+    monkeypatch.setattr(loading, "linear_times", lambda *shapes: times)
+    with caplog.at_level(logging.INFO, logger="handloom"):
+        assert loading.load(tmp_path, device="cpu")[0].dtype == chosen
+    assert any(str(chosen) in r.getMessage() for r in caplog.records)
+
+
+def test_a_named_dtype_is_never_measured(tmp_path, monkeypatch):
+    tiny_llama().save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "SMALL", 1)
+    monkeypatch.setattr(loading, "linear_times", lambda *shapes: pytest.fail("measured"))
+    assert loading.load(tmp_path, device="cpu", dtype="float32")[0].dtype == torch.float32
