@@ -48,6 +48,21 @@ def texts():
     assert_nothing_leaked(engine)
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "graph"])
+def either(request, model):
+    """An engine whose step runs as it is, or as the one device program that a CUDA graph captures."""
+    engine = Engine(model, slots=3, graph=request.param)
+    yield engine
+    assert_nothing_leaked(engine)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "graph"])
+def either_texts(request):
+    engine = text_engine(slots=3, graph=request.param)
+    yield engine
+    assert_nothing_leaked(engine)
+
+
 def ids_of(generations):
     return [g.token_ids for g in generations]
 
@@ -258,10 +273,11 @@ def test_one_batch_of_all_parameters_equals_each_request_alone(given):
     expected = [alone.generate(p, own) for p, own in zip(prompts, params, strict=True)]
     together = Engine(model, tokenizer, slots=len(params)).generate(prompts, params)
     few = Engine(model, tokenizer, slots=5).generate(prompts, params)
+    late = Engine(model, tokenizer, slots=5, graph=True).generate(prompts, params)
     plain = alone.generate(prompts, seed=7, max_new_tokens=12)
-    for name, one, same, also, off in zip(MIXED, expected, together, few, plain, strict=True):
+    for name, one, *others, off in zip(MIXED, expected, together, few, late, plain, strict=True):
         assert one.finish_reason != "error", (name, one.error)
-        for other in (same, also):
+        for other in others:
             assert outcome(other)[:4] == outcome(one)[:4], name
             assert other.logprobs == pytest.approx(one.logprobs, abs=1e-3), name
             assert other.raw_logprobs == pytest.approx(one.raw_logprobs, abs=1e-3), name
@@ -269,25 +285,25 @@ def test_one_batch_of_all_parameters_equals_each_request_alone(given):
             assert outcome(one)[:5] != outcome(off)[:5], f"{name} changes nothing here, so it tests nothing"
 
 
-def test_parameters_of_one_row_do_not_touch_a_plain_neighbour(texts):
+def test_parameters_of_one_row_do_not_touch_a_plain_neighbour(either_texts):
     prompt = PROMPTS[1]
-    expected = texts.generate(prompt, max_new_tokens=12)
+    expected = either_texts.generate(prompt, max_new_tokens=12)
     for name, fields in MIXED.items():
         params = [
             SamplingParams(max_new_tokens=12),
             SamplingParams(**({"seed": 7, "max_new_tokens": 12} | fields)),
         ]
-        beside = texts.generate([prompt, PROMPTS[0]], params)[0]
+        beside = either_texts.generate([prompt, PROMPTS[0]], params)[0]
         assert outcome(beside)[:4] == outcome(expected)[:4], name
         assert beside.logprobs == pytest.approx(expected.logprobs, abs=1e-3), name
 
 
-def test_own_built_in_processors_act_on_their_row_alone(engine):
+def test_own_built_in_processors_act_on_their_row_alone(either):
     plain = SamplingParams(max_new_tokens=6, temperature=1.0, seed=2)
-    expected = engine.generate(PROMPTS[:3], plain)
+    expected = either.generate(PROMPTS[:3], plain)
     for own in (LogitBias({5: 50.0}), Temperature(9.0), BannedTokens(list(range(60))), TopK(1)):
         biased = plain.replace(processors=[own])
-        results = engine.generate(PROMPTS[:3], [plain, biased, plain])
+        results = either.generate(PROMPTS[:3], [plain, biased, plain])
         assert [outcome(results[i])[:4] for i in (0, 2)] == [outcome(expected[i])[:4] for i in (0, 2)], own
         assert outcome(results[1])[:5] != outcome(expected[1])[:5], own
 
@@ -357,28 +373,28 @@ def test_tokens_of_a_sampled_row_do_not_depend_on_the_number_of_slots(model):
 # Seeds
 
 
-def test_a_seed_reproduces_and_another_differs(engine):
+def test_a_seed_reproduces_and_another_differs(either):
     settings = {"temperature": 1.5, "max_new_tokens": 20}
-    first = ids_of(engine.generate(PROMPTS, seed=5, **settings))
-    assert ids_of(engine.generate(PROMPTS, seed=5, **settings)) == first
-    assert ids_of(engine.generate(PROMPTS, seed=6, **settings)) != first
+    first = ids_of(either.generate(PROMPTS, seed=5, **settings))
+    assert ids_of(either.generate(PROMPTS, seed=5, **settings)) == first
+    assert ids_of(either.generate(PROMPTS, seed=6, **settings)) != first
 
 
-def test_without_a_seed_each_request_draws_its_own_and_reports_it(engine):
-    results = engine.generate([PROMPTS[0]] * 3, temperature=1.5, max_new_tokens=20)
+def test_without_a_seed_each_request_draws_its_own_and_reports_it(either):
+    results = either.generate([PROMPTS[0]] * 3, temperature=1.5, max_new_tokens=20)
     assert len({g.seed for g in results}) == 3
     assert len({tuple(g.token_ids) for g in results}) == 3
     for generation in results:
-        again = engine.generate(PROMPTS[0], temperature=1.5, max_new_tokens=20, seed=generation.seed)
+        again = either.generate(PROMPTS[0], temperature=1.5, max_new_tokens=20, seed=generation.seed)
         assert again.token_ids == generation.token_ids
 
 
-def test_samples_of_a_request_differ_and_the_first_is_the_single_one(engine):
+def test_samples_of_a_request_differ_and_the_first_is_the_single_one(either):
     settings = {"temperature": 1.5, "max_new_tokens": 20, "seed": 5}
-    samples = ids_of(engine.generate(PROMPTS[0], n=5, **settings))
+    samples = ids_of(either.generate(PROMPTS[0], n=5, **settings))
     assert len({tuple(s) for s in samples}) == 5
-    assert engine.generate(PROMPTS[0], **settings).token_ids == samples[0]
-    assert ids_of(engine.generate(PROMPTS[0], n=2, **settings)) == samples[:2]
+    assert either.generate(PROMPTS[0], **settings).token_ids == samples[0]
+    assert ids_of(either.generate(PROMPTS[0], n=2, **settings)) == samples[:2]
 
 
 def test_equal_requests_draw_equally(engine):
@@ -393,7 +409,7 @@ def ends(generation):
     return generation.finish_reason, generation.stop_reason, generation.text, generation.n_new
 
 
-def test_every_reason_in_one_batch(texts):
+def test_every_reason_in_one_batch(either_texts):
     said = {"forced_tokens": forced("the fox jumps")}
     cases = [
         ({"max_new_tokens": 3} | said, ("length", "max_new_tokens", "the", 3)),
@@ -409,7 +425,9 @@ def test_every_reason_in_one_batch(texts):
         ),
         ({"allowed_tokens": spell("a"), "banned_tokens": spell("b"), "processors": [nothing_left]}, None),
     ]
-    results = texts.generate([spell("ab")] * len(cases), [SamplingParams(**fields) for fields, _ in cases])
+    results = either_texts.generate(
+        [spell("ab")] * len(cases), [SamplingParams(**fields) for fields, _ in cases]
+    )
     for generation, (fields, expected) in zip(results, cases, strict=True):
         if expected is not None:
             assert ends(generation) == expected, fields
@@ -424,7 +442,7 @@ def nothing_left(logits, context):
     return torch.full_like(logits, -math.inf)
 
 
-def test_max_time_ends_a_row_and_no_other(texts):
+def test_max_time_ends_a_row_and_no_other(either_texts):
     """A criterion makes time pass: 10 s with every token of the row it watches."""
     from handloom import request as module
 
@@ -446,20 +464,20 @@ def test_max_time_ends_a_row_and_no_other(texts):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "Stopper", Clocked)
-        results = texts.generate([spell("ab")] * 3, params)
+        results = either_texts.generate([spell("ab")] * 3, params)
     assert ends(results[0]) == ("time", "max_time", "the ", 4)
     assert [ends(g) for g in results[1:]] == [("length", "max_new_tokens", "the fox j", 9)] * 2
 
 
-def test_a_criterion_that_raises_ends_its_row_alone(texts):
+def test_a_criterion_that_raises_ends_its_row_alone(either_texts):
     def broken(progress):
         if len(progress.token_ids) == 3:
             raise KeyError("mine")
         return False
 
-    expected = texts.generate([spell("ab"), spell("cd")], max_new_tokens=8)
+    expected = either_texts.generate([spell("ab"), spell("cd")], max_new_tokens=8)
     params = [SamplingParams(max_new_tokens=8, criteria=[broken]), SamplingParams(max_new_tokens=8)]
-    failed, other = texts.generate([spell("ab"), spell("cd")], params)
+    failed, other = either_texts.generate([spell("ab"), spell("cd")], params)
     assert failed.finish_reason == "error"
     assert "request 0" in failed.error
     assert "KeyError" in failed.error
@@ -499,14 +517,14 @@ def test_a_row_with_nan_logits_ends_alone(name):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_processor_that_bans_everything_ends_its_row_alone(engine, temperature):
+def test_a_processor_that_bans_everything_ends_its_row_alone(either, temperature):
     def late(logits, context):
         return logits.masked_fill((context.output_lengths >= 2)[:, None], -math.inf)
 
     plain = SamplingParams(max_new_tokens=6, temperature=temperature, seed=1)
-    expected = engine.generate(PROMPTS[:4], plain)
+    expected = either.generate(PROMPTS[:4], plain)
     params = [plain, plain.replace(processors=[nothing_left]), plain.replace(processors=[late]), plain]
-    results = engine.generate(PROMPTS[:4], params)
+    results = either.generate(PROMPTS[:4], params)
     assert [g.finish_reason for g in results] == ["length", "error", "error", "length"]
     assert [g.n_new for g in results] == [6, 0, 2, 6]
     assert "no token is left" in results[1].error
@@ -515,25 +533,25 @@ def test_a_processor_that_bans_everything_ends_its_row_alone(engine, temperature
     assert outcome(results[3])[:4] == outcome(expected[3])[:4]
 
 
-def test_a_processor_that_gives_nan_for_one_row_ends_that_row(engine):
+def test_a_processor_that_gives_nan_for_one_row_ends_that_row(either):
     def nan(logits, context):
         return logits * math.nan
 
     plain = SamplingParams(max_new_tokens=4, temperature=1.0, seed=1)
-    expected = engine.generate(PROMPTS[:2], plain)
-    results = engine.generate(PROMPTS[:2], [plain, plain.replace(processors=[nan])])
+    expected = either.generate(PROMPTS[:2], plain)
+    results = either.generate(PROMPTS[:2], [plain, plain.replace(processors=[nan])])
     assert outcome(results[0])[:4] == outcome(expected[0])[:4]
     assert results[1].finish_reason == "error"
 
 
-def test_a_prefix_function_that_raises_or_allows_nothing_costs_nobody_else_a_result(engine):
+def test_a_prefix_function_that_raises_or_allows_nothing_costs_nobody_else_a_result(either):
     def broken(sample, ids):
         raise KeyError("mine")
 
     plain = SamplingParams(max_new_tokens=4)
-    expected = ids_of(engine.generate(PROMPTS[:3], plain))
+    expected = ids_of(either.generate(PROMPTS[:3], plain))
     params = [plain, plain.replace(prefix_fn=lambda sample, ids: []), plain.replace(prefix_fn=broken)]
-    results = engine.generate(PROMPTS[:3], params)
+    results = either.generate(PROMPTS[:3], params)
     assert results[0].token_ids == expected[0]
     assert [g.finish_reason for g in results[1:]] == ["error", "error"]
     assert "mine" in results[2].error
@@ -613,22 +631,22 @@ def test_ctrl_c_keeps_what_is_finished(engine, where):
     assert ids_of(engine.generate(PROMPTS[:5], budgets)) == ids_of(expected)
 
 
-def test_ctrl_c_before_anything_is_finished_gives_cancelled_results(engine):
+def test_ctrl_c_before_anything_is_finished_gives_cancelled_results(either):
     params = SamplingParams(max_new_tokens=5, criteria=[interrupting(1)])
-    results = engine.generate(PROMPTS[:5], params)
+    results = either.generate(PROMPTS[:5], params)
     assert [g.finish_reason for g in results] == ["cancelled"] * 5
     assert [g.request for g in results] == [0, 1, 2, 3, 4]
     assert results[4].prompt_token_ids == PROMPTS[4]
-    assert engine.generate(PROMPTS[0], params).finish_reason == "cancelled"
+    assert either.generate(PROMPTS[0], params).finish_reason == "cancelled"
 
 
-def test_any_other_exception_gives_every_block_back(engine):
+def test_any_other_exception_gives_every_block_back(either):
     def explode(logits, context):
         raise ZeroDivisionError
 
     params = [SamplingParams(max_new_tokens=5), SamplingParams(max_new_tokens=5, processors=[explode])]
     with pytest.raises(ZeroDivisionError):
-        engine.generate([PROMPTS[3], PROMPTS[3]], params)
+        either.generate([PROMPTS[3], PROMPTS[3]], params)
 
 
 # A bounded pool

@@ -22,6 +22,14 @@ def engine():
     assert_nothing_leaked(engine)
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "graph"])
+def either(request):
+    """An engine whose step runs as it is, or as the one device program that a CUDA graph captures."""
+    engine = text_engine(slots=3, graph=request.param)
+    yield engine
+    assert_nothing_leaked(engine)
+
+
 def by_row(events):
     rows = {}
     for event in events:
@@ -29,9 +37,9 @@ def by_row(events):
     return rows
 
 
-def test_a_stream_holds_every_token_of_every_row_and_ends_with_the_result(engine):
-    expected = engine.generate(PROMPTS, PARAMS)
-    events = list(engine.stream(PROMPTS, PARAMS))
+def test_a_stream_holds_every_token_of_every_row_and_ends_with_the_result(either):
+    expected = either.generate(PROMPTS, PARAMS)
+    events = list(either.stream(PROMPTS, PARAMS))
     rows = by_row(events)
     assert set(rows) == {(i, 0) for i in range(6)}
     for (index, _), row in rows.items():
@@ -45,10 +53,10 @@ def test_a_stream_holds_every_token_of_every_row_and_ends_with_the_result(engine
         assert [e.generation for e in row[:-1]] == [None] * (len(row) - 1)
 
 
-def test_samples_have_streams_of_their_own(engine):
+def test_samples_have_streams_of_their_own(either):
     settings = {"n": 3, "temperature": 1.0, "seed": 2, "max_new_tokens": 6}
-    expected = engine.generate(PROMPTS[0], **settings)
-    rows = by_row(engine.stream(PROMPTS[0], **settings))
+    expected = either.generate(PROMPTS[0], **settings)
+    rows = by_row(either.stream(PROMPTS[0], **settings))
     assert [[e.token_id for e in rows[0, s]] for s in range(3)] == [g.token_ids for g in expected]
 
 
@@ -70,9 +78,9 @@ def test_a_result_is_given_as_soon_as_its_row_ends(engine):
     assert finished == [1, 2, 4, 0, 5, 3]
 
 
-def test_text_that_may_become_a_stop_string_is_held_back(engine):
+def test_text_that_may_become_a_stop_string_is_held_back(either):
     events = list(
-        engine.stream("the", forced_tokens=forced("a STOq b STOP c"), stop="STOP", max_new_tokens=15)
+        either.stream("the", forced_tokens=forced("a STOq b STOP c"), stop="STOP", max_new_tokens=15)
     )
     assert [e.text for e in events] == ["a", " ", "", "", "", "STOq", " ", "b", " ", "", "", "", ""]
     assert events[-1].finish == "stop"
@@ -80,11 +88,11 @@ def test_text_that_may_become_a_stop_string_is_held_back(engine):
     assert events[-1].generation.stop_reason == "STOP"
 
 
-def test_bytes_of_a_character_are_held_back(engine):
-    ids = engine.tokenizer.convert_tokens_to_ids(list("ðŁĺĢ")) + spell("!")  # the four bytes of 😀
-    events = list(engine.stream("the", forced_tokens=forced(ids), max_new_tokens=5))
+def test_bytes_of_a_character_are_held_back(either):
+    ids = either.tokenizer.convert_tokens_to_ids(list("ðŁĺĢ")) + spell("!")  # the four bytes of 😀
+    events = list(either.stream("the", forced_tokens=forced(ids), max_new_tokens=5))
     assert [e.text for e in events] == ["", "", "", "😀", "!"]
-    events = list(engine.stream("the", forced_tokens=forced(ids), max_new_tokens=3))
+    events = list(either.stream("the", forced_tokens=forced(ids), max_new_tokens=3))
     assert "".join(e.text for e in events) == events[-1].generation.text == "�"
 
 
@@ -99,12 +107,12 @@ def test_errors_come_before_the_first_event(engine):
     assert passes.shapes == []
 
 
-def test_a_row_that_fails_reports_it_in_its_last_event(engine):
+def test_a_row_that_fails_reports_it_in_its_last_event(either):
     def nothing(logits, context):
         return torch.full_like(logits, -torch.inf)
 
     params = [SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=3, processors=[nothing])]
-    rows = by_row(engine.stream(PROMPTS[:2], params))
+    rows = by_row(either.stream(PROMPTS[:2], params))
     [last] = rows[1, 0]
     assert (last.token_id, last.text, last.finish) == (None, "", "error")
     assert "no token is left" in last.generation.error
@@ -112,23 +120,23 @@ def test_a_row_that_fails_reports_it_in_its_last_event(engine):
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 8])
-def test_closing_gives_everything_back(engine, after):
-    stream = engine.stream(PROMPTS, max_new_tokens=20)
+def test_closing_gives_everything_back(either, after):
+    stream = either.stream(PROMPTS, max_new_tokens=20)
     for _ in range(after):
         next(stream)
     stream.close()
     assert list(stream) == []
-    engine.pool.check()
-    assert engine.pool.in_use == 0
-    assert len(engine.generate(PROMPTS, PARAMS)) == 6
+    either.pool.check()
+    assert either.pool.in_use == 0
+    assert len(either.generate(PROMPTS, PARAMS)) == 6
 
 
-def test_a_dropped_stream_gives_everything_back(engine):
-    for event in engine.stream(PROMPTS, max_new_tokens=20):
+def test_a_dropped_stream_gives_everything_back(either):
+    for event in either.stream(PROMPTS, max_new_tokens=20):
         if event.request == 1:
             break
     del event
-    assert_nothing_leaked(engine)
+    assert_nothing_leaked(either)
 
 
 def test_results_that_were_given_stay_when_a_stream_is_closed(engine):
@@ -143,20 +151,20 @@ def test_results_that_were_given_stay_when_a_stream_is_closed(engine):
     assert {i: outcome(g)[:4] for i, g in results.items()} == {i: outcome(expected[i])[:4] for i in (1, 2, 4)}
 
 
-def test_ctrl_c_in_the_callers_loop_reaches_the_caller_and_frees_the_rows(engine):
+def test_ctrl_c_in_the_callers_loop_reaches_the_caller_and_frees_the_rows(either):
     def read():
-        for event in engine.stream(PROMPTS, max_new_tokens=20):
+        for event in either.stream(PROMPTS, max_new_tokens=20):
             if event.request == 2:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         read()
-    assert_nothing_leaked(engine)
+    assert_nothing_leaked(either)
 
 
-def test_streams_of_one_engine_may_be_interleaved(engine):
-    expected = [engine.generate(p, max_new_tokens=6).token_ids for p in PROMPTS[:3]]
-    streams = [engine.stream(p, max_new_tokens=6) for p in PROMPTS[:3]]
+def test_streams_of_one_engine_may_be_interleaved(either):
+    expected = [either.generate(p, max_new_tokens=6).token_ids for p in PROMPTS[:3]]
+    streams = [either.stream(p, max_new_tokens=6) for p in PROMPTS[:3]]
     found = [[] for _ in streams]
     for _ in range(6):
         for tokens, stream in zip(found, streams, strict=True):
@@ -165,15 +173,15 @@ def test_streams_of_one_engine_may_be_interleaved(engine):
     assert [next(s, None) for s in streams] == [None] * 3
 
 
-def test_states_can_be_used_while_a_stream_is_open(engine):
-    expected = engine.generate(PROMPTS[0], max_new_tokens=6).token_ids
-    stream = engine.stream(PROMPTS[0], max_new_tokens=6)
+def test_states_can_be_used_while_a_stream_is_open(either):
+    expected = either.generate(PROMPTS[0], max_new_tokens=6).token_ids
+    stream = either.stream(PROMPTS[0], max_new_tokens=6)
     tokens = [next(stream).token_id, next(stream).token_id]
-    state = engine.step(engine.prefill(PROMPTS[1]), [7])
-    other = engine.generate(PROMPTS[2], max_new_tokens=3).token_ids
+    state = either.step(either.prefill(PROMPTS[1]), [7])
+    other = either.generate(PROMPTS[2], max_new_tokens=3).token_ids
     tokens += [event.token_id for event in stream]
     assert tokens == expected
-    assert other == engine.generate(PROMPTS[2], max_new_tokens=3).token_ids
+    assert other == either.generate(PROMPTS[2], max_new_tokens=3).token_ids
     del state
 
 
