@@ -18,10 +18,16 @@ import time
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+ROOT = Path(__file__).resolve().parent.parent
+if not __package__:  # run as a file: this folder must not be where `import kernels` looks
+    sys.path[0] = str(ROOT)
+sys.path.append(str(ROOT / "tests"))
 
 import torch
-from common import RESULTS, record, show
+
+from benchmarks import kernels as sampling
+from benchmarks.common import RESULTS, record, show
+from benchmarks.gpu_decode import COLUMNS, captured_steps, decode_timings, silent_steps
 
 BUDGET = 9 * 60 - 30  # seconds; no step starts that is expected to end later
 OUTPUT = RESULTS / "gpu_check.jsonl"
@@ -126,17 +132,15 @@ def graph_replay(device):
 
 def sampling_timings(device):
     """The settings that the aims are about, worst rows beside typical ones; `benchmarks/kernels.py` has the rest."""
-    import kernels
-
     for batch, vocab in ((1, 151936), (8, 151936), (64, 151936), (256, 151936), (8, 128256)):
         for mode in ("greedy", "temperature", "k+p+min-p", "p", "everything"):
             for kind in ("typical", "flat"):
                 sides = ["handloom", "transformers", "flashinfer"] if kind == "typical" else ["handloom"]
-                yield from kernels.measure(mode, kind, batch, vocab, "bf16", device, sides, 15)
+                yield from sampling.measure(mode, kind, batch, vocab, "bf16", device, sides, 15)
 
 
-CHECKS = [kernel_values, full_size_tokens, many_rows, graph_replay]
-TIMINGS = [sampling_timings]
+CHECKS = [kernel_values, full_size_tokens, many_rows, graph_replay, captured_steps, silent_steps]
+TIMINGS = [decode_timings, sampling_timings]
 
 
 def driver():
@@ -178,8 +182,6 @@ def run_checks(device, deadline):
 
 def run_timings(device, deadline):
     """Run timings until the time is up; every row is kept as soon as it is there."""
-    import kernels
-
     rows = []
     for timing in TIMINGS:
         for row in timing(device):
@@ -187,7 +189,10 @@ def run_timings(device, deadline):
             if time.monotonic() > deadline:
                 print("time is up; what is missing was not measured")
                 break
-    show("timings, microseconds of device time a call in a replayed graph", kernels.COLUMNS, rows)
+    decoded = [row for row in rows if "ms_per_token" in row]
+    show("decoding, weights at real shapes, bfloat16", COLUMNS, decoded)
+    sampled = [row for row in rows if "vocab" in row]
+    show("sampling, microseconds of device time a call in a replayed graph", sampling.COLUMNS, sampled)
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from common import RESULTS, in_turn, median_ratio, record, show
 from transformers.generation import logits_process as hf
 
+if not __package__:  # run as a file: this folder must not be where `import kernels` looks
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from benchmarks.common import RESULTS, in_turn, median_ratio, record, show
 from handloom.kernels import rules
 from handloom.kernels.draw import draw
 from handloom.kernels.sample import sample
