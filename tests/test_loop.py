@@ -557,19 +557,19 @@ def test_a_prefix_function_that_raises_or_allows_nothing_costs_nobody_else_a_res
     assert "mine" in results[2].error
 
 
-def test_running_out_of_memory_in_a_step_keeps_what_is_finished(engine):
+def test_running_out_of_memory_in_a_step_keeps_what_is_finished(either):
     def full(module, args, kwargs):
         given = kwargs["input_ids"]
-        if given.shape == (3, 1) and len(steps) >= 4:
+        if given.shape == (3, 1) and len(steps) >= 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
         steps.append(given.shape)
 
     steps = []
     budgets = [SamplingParams(max_new_tokens=n) for n in (2, 8, 8, 8)]
-    expected = engine.generate(PROMPTS[:4], budgets)
-    handle = engine.model.register_forward_pre_hook(full, with_kwargs=True)
+    expected = either.generate(PROMPTS[:4], budgets)
+    handle = either.model.register_forward_pre_hook(full, with_kwargs=True)
     try:
-        results = engine.generate(PROMPTS[:4], budgets)
+        results = either.generate(PROMPTS[:4], budgets)
     finally:
         handle.remove()
     assert results[0].token_ids == expected[0].token_ids
