@@ -39,6 +39,7 @@ class PagedLayer(CacheLayerMixin):
         super().__init__()
         self.pool, self.index, self.path = pool, index, path
         self.feed: Feed | None = None
+        self._flat: tuple | None = None  # the pool's keys, and flat views of both for writing
         self.is_initialized = True
 
     def lazy_initialization(self, key_states, value_states):
@@ -47,10 +48,12 @@ class PagedLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         """Write the new cells `[B, H, Q, D]`; return all cells, gathered per row or as the pool holds them."""
         keys, values = self.pool.layer(self.index)
-        cells = self.feed.cells.reshape(-1)
-        for store, new in ((keys, key_states), (values, value_states)):
-            flat = new.transpose(1, 2).reshape(-1, *store.shape[2:])
-            store.view(-1, *store.shape[2:]).index_copy_(0, cells, flat.to(store.dtype))
+        if self._flat is None or self._flat[0] is not keys:
+            self._flat = keys, keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
+        cells = self.feed.flat_cells()
+        for store, new in ((self._flat[1], key_states), (self._flat[2], value_states)):
+            rows = new.squeeze(2) if new.shape[2] == 1 else new.transpose(1, 2).reshape(-1, *store.shape[1:])
+            store.index_copy_(0, cells, rows if rows.dtype == store.dtype else rows.to(store.dtype))
         if self.path == "attention":
             return keys, values
         table = self.feed.blocks().to(keys.device)

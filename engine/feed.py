@@ -24,6 +24,7 @@ class Feed:
         embeddings: `[B, Q, D]` input embeddings instead of ids.
         block_table: `[B, M]` int32 on the device; built from `tables` on first use.
         cell_counts: `[B]` int64 on the device, as `lengths`; built from it on first use.
+        flat: `cells` in one dimension; made on first use.
     """
 
     ids: torch.Tensor | None
@@ -35,6 +36,7 @@ class Feed:
     embeddings: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
     cell_counts: torch.Tensor | None = None
+    flat: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -48,6 +50,12 @@ class Feed:
             padded = [list(t) + [ZERO] * (width - len(t)) for t in self.tables]
             self.block_table = torch.tensor(padded, dtype=torch.int32, device=self.positions.device)
         return self.block_table
+
+    def flat_cells(self) -> torch.Tensor:
+        """`[B * Q]` int64 cells that the new tokens are written to, the same for every layer."""
+        if self.flat is None:
+            self.flat = self.cells.reshape(-1)
+        return self.flat
 
     def valid(self) -> torch.Tensor:
         """`[B]` int64 valid cells of each row, on the device."""

@@ -94,6 +94,7 @@ class BlockPool:
         self.capacity = RESERVED
         self.stores: list[Store] = []
         self._where: dict[int, tuple[int, int]] = {}
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # views of the stores, made once
         self.refs = np.zeros(RESERVED, np.int32)
         self.filled = np.zeros(RESERVED, np.int32)
         self._free = np.zeros(RESERVED, bool)
@@ -127,8 +128,10 @@ class BlockPool:
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, `[N, block, heads, dim]` each: views, written in place."""
-        store, j = self._where[index]
-        return self.stores[store].keys[j], self.stores[store].values[j]
+        if index not in self._layers:
+            store, j = self._where[index]
+            self._layers[index] = self.stores[store].keys[j], self.stores[store].values[j]
+        return self._layers[index]
 
     @property
     def block_bytes(self) -> int:
@@ -255,6 +258,7 @@ class BlockPool:
         self._free = np.concatenate((self._free, np.ones(extra, bool)))
         self._claimed = np.concatenate((self._claimed, np.zeros(extra, bool)))
         self.capacity = capacity
+        self._layers.clear()
         self.stores = [store.resized(capacity, self.high_water) for store in self.stores]
 
     # -- writing

@@ -36,9 +36,10 @@ def run(engine, requests: list[Request]) -> Iterator[Event]:
                 if batch.running:
                     batch.feed()
             except torch.OutOfMemoryError as error:
+                while steps:  # what was drawn before it is complete
+                    yield from collect(batch, steps.popleft())
                 yield from abandon(batch, error)
                 batch = engine.batch(max(1, batch.size // 2), width)
-                steps.clear()
     finally:
         for slot in batch.running:
             batch.clear(slot)
