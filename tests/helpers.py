@@ -55,6 +55,11 @@ def assert_nothing_leaked(engine) -> None:
     assert engine.pool.in_use == 0
 
 
+def nothing_left(logits, context):
+    """A processor that excludes every token."""
+    return torch.full_like(logits, -torch.inf)
+
+
 @dataclass
 class Passes:
     """Forward passes of a model: `shapes` holds (rows, tokens per row) of each."""
