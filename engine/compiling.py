@@ -215,5 +215,7 @@ def say(line: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
+    """What went wrong, without the compiler's advice; it heads its message with "... raised:"."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"
+    wanted = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:wanted])[:200] or "no message"

@@ -7,6 +7,7 @@ import logging
 import time
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -75,7 +76,7 @@ def load(
         arguments |= parallel.plan_arguments(tp_plan)
     try:
         module = AutoModelForCausalLM.from_pretrained(name_or_path, **arguments)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load a causal LM from {str(name_or_path)!r}: {error}") from error
     if "device_map" not in arguments and tp_plan is None:
         module = module.to(place)
@@ -96,7 +97,10 @@ def _place(device, device_map, tp_plan, quantization) -> torch.device:
         listed = " and ".join(f"{name}={value!r}" for name, value in given.items())
         raise ModelError(f"{listed} exclude each other")
     packed = quantization in packing.BITS
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() and not packed else "cpu"))
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() and not packed else "cpu"))
+    except RuntimeError as error:
+        raise ModelError(f"device={device!r} is not a torch device such as cpu or cuda:0") from error
     if packed and (place.type != "cpu" or device_map not in (None, "cpu", {"": "cpu"})):
         where = f"device_map={device_map!r}" if device_map is not None else f"device={str(place)!r}"
         raise ModelError(
@@ -183,5 +187,6 @@ def _bitsandbytes(quantization: str, dtype):
 def _tokenizer(name_or_path, common):
     try:
         return AutoTokenizer.from_pretrained(name_or_path, **common)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a model without a tokenizer still decodes ids
+    except Exception as error:  # noqa: BLE001 - the Rust tokenizers raise bare Exception; ids decode without one
+        log.warning("no tokenizer from %r: %s", str(name_or_path), str(error).split("\n")[0][:200])
+        return None
