@@ -5,6 +5,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 
 DEMO = [
+    "accelerate>=1.1",  # transformers reads GGUF files through it
     "filelock>=3.12",
     "gguf>=0.17",
     "platformdirs>=4",

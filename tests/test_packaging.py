@@ -104,6 +104,20 @@ def test_the_source_distribution_holds_what_tests_and_users_need(built, checkout
     assert wanted - names == set()
 
 
+def test_the_demo_extra_brings_what_the_conversion_of_its_model_asks_for(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    demo = {
+        re.match(r"Requires-Dist: ([\w.-]+)", line).group(1)
+        for line in lines
+        if line.startswith("Requires-Dist") and 'extra == "demo"' in line
+    }
+    # transformers names the last two only when it meets a GGUF file.
+    assert {"filelock", "platformdirs", "rich", "typer", "gguf", "accelerate"} <= demo
+
+
 def test_an_installed_wheel_and_the_foreign_package_live_side_by_side(built, foreign, tmp_path):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
