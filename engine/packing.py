@@ -17,7 +17,7 @@ def pack(model, quantization: str, group: int = 32):
     """Replace every linear layer of a model, the output layer too, by an 8- or 4-bit one; in place.
 
     Input embeddings keep their dtype: a step reads one row of them a token. Where they are tied to the output layer
-    that layer gets a packed copy of its own. It takes 8 bits in either case: 4 there change answers.
+    that layer gets a packed copy of its own. It takes 8 bits in either case: at 4 it costs most of the quality.
 
     Args:
         model: a transformers model on the CPU, not quantised yet.
