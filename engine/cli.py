@@ -86,7 +86,9 @@ def command(
         typer.Option("--model", "-m", help="Hub id or folder; default $HANDLOOM_MODEL, then a small demo."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (the checkpoint's), fastest, float32, bfloat16 or float16.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
     quantization: Annotated[str | None, typer.Option(help="nf4, fp4 or int8.")] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences decoded at the same time.")] = None,

@@ -16,7 +16,7 @@ from .errors import ModelError
 
 log = logging.getLogger("handloom")
 QUANTIZATIONS = ("nf4", "fp4", "int8", *packing.BITS)
-DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+DTYPES = ("auto", "fastest", "float32", "float16", "bfloat16", "float64")
 SMALL = 1 << 18  # weights of a layer below which the dtype is not worth a measurement
 GAIN = 1.2  # how much faster another dtype has to be before the checkpoint's own is left
 
@@ -38,8 +38,8 @@ def load(
 
     Args:
         name_or_path: hub id or local folder.
-        dtype: a torch dtype, its name, or `auto`: the checkpoint's own, but on a CPU the faster one of float32 and
-            bfloat16, measured at the model's shapes.
+        dtype: a torch dtype, its name, `auto` for the checkpoint's own, or `fastest`: on a CPU the faster one of
+            float32 and bfloat16, measured at the model's shapes now, so two loads may differ; elsewhere as `auto`.
         device: where the model goes; None takes CUDA where there is one.
         device_map: passed on for models larger than one device; excludes `device`.
         tp_plan: `auto` splits the model over the processes that torchrun started; excludes `device`, `device_map`
@@ -53,7 +53,7 @@ def load(
         ModelError: nothing usable is found there, or an argument is not valid.
     """
     place = _place(device, device_map, tp_plan, quantization)
-    dtype = _dtype(dtype)
+    fastest, dtype = dtype == "fastest", _dtype(dtype)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         common["gguf_file"] = gguf_file
@@ -68,7 +68,7 @@ def load(
     elif quantization is not None:
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
         arguments["device_map"] = {"": place}
-    elif dtype == "auto" and place.type == "cpu":
+    elif fastest and place.type == "cpu":
         arguments["dtype"] = _dtype_for_cpu(name_or_path, common)
     if device_map is not None:
         arguments["device_map"] = device_map
@@ -114,7 +114,7 @@ def _dtype(dtype):
         return dtype
     if dtype not in DTYPES:
         raise ModelError(f"dtype={dtype!r} is not a torch dtype or one of {', '.join(DTYPES)}")
-    return dtype if dtype == "auto" else getattr(torch, dtype)
+    return "auto" if dtype in ("auto", "fastest") else getattr(torch, dtype)
 
 
 # -- the dtype on a CPU

@@ -66,17 +66,18 @@ TIMES = {
 
 
 @pytest.mark.parametrize(("times", "chosen"), TIMES.values(), ids=TIMES)
-def test_auto_takes_the_faster_dtype_and_logs_it(tmp_path, monkeypatch, caplog, times, chosen):
+def test_fastest_takes_the_faster_dtype_and_logs_it(tmp_path, monkeypatch, caplog, times, chosen):
     tiny_llama().save_pretrained(tmp_path)
     monkeypatch.setattr(loading, "SMALL", 1)
     monkeypatch.setattr(loading, "linear_times", lambda *shapes: times)
     with caplog.at_level(logging.INFO, logger="handloom"):
-        assert loading.load(tmp_path, device="cpu")[0].dtype == chosen
+        assert loading.load(tmp_path, device="cpu", dtype="fastest")[0].dtype == chosen
     assert any(str(chosen) in r.getMessage() for r in caplog.records)
 
 
-def test_a_named_dtype_is_never_measured(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_what_was_named_is_never_measured(tmp_path, monkeypatch, dtype):
     tiny_llama().save_pretrained(tmp_path)
     monkeypatch.setattr(loading, "SMALL", 1)
     monkeypatch.setattr(loading, "linear_times", lambda *shapes: pytest.fail("measured"))
-    assert loading.load(tmp_path, device="cpu", dtype="float32")[0].dtype == torch.float32
+    assert loading.load(tmp_path, device="cpu", dtype=dtype)[0].dtype == torch.float32
