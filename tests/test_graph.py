@@ -126,6 +126,7 @@ def to_meta(engine, batch):
     engine.model.to("meta")
     pool = batch.pool
     pool.stores = [Store(s.layers, s.keys.to("meta"), s.values.to("meta")) for s in pool.stores]
+    pool._layers.clear()
     for name, value in list(vars(batch).items()):
         if torch.is_tensor(value):
             setattr(batch, name, value.to("meta"))
