@@ -41,15 +41,15 @@ def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool
     """
     config = module.config.get_text_config(decoder=True)
     prompts = _prompts(config.vocab_size)
-    references, caches = _reference(module, config, prompts)
-    vocab = references[0].shape[-1]
+    reference, cache = _reference(module, config, prompts[0])
+    vocab = reference.shape[-1]
     refusal = _refusal(module)
     tried = []
     for path in [] if refusal else _paths(module):
-        probe = Model(module, _pool(module, caches[0]), path, prefill_chunk)
-        error = _error(probe, prompts, references) if self_check else 0.0
+        probe = Model(module, _pool(module, cache), path, prefill_chunk)
+        error = _error(probe, prompts, reference) if self_check else 0.0
         if not isinstance(error, str) and error <= _tolerance(module):
-            pool = _pool(module, caches[0], **pool_options)
+            pool = _pool(module, cache, **pool_options)
             return Model(module, pool, path, prefill_chunk), pool, vocab
         tried.append(
             f"{path}: {error if isinstance(error, str) else f'logits differ by {error:.2g} deviations'}"
@@ -86,25 +86,22 @@ def _paths(module) -> list[str]:
 
 
 def _prompts(vocab: int) -> list[list[int]]:
-    return [[(7 * i + 3 * k + 1) % min(vocab, 97) for i in range(n)] for k, n in enumerate(LENGTHS)]
+    """Two rows of different length; the shorter begins the longer, so that one reference serves both."""
+    longest = [(7 * i + 1) % min(vocab, 97) for i in range(max(LENGTHS))]
+    return [longest[:n] for n in LENGTHS]
 
 
 @torch.no_grad()
-def _reference(module, config, prompts):
-    """Logits `[T, V]` of each prompt, and the caches they left, from transformers alone."""
-    logits, caches = [], []
-    for prompt in prompts:
-        cache = DynamicCache(config=config)
-        ids = torch.tensor([prompt], device=module.get_input_embeddings().weight.device)
-        solo = SoloModel(module, "")
-        name = "cache_params" if "cache_params" in solo._arguments else "past_key_values"
-        try:
-            out = module(input_ids=ids, use_cache=True, **{name: cache})
-        except Exception as error:
-            raise ModelError(f"{type(module).__name__} fails on a plain forward pass: {error}") from error
-        logits.append(out.logits[0].float())
-        caches.append(cache)
-    return logits, caches
+def _reference(module, config, prompt):
+    """Logits `[T, V]` of a prompt, and the cache it left, from transformers alone."""
+    cache = DynamicCache(config=config)
+    ids = torch.tensor([prompt], device=module.get_input_embeddings().weight.device)
+    name = "cache_params" if "cache_params" in SoloModel(module, "")._arguments else "past_key_values"
+    try:
+        out = module(input_ids=ids, use_cache=True, **{name: cache})
+    except Exception as error:
+        raise ModelError(f"{type(module).__name__} fails on a plain forward pass: {error}") from error
+    return out.logits[0].float(), cache
 
 
 def _pool(module, cache, **options) -> BlockPool:
@@ -127,7 +124,7 @@ def _tolerance(module) -> float:
 
 
 @torch.no_grad()
-def _error(model, prompts, references):
+def _error(model, prompts, reference):
     """Mean logit error of two ragged rows over a prefill and some steps, in deviations; or what went wrong."""
     try:
         starts = [len(p) - STEPS for p in prompts]
@@ -143,9 +140,7 @@ def _error(model, prompts, references):
                 logits.append(row[0])
     except Exception as error:  # noqa: BLE001 - any failure means this path does not fit the model
         return f"{type(error).__name__}: {error}".split("\n")[0][:200]
-    want = torch.stack(
-        [r[n - 1 + i] for r, n in zip(references, starts, strict=True) for i in range(STEPS + 1)]
-    )
+    want = torch.stack([reference[n - 1 + i] for n in starts for i in range(STEPS + 1)])
     have = torch.stack([logits for row in got for logits in row])
     if not torch.equal(want.isnan(), have.isnan()):
         return "NaN in other places"
