@@ -214,11 +214,16 @@ class Batch:
         failures = context.cache.get("failures", {})
         return Step(list(self.requests), results, self._most_probable(), failures=failures)
 
-    def _most_probable(self):
+    def _top_count(self) -> int | None:
+        """How many of the most probable tokens some request wants to see, or None."""
         wanted = [r.params.logprobs for r in self.requests if r is not None and r.params.logprobs is not None]
-        if not wanted:
+        return min(max(*wanted, 1), self.logits.shape[-1]) if wanted else None
+
+    def _most_probable(self):
+        count = self._top_count()
+        if count is None:
             return None
-        best = self.logits.log_softmax(-1).topk(min(max(*wanted, 1), self.logits.shape[-1]))
+        best = self.logits.log_softmax(-1).topk(count)
         return best.indices, best.values
 
     @torch.no_grad()

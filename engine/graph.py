@@ -55,7 +55,7 @@ class GraphBatch(Batch):
         live = self._live()
         key = self._key(live)
         whole = self._capturable()
-        best = self._best_buffers(live)
+        best = self._best_buffers()
         if not self.on_cuda or key in self.refused:
             self._sample(best)
             self._advance()
@@ -158,15 +158,19 @@ class GraphBatch(Batch):
         return [values, plan, self.sampler.greedy_rows()]
 
     def _key(self, live) -> tuple:
-        wanted = max((r.params.logprobs or 0 for r in self.requests if r is not None), default=0)
-        shape = (self._blocks(), self.pool.capacity, tuple(self.stops.shape), wanted, self.cache is None)
+        shape = (
+            self._blocks(),
+            self.pool.capacity,
+            tuple(self.stops.shape),
+            self._top_count(),
+            self.cache is None,
+        )
         return (*shape, *(_describe(leaf) for leaf in _flatten(live)))
 
-    def _best_buffers(self, live):
-        wanted = [r.params.logprobs for r in self.requests if r is not None and r.params.logprobs is not None]
-        if not wanted:
+    def _best_buffers(self):
+        count = self._top_count()
+        if count is None:
             return None
-        count = min(max(*wanted, 1), self.logits.shape[-1])
         ids = torch.zeros(self.size, count, dtype=torch.long, device=self.logits.device)
         return ids, torch.zeros(self.size, count, device=self.logits.device)
 
