@@ -20,6 +20,7 @@ GRAMMAR = [
     "llguidance>=1.3",
 ]
 BENCH = [
+    "matplotlib>=3.9",
     "psutil>=5.9",
 ]
 DEV = [
