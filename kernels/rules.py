@@ -85,6 +85,14 @@ class SparseEdits(NamedTuple):
     touched: torch.Tensor  # int32 [B, ceil(V / 32)]
 
 
+class Replaced(NamedTuple):
+    """New logits of listed tokens, whatever edited them. Ids are unique in a row; -1 is padding."""
+
+    ids: torch.Tensor  # int32 [B, N]
+    values: torch.Tensor  # float32 [B, N]
+    touched: torch.Tensor  # int32 [B, ceil(V / 32)], as in `SparseEdits`
+
+
 class Pointwise(NamedTuple):
     """An edit of each logit alone, before temperature: (logit, id, parameter) -> logit; -inf stays -inf."""
 

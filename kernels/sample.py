@@ -46,7 +46,7 @@ def sample(
         top_p: float [B] or None; >= 1 is off. Mass is of what top_k left; ties at the boundary are kept.
         min_p: float [B] or None; <= 0 is off.
         rules: further `rules.Rule`s, in order.
-        edits: `rules.SparseEdits` or None.
+        edits: `rules.SparseEdits`, `rules.Replaced` or None.
         bitmask: int32 [B, ceil(V / 32)] or None; a clear bit excludes the token (`rules.pack_mask`).
         pointwise: `rules.Pointwise` edits, in order.
         logprobs: fill the log-probabilities, entropy, kept count and rank of `Drawn`. "chosen" asks for

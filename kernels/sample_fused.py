@@ -4,7 +4,7 @@ import torch
 import triton
 
 from . import triton_rules
-from .rules import Drawn
+from .rules import Drawn, Replaced
 from .sample_reference import with_top
 from .triton_sample import group_statistics_kernel, sample_kernel
 
@@ -66,11 +66,16 @@ class Plan:
         """Compile-time arguments that both launches share."""
         return {
             "KINDS": self.kinds,
-            "VARIANT": (groups, edits is not None, bitmask is not None, self.points),
+            "VARIANT": (groups, sparse_form(edits), bitmask is not None, self.points),
             "MOMENTS": self.moments,
             "PLANES": self.planes,
             "enable_fp_fusion": False,
         }
+
+
+def sparse_form(edits):
+    """How the kernels read the edit list: 0 none, 1 edits of the logits (`SparseEdits`), 2 new logits (`Replaced`)."""
+    return 0 if edits is None else 2 if isinstance(edits, Replaced) else 1
 
 
 def first_warps(moments, sparse, bytes_each):
@@ -166,7 +171,10 @@ def sample_fused(
 def _edit_arguments(logits, plan, edits, bitmask):
     """Pointers of the edit list and bitmask; the logits stand in for what is absent and never read."""
     sparse = (logits,) * 4 + (0, logits, 0) + (logits,) * 3
-    if edits is not None:
+    if isinstance(edits, Replaced):
+        listed = edits.ids, edits.values, logits, logits, edits.ids.shape[1]
+        sparse = (*listed, edits.touched, edits.touched.stride(0), *sparse[7:])
+    elif edits is not None:
         sparse = (
             *(edits.ids, edits.bias, edits.seen, edits.counts),
             edits.ids.shape[1],

@@ -3,7 +3,7 @@
 import torch
 
 from .draw import FLOAT_MAX, NO_TOKEN, draw_reference
-from .rules import MASS_SHARE, Drawn, Statistics, unpack_mask
+from .rules import MASS_SHARE, Drawn, Replaced, Statistics, unpack_mask
 
 
 def apply_edits(logits, *, edits=None, bitmask=None, pointwise=()):
@@ -23,7 +23,10 @@ def apply_edits(logits, *, edits=None, bitmask=None, pointwise=()):
 def _apply_sparse(x, edits):
     listed = (edits.ids >= 0) & (edits.ids < x.shape[1])
     ids = torch.where(listed, edits.ids, 0).long()
-    values = penalise(x.gather(1, ids) + edits.bias, edits)
+    if isinstance(edits, Replaced):
+        values = edits.values.clamp(max=FLOAT_MAX)
+    else:
+        values = penalise(x.gather(1, ids) + edits.bias, edits)
     delta = torch.where(listed, ids, x.shape[1])  # padding goes to a column that is dropped
     padded = torch.cat([x, x.new_zeros(len(x), 1)], dim=1)
     return padded.scatter(1, delta, values)[:, :-1]

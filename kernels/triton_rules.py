@@ -38,4 +38,12 @@ def top_a_threshold(maximum, log_mass, entropy, collision, count, mean, deviatio
 
 @triton.jit
 def p_less_threshold(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
-    return log_mass + tl.log(collision)
+    """Parameter 1: as published; the vocabulary size, above 1: the normalised variant."""
+    others = (parameter * collision - 1) / tl.maximum(parameter - 1, 1.0)
+    return log_mass + tl.log(tl.maximum(tl.where(parameter > 1, others, collision), 1e-37))
+
+
+@triton.jit
+def mirostat_threshold(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
+    """Surprise of at most `parameter` bits."""
+    return log_mass - parameter * 0.6931471805599453

@@ -6,7 +6,7 @@ thresholds are found by search on ordered integer keys with masses in fixed-poin
 for survivors. Sums that decide anything are integers over a partition that depends on the vocabulary size
 alone, so the result does not depend on split, row, or order.
 
-VARIANT is (groups a step, sparse edits?, bitmask?, tuple of pointwise edits).
+VARIANT is (groups a step, form of the sparse edits (0: none), bitmask?, tuple of pointwise edits).
 """
 
 # ruff: noqa: RUF059, SIM102 (device code: tuples are unpacked whole, and compile-time tests stay apart)
@@ -77,7 +77,7 @@ def group_statistics_kernel(
     live = y > -float("inf")
     shift = tl.where(live, tl.maximum(y - top[:, None], -FLOAT_MAX), 0.0)
     weight = tl.where(live, tl.exp(shift), 0.0)
-    broken = tl.sum((raw != raw).to(tl.int32), axis=1) > 0
+    broken = tl.sum(((raw != raw) | (x != x)).to(tl.int32), axis=1) > 0
     total = tl.where(broken, float("nan"), tl.sum(weight, axis=1))
     at = stats + row.to(tl.int64) * (PLANES * width) + group
     inside = group >= 0

@@ -48,22 +48,28 @@ def mask_bit(bits, ids, inside):
 
 
 @triton.jit
-def load_listed(entry, row, logits, vocab, sparse):
-    """Ids and edited logits of entries (int32 [R, GROUP]) of the edit list; -1 and -inf beyond it."""
+def load_listed(entry, row, logits, vocab, sparse, FORM: tl.constexpr):
+    """Ids and edited logits of entries (int32 [R, GROUP]) of the edit list; -1 and -inf beyond it.
+
+    FORM: 1, the list edits the logits; 2, it holds the new ones.
+    """
     ids_list, biases, seen, counts, length, touched, touched_stride, repetition, presence, frequency = sparse
     inside = (entry >= 0) & (entry < length)
     at = row.to(tl.int64) * length + entry
     ids = tl.load(ids_list + at, mask=inside, other=-1)
     listed = (ids >= 0) & (ids < vocab)
-    x = finite_top(tl.load(logits + ids, mask=listed, other=-float("inf")).to(tl.float32))
-    x = x + tl.load(biases + at, mask=listed, other=0.0)
-    factor = tl.load(repetition + row)
-    repeated = tl.where(x < 0, x * factor, tl.div_rn(x, x * 0 + factor))
-    again = tl.load(seen + at, mask=listed, other=0) > 0
-    x = tl.where(again, tl.where(x * 0 + factor != 1.0, repeated, x), x)
-    count = tl.load(counts + at, mask=listed, other=0)
-    there = tl.where(count > 0, tl.load(presence + row), 0.0)
-    x = x - (there + tl.load(frequency + row) * count.to(tl.float32))
+    if FORM == 2:
+        x = tl.load(biases + at, mask=listed, other=-float("inf"))
+    else:
+        x = finite_top(tl.load(logits + ids, mask=listed, other=-float("inf")).to(tl.float32))
+        x = x + tl.load(biases + at, mask=listed, other=0.0)
+        factor = tl.load(repetition + row)
+        repeated = tl.where(x < 0, x * factor, tl.div_rn(x, x * 0 + factor))
+        again = tl.load(seen + at, mask=listed, other=0) > 0
+        x = tl.where(again, tl.where(x * 0 + factor != 1.0, repeated, x), x)
+        count = tl.load(counts + at, mask=listed, other=0)
+        there = tl.where(count > 0, tl.load(presence + row), 0.0)
+        x = x - (there + tl.load(frequency + row) * count.to(tl.float32))
     return tl.where(listed, ids, -1), tl.where(listed, finite_top(x), -float("inf"))
 
 
@@ -77,7 +83,7 @@ def load_groups(
     Args:
         groups: int32 [R], group numbers; negative ones are empty.
         row: row number; logits points to that row.
-        VARIANT: (_, sparse edits?, bitmask?, pointwise edits); the last are device functions
+        VARIANT: (_, form of the sparse edits (0: none), bitmask?, pointwise edits); the last are device functions
             (logit, token id, parameter) -> logit.
 
     Returns:
@@ -90,7 +96,7 @@ def load_groups(
     x = raw
     if VARIANT[1]:
         x = tl.where(mask_bit(sparse[5] + row.to(tl.int64) * sparse[6], ids, inside) != 0, -float("inf"), x)
-        listed, edited = load_listed(ids - groups_of_vocab * GROUP, row, logits, vocab, sparse)
+        listed, edited = load_listed(ids - groups_of_vocab * GROUP, row, logits, vocab, sparse, VARIANT[1])
         beyond = ids >= groups_of_vocab * GROUP
         x = tl.where(beyond, edited, x)
         ids = tl.where(beyond, listed, ids)
