@@ -151,7 +151,7 @@ class Batch:
         self.lengths[slot] = 0
         self.sampler.clear(slot)
         self.positions[slot], self.active[slot], self.stops[slot] = 0, 0, -1
-        self.cells[slot, 0], self.table[slot] = TRASH * self.block, ZERO
+        self.cells[slot], self.table[slot] = TRASH * self.block, ZERO
         self.history[slot] = -1
         self.logits[slot] = 0
 

@@ -1,8 +1,10 @@
-"""The decode step as one device program: draw, append, stop test and forward, captured and replayed on CUDA."""
+"""The decode step as one device program: draw, append, stop test and forward, recorded and replayed on CUDA."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter, OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -10,86 +12,83 @@ from typing import Any
 import torch
 
 from .batch import IDLE, Batch, Step
+from .capture import Mailbox, recorder_for
 from .feed import Feed
 from .pipeline import Context
 
 log = logging.getLogger("handloom")
+KEPT = 24  # recorded steps that a batch keeps; the one unused longest goes first
+WORTH = 2  # a step is recorded the second time that it is wanted: recording takes as long as a few steps
 
 
 @dataclass
-class Captured:
-    """A recorded step: the graph, and the tensors it reads that may be replaced between replays."""
+class Program:
+    """A recorded step: the graph, whether it draws too, and the pipeline's tensors that it then reads."""
 
     graph: Any
-    leaves: list[torch.Tensor]
+    whole: bool
+    live: list = field(default_factory=list)
     best: tuple[torch.Tensor, torch.Tensor] | None = None
-    alive: list = field(default_factory=list)  # what the graph reads but nobody else may hold
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The pipeline's tensors, in a fixed order."""
+        return [leaf for leaf in _flatten(self.live) if torch.is_tensor(leaf)]
 
 
 class GraphBatch(Batch):
     """A Batch whose step never asks the host anything; the host looks at it one step late.
 
     Every tensor keeps its address. EOS, stop ids and lengths end a row on the device; stop strings, criteria and
-    time are seen late, and the step drawn meanwhile is dropped. Without CUDA the same program runs uncaptured.
+    time are seen late, and the step drawn meanwhile is dropped. Without CUDA the same program runs unrecorded.
     """
 
     lag = 1
 
     def __init__(self, engine, size: int, width: int):
         super().__init__(engine, size, width)
-        self.captured: dict[tuple, Captured] = {}
-        self.memory_pool = torch.cuda.graph_pool_handle() if self.on_cuda else None
-        self.refused: set[tuple] = set()
+        device = self.positions.device
+        self.recorder = recorder_for(device)
+        self.mail = Mailbox(device, turns=self.lag + 2)
+        self.programs: OrderedDict[tuple, Program] = OrderedDict()
+        self.refused: dict[tuple, str] = {}  # steps that cannot be recorded, and why
         self.failures: dict[int, str] = {}
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether there is anything to capture with."""
-        return self.positions.device.type == "cuda"
+        self._wanted: Counter = Counter()
+        self._stores: tuple = ()
+        self._current: tuple | None = None  # the program of the last step and its blocks, until a row changes
+        self._chosen: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # -- what the host does
+
+    def place(self, slot, request) -> None:
+        """See `Batch.place`."""
+        self._current = None
+        super().place(slot, request)
+
+    def clear(self, slot) -> None:
+        """See `Batch.clear`."""
+        self._current = None
+        super().clear(slot)
 
     @torch.no_grad()
     def draw(self) -> Step:
         """Start one whole step, forward pass included; its results are on their way when this returns."""
-        live = self._live()
-        key = self._key(live)
-        whole = self._capturable()
-        best = self._best_buffers()
-        if not self.on_cuda or key in self.refused:
+        program = self._program()
+        best = self._best_buffers() if program is None else program.best
+        if program is None or not program.whole:
             self._sample(best)
+        if program is None:
             self._advance()
         else:
-            if not whole:
-                self._sample(best)
-            if key not in self.captured:
-                self._capture(key, live, best, whole)
-            if key in self.captured:
-                best = self._replay(self.captured[key], live)
-            else:
-                self._sample(best) if whole else None
-                self._advance()
+            program.graph.replay()
+            self.failures = {} if program.whole else self.failures
         for slot in self.running:
             self.lengths[slot] += 1
-        return self._send(best)
+        sent, ready = self.mail.send(self.results, *(best or ()))
+        return Step(list(self.requests), sent[0], tuple(sent[1:]) or None, ready, self.failures)
 
     def feed(self) -> None:
         """Nothing: `draw` has fed the tokens already."""
-
-    def _send(self, best) -> Step:
-        if not self.on_cuda:
-            best = best and tuple(t.clone() for t in best)
-            return Step(list(self.requests), self.results.clone(), best, failures=self.failures)
-        results = torch.empty(self.results.shape, dtype=self.results.dtype, pin_memory=True)
-        results.copy_(self.results, non_blocking=True)
-        if best is not None:
-            best = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in best), best
-            for target, source in zip(*best, strict=True):
-                target.copy_(source, non_blocking=True)
-            best = best[0]
-        ready = torch.cuda.Event()
-        ready.record()
-        return Step(list(self.requests), results, best, ready, self.failures)
 
     # -- the device program
 
@@ -107,7 +106,8 @@ class GraphBatch(Batch):
         advanced = self.sampler.accept(drawn.tokens, context, every_row=True)
         for old, new in zip(self.sampler.active(), advanced.active(), strict=True):
             _overwrite(old, new)
-        self.results.copy_(torch.stack((drawn.tokens, drawn.raw_logprobs, drawn.logprobs), 1))
+        for column, part in enumerate((drawn.tokens, drawn.raw_logprobs, drawn.logprobs)):
+            self.results[:, column].copy_(part)
         self.tokens.copy_(drawn.tokens)
         if best is not None:
             top = self.logits.log_softmax(-1).topk(best[0].shape[1])
@@ -124,15 +124,16 @@ class GraphBatch(Batch):
         self.positions.add_(self.active)
 
     def _feed(self) -> Feed:
-        on_host = self.positions.device.type == "cpu"
+        # A recorded step may hold nothing that the host knows today: no tables, no lengths.
+        known = self.recorder is None and self.positions.device.type == "cpu"
         rows = [IDLE if row is None or not row.table.blocks else row.table.blocks for row in self.rows]
         lengths = [min(n + 1, len(blocks) * self.block) for n, blocks in zip(self.lengths, rows, strict=True)]
         return Feed(
             ids=self.tokens[:, None],
             positions=self.positions,
             cells=self.cells.gather(1, self.positions),
-            tables=rows if on_host else (),
-            lengths=lengths if on_host else (),
+            tables=rows if known else (),
+            lengths=lengths if known else (),
             block_table=self.table[:, : self._blocks()],
             cell_counts=self.positions[:, 0] + 1,
         )
@@ -144,11 +145,38 @@ class GraphBatch(Batch):
         needed = max(self.lengths) // self.block + 1
         return min(self.table.shape[1], 1 << (needed - 1).bit_length())
 
-    # -- capture
+    # -- recorded steps
 
-    def _capturable(self) -> bool:
-        """Whether the pipeline is device work alone; a Python processor splits the graph at its place."""
-        return all(member.processor.kind != "opaque" for member in self.sampler.active())
+    def _program(self) -> Program | None:
+        """The recorded step for what sits in the slots now, its tensors up to date; None: run it as it is."""
+        if self.recorder is None:
+            return None
+        stores = tuple(store.keys.data_ptr() for store in self.pool.stores)
+        if stores != self._stores:  # the pool has moved: what was recorded writes to the old place
+            self.programs.clear()
+            self._wanted.clear()
+            self._stores, self._current = stores, None
+        if self._current is not None and self._current[0] == self._blocks():
+            return self._current[1]
+        live = self._live() if self._whole() else []
+        key = self._key(live)
+        if key not in self.programs and key not in self.refused:
+            self._wanted[key] += 1
+            if self._wanted[key] >= WORTH:
+                self._record(key, live)
+        program = self.programs.get(key)
+        if program is not None:
+            self.programs.move_to_end(key)
+            self._adopt(program, live)
+            self._current = self._blocks(), program
+        return program
+
+    def _whole(self) -> bool:
+        """Whether the pipeline is device work alone; a Python processor splits the step at its place."""
+        return all(
+            member.processor.kind != "opaque" and (member.memory is None or isinstance(member.memory, dict))
+            for member in self.sampler.active()
+        )
 
     def _live(self) -> list:
         """Everything of the pipeline that a step reads, in a fixed order."""
@@ -159,8 +187,8 @@ class GraphBatch(Batch):
 
     def _key(self, live) -> tuple:
         shape = (
+            self._whole(),
             self._blocks(),
-            self.pool.capacity,
             tuple(self.stops.shape),
             self._top_count(),
             self.cache is None,
@@ -171,52 +199,62 @@ class GraphBatch(Batch):
         count = self._top_count()
         if count is None:
             return None
-        ids = torch.zeros(self.size, count, dtype=torch.long, device=self.logits.device)
-        return ids, torch.zeros(self.size, count, device=self.logits.device)
+        if self._chosen is None or self._chosen[0].shape[1] != count:
+            ids = torch.zeros(self.size, count, dtype=torch.long, device=self.logits.device)
+            self._chosen = ids, torch.zeros(self.size, count, device=self.logits.device)
+        return self._chosen
 
-    def _capture(self, key, live, best, whole: bool) -> None:
-        leaves = [leaf for leaf in _flatten(live) if torch.is_tensor(leaf)]
-        graph = torch.cuda.CUDAGraph()
+    def _record(self, key, live) -> None:
+        program = Program(None, self._whole(), live, self._best_buffers())
+
+        def step():
+            if program.whole:
+                self._sample(program.best)
+            self._advance()
+
         try:
-            self._warm_up(best, whole, leaves)
-            with torch.cuda.graph(graph, pool=self.memory_pool):
-                if whole:
-                    self._sample(best)
-                self._advance()
-        except (RuntimeError, torch.AcceleratorError) as error:
-            self.refused.add(key)
-            log.warning("the decode step runs uncaptured: %s", str(error).split("\n")[0])
+            with self._rehearsal(program.leaves):
+                for _ in range(2):  # compiled steps settle in the first run
+                    self.recorder.warm_up(step)
+            program.graph = self.recorder.record(step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.refused[key] = _root(error)
+            log.warning("the decode step runs uncaptured: %s", self.refused[key])
             return
-        self.captured[key] = Captured(graph, leaves, best if whole else None, [live])
+        self.programs[key] = program
+        if len(self.programs) > KEPT:
+            self.programs.popitem(last=False)
 
-    def _warm_up(self, best, whole, leaves) -> None:
-        """Run the step twice on another stream, as capture demands, and put back what it changed."""
+    @contextmanager
+    def _rehearsal(self, leaves):
+        """Steps that leave no trace: rows stand still, and everything is put back.
+
+        The cell that a row writes to is its own, and the real step writes it again; the one behind it may not be.
+        """
         changed = [self.logits, self.tokens, self.results, self.positions, self.active, self.history, *leaves]
         changed += [] if self.cache is None else list(self.cache.states())
-        saved = [t.clone() for t in changed]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                if whole:
-                    self._sample(best)
-                self._advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor, old in zip(changed, saved, strict=True):
-            tensor.copy_(old)
+        saved = [tensor.clone() for tensor in changed]
+        self.active.zero_()
+        try:
+            yield
+        finally:
+            for tensor, old in zip(changed, saved, strict=True):
+                tensor.copy_(old)
 
-    def _replay(self, step: Captured, live):
-        """Bring the graph's tensors up to date, make them the pipeline's own, and run it."""
-        fresh = iter(leaf for leaf in _flatten(live) if torch.is_tensor(leaf))
-        for mine, new in zip(step.leaves, fresh, strict=True):
+    def _adopt(self, program: Program, live) -> None:
+        """Bring the tensors that a recorded step reads up to date, and make them the pipeline's own."""
+        if not live:
+            return
+        fresh = [leaf for leaf in _flatten(live) if torch.is_tensor(leaf)]
+        for mine, new in zip(program.leaves, fresh, strict=True):
             if mine is not new:
                 mine.copy_(new)
-        held = step.alive[0]
-        for member, (_, values, memory) in zip(self.sampler.active(), held[0], strict=True):
-            member.values, member.memory = values, memory
-        self.sampler._plan, self.sampler._greedy_tensor = held[1], held[2]
-        step.graph.replay()
-        return step.best
+        values, plan, greedy = program.live
+        for member, (_, packed, memory) in zip(self.sampler.active(), values, strict=True):
+            member.values, member.memory = packed, memory
+        self.sampler._plan, self.sampler._greedy_tensor = plan, greedy
 
 
 def _overwrite(old, new) -> None:
@@ -228,6 +266,13 @@ def _overwrite(old, new) -> None:
         return
     for name, tensor in old.memory.items():
         tensor.copy_(new.memory[name])
+
+
+def _root(error: BaseException) -> str:
+    """First line of what went wrong first: ending a spoilt capture raises once more."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _flatten(value) -> list:
@@ -244,7 +289,7 @@ def _flatten(value) -> list:
 
 
 def _describe(leaf):
-    """What must not change for a graph to be replayed: shape and dtype of a tensor, a constant itself."""
+    """What must not change for a step to be replayed: shape and dtype of a tensor, a constant itself."""
     if torch.is_tensor(leaf):
         return tuple(leaf.shape), leaf.dtype
     return leaf if leaf is None or isinstance(leaf, str | int | float | bool) else id(leaf)

@@ -138,7 +138,8 @@ class Model:
     def _aim(self, feed: Feed) -> None:
         """What our attention function reads in the coming pass."""
         self._feed, self._step = feed, None
-        if self.path == "attention" and (feed.positions.device.type == "cpu" or feed.width > LONG):
+        known = feed.positions.device.type == "cpu" and len(feed.tables) > 0  # not so in a recorded step
+        if self.path == "attention" and (known or feed.width > LONG):
             self._step = CellPlan(
                 feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts, alone=self.alone
             )

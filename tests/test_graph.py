@@ -1,13 +1,22 @@
-"""The step as one device program: equal to the eager step, at fixed addresses, without reading anything back."""
+"""The step as one device program: equal to the eager step, at fixed addresses, without reading anything back.
+
+Without CUDA the steps of the tests below are recorded and replayed by `recorded_graph`, through the same code.
+"""
+
+import logging
 
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from helpers import assert_nothing_leaked, tiny_llama
+from recorded_graph import Recording, install
+from test_processors_laws import ON
 
 from handloom import CapabilityError, Engine, SamplingParams
 from handloom.graph import GraphBatch
 from handloom.kv import Store
 from handloom.loop import prefill
+from handloom.processors.base import Edit
 from handloom.request import Prefilled, Request
 from handloom.text import Prompt
 
@@ -24,6 +33,12 @@ MIXED = [
 ]
 ON_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CUDA else "cpu"
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """The recorders of all batches; on a machine with CUDA there is nothing to stand in for."""
+    return install(monkeypatch) if not ON_CUDA else []
 
 
 def engines(name, **options):
@@ -144,7 +159,7 @@ def to_meta(engine, batch):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "gpt_oss", "bloom", "deepseek_v3", "jamba", "qwen3_next"]
+    "name", ["llama", "gemma2", "gpt_oss", "bloom", "deepseek_v3", "jamba", "qwen3_next", "mamba"]
 )
 @torch.no_grad()
 def test_no_operation_of_the_step_reads_a_value_back(name):
@@ -162,6 +177,161 @@ def test_no_operation_of_the_step_reads_a_value_back(name):
     assert batch.logits.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
         batch.positions.sum().item()  # the probe itself: reading does raise here
+
+
+def used(recorders) -> tuple[int, int]:
+    """Steps that were recorded, and replays of them."""
+    return sum(len(r.recordings) for r in recorders), sum(r.replays for r in recorders)
+
+
+def no_refusals(engine) -> None:
+    assert [reason for batch in engine._batches.values() for reason in batch.refused.values()] == []
+
+
+def changed(params: SamplingParams) -> SamplingParams:
+    """A request of the same shape with other values: it meets the same recorded step."""
+    return params.replace(
+        temperature=params.temperature and params.temperature + 0.3,
+        seed=100 + params.seed,
+        repetition_penalty=1 + 1.5 * (params.repetition_penalty - 1),
+        max_new_tokens=params.max_new_tokens + 3,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gpt_oss", "mixtral", "bloom", "deepseek_v3", "jamba", "mamba"]
+)
+def test_replayed_steps_draw_the_eager_tokens_while_rows_are_replaced(name, recorders):
+    eager, program = engines(name)
+    for wanted in (MIXED, MIXED, [changed(p) for p in MIXED]):
+        for a, b in zip(eager.generate(PROMPTS, wanted), program.generate(PROMPTS, wanted), strict=True):
+            assert (b.token_ids, b.finish_reason) == (a.token_ids, a.finish_reason)
+            assert b.logprobs == pytest.approx(a.logprobs, abs=1e-4)
+            assert (b.top_logprobs is None) == (a.top_logprobs is None)
+    no_refusals(program)
+    assert_nothing_leaked(program)
+    recordings, replays = used(recorders) if recorders else (5, 60)
+    assert recordings >= 5
+    assert replays >= 60
+
+
+@pytest.mark.parametrize("name", sorted(set(ON) - {"prefix_fn", "xtc"}))
+def test_every_rule_replays(name, recorders):
+    """XTC draws its coin with NumPy on a CPU, and a prefix function is Python: both are left out."""
+    eager, program = Engine(tiny_llama(), slots=3, graph=False), Engine(tiny_llama(), slots=3, graph=True)
+    rule = {"temperature": 1.0, **ON[name], "max_new_tokens": 6}
+    for seed in (1, 20):
+        params = [SamplingParams(**rule, seed=seed + i) for i in range(4)]
+        want, got = eager.generate(PROMPTS[:4], params), program.generate(PROMPTS[:4], params)
+        assert [g.token_ids for g in got] == [g.token_ids for g in want]
+    no_refusals(program)
+    assert not recorders or used(recorders)[1] >= 5
+
+
+def test_a_pool_that_moves_is_recorded_anew(recorders):
+    eager, program = engines("llama", block_size=2, slots=2)
+    capacity = program.pool.capacity
+    for turn in range(2):
+        prompts = [[*p, turn] for p in PROMPTS]
+        want = eager.generate(prompts, max_new_tokens=70)
+        assert [g.token_ids for g in program.generate(prompts, max_new_tokens=70)] == [
+            g.token_ids for g in want
+        ]
+    assert program.pool.capacity > capacity
+    for batch in program._batches.values():
+        assert len(batch.programs) <= 2  # those that wrote to the old place are gone
+
+
+class CountingProcessor:
+    """A Hugging Face processor with a state of its own: it bans one more token at every call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        scores[:, (7 * self.calls) % scores.shape[1] :][:, :20] = -torch.inf
+        return scores
+
+
+def test_python_processors_keep_their_state_around_replayed_forwards(recorders):
+    eager, program = engines("llama")
+    params = [
+        SamplingParams(max_new_tokens=9, processors=(CountingProcessor(),) if i % 2 else ()) for i in range(6)
+    ]
+    want = eager.generate(PROMPTS, params)
+    assert [g.token_ids for g in program.generate(PROMPTS, params)] == [g.token_ids for g in want]
+    assert not recorders or used(recorders)[1] >= 12
+
+
+def test_a_rule_that_reads_the_device_is_told_once_and_still_works(recorders, caplog):
+    class Nosy(Edit):
+        name, defaults = "nosy", {"strength": 0.0}
+
+        def edit(self, logits, context):
+            return logits + float(logits[0, 0] > 100)
+
+    eager, program = engines("llama")
+    params = [SamplingParams(max_new_tokens=6, processors=(Nosy(1.0),)) for _ in PROMPTS]
+    want = eager.generate(PROMPTS, params)
+    with caplog.at_level(logging.WARNING, logger="handloom"):
+        got = program.generate(PROMPTS, params)
+    assert [g.token_ids for g in got] == [g.token_ids for g in want]
+    told = [r.getMessage() for r in caplog.records if "runs uncaptured" in r.getMessage()]
+    assert told
+    assert all("not permitted when stream is capturing" in line for line in told)
+
+
+def test_rows_that_leave_early_and_wider_stop_lists(recorders):
+    eager, program = engines("llama")
+    params = [
+        SamplingParams(max_new_tokens=30, stop_token_ids=tuple(range(i, 101, 9)), temperature=1.0, seed=i)
+        for i in range(len(PROMPTS))
+    ]
+    for _ in range(2):
+        want, got = eager.generate(PROMPTS, params), program.generate(PROMPTS, params)
+        assert [(g.token_ids, g.finish_reason) for g in got] == [(g.token_ids, g.finish_reason) for g in want]
+        events = program.stream(PROMPTS, params)
+        for _ in range(9):
+            next(events)
+        events.close()
+    assert_nothing_leaked(program)
+
+
+@torch.no_grad()
+def test_rehearsal_and_recording_leave_no_trace(recorders):
+    """Cells behind a row's own may belong to another row by the time that they are reached."""
+    if ON_CUDA:
+        pytest.skip("compares every cell of the pool")
+    _, program = engines("llama")
+    batch = started(program)
+    for slot in batch.running:
+        batch.prepare(slot)
+    other = batch.rows[1].table.blocks[0]
+    batch.cells[0, batch.lengths[0] + 1 :] = other * batch.block  # as a row before it may have left them
+    keys = program.pool.stores[0].keys
+    before = {name: value.clone() for name, value in vars(batch).items() if torch.is_tensor(value)}
+    cells = keys[:, other].clone()
+    batch._record("key", batch._live())
+    assert torch.equal(keys[:, other], cells)
+    for name, value in before.items():
+        assert torch.equal(getattr(batch, name), value), name
+
+
+def test_the_recording_itself():
+    """It replays constants and addresses, undoes what it did, and refuses what a capture refuses."""
+    total, step, ahead = torch.zeros(3), torch.ones(3), 1.0
+    with Recording() as recording:
+        fresh = step * 2
+        total.add_(fresh + ahead)
+    recording.undo()
+    assert total.tolist() == [0, 0, 0]
+    ahead, step[0] = 100.0, 5.0
+    recording.replay()
+    assert total.tolist() == [11, 3, 3]  # the constant of the recording, the tensor of today
+    for reading in (lambda: total.sum().item(), lambda: total.nonzero(), lambda: torch.tensor([1.0]) + total):
+        with pytest.raises(RuntimeError, match="not permitted"), Recording():
+            reading()
 
 
 def test_models_that_cannot_be_captured_say_why():

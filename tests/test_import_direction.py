@@ -17,7 +17,7 @@ FOLDERS = {"kernels": "handloom.kernels", "engine": "handloom", "benchmarks": "b
 LAYERS = [
     {"kernels", "errors"},
     {
-        *{"kv", "feed", "sequence", "state", "capabilities"},
+        *{"kv", "feed", "sequence", "state", "capabilities", "capture"},
         *{"checks", "aliases", "params", "processors", "rows", "pipeline", "profiles"},
         *{"text", "stopping", "generation"},
     },

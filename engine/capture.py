@@ -1,0 +1,98 @@
+"""Device work that is recorded once and replayed, and results that reach the host late: CUDA graphs, pinned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+class CudaRecorder:
+    """Records programs as CUDA graphs.
+
+    Warm-up and capture share one stream, so that libraries set up one workspace, and all graphs share one memory
+    pool: nothing that a graph allocates is read after its replay.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, program: Callable[[], None]) -> None:
+        """Run a program on the capture's stream, so that kernels are compiled before anything is recorded."""
+        here = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            program()
+        here.wait_stream(self.stream)
+
+    def record(self, program: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """The graph of a program, which is not run.
+
+        Raises:
+            RuntimeError: it does something that a graph cannot hold.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # What other threads do (the watchdog of collectives, a user's own copies) must not spoil the capture.
+        mode = "thread_local"
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
+                program()
+        except RuntimeError:
+            self.pool = torch.cuda.graph_pool_handle()  # the allocator may hold the old one for still in use
+            raise
+        return graph
+
+
+def recorder_for(device: torch.device) -> CudaRecorder | None:
+    """What records steps on a device; None where steps run as they are."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+@dataclass
+class _Turn:
+    """One set of host buffers, and the event after the last copy into them."""
+
+    buffers: dict[tuple, torch.Tensor] = field(default_factory=dict)
+    event: torch.cuda.Event | None = None
+
+
+class Mailbox:
+    """Brings tensors to the host without waiting for them, in pinned buffers that are used in turn.
+
+    Args:
+        device: where the tensors are.
+        turns: sendings that may be under way or unread at once; the one before them is overwritten.
+    """
+
+    def __init__(self, device: torch.device, turns: int):
+        self.pinned = device.type == "cuda"
+        self._turns = [_Turn() for _ in range(turns)]
+        self._next = 0
+
+    def send(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+        """Host tensors that will hold copies of `tensors`, and the event after which they do (None: they do now)."""
+        turn = self._turns[self._next]
+        self._next = (self._next + 1) % len(self._turns)
+        arrived = []
+        for place, tensor in enumerate(tensors):
+            key = (place, tensor.shape, tensor.dtype)
+            if key not in turn.buffers:
+                turn.buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.pinned)
+            arrived.append(turn.buffers[key].copy_(tensor, non_blocking=True))
+        if self.pinned:
+            turn.event = turn.event or torch.cuda.Event()
+            turn.event.record()
+        return arrived, turn.event
+
+
+def upload(values, device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
+    """Numbers of the host on a device; the host does not wait for what the device is doing.
+
+    Args:
+        values: a list of numbers, nested for more axes.
+    """
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

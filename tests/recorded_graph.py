@@ -1,0 +1,180 @@
+"""A CUDA graph without CUDA: tensor operations recorded with the tensors they touch, and run again on the same ones.
+
+A replay sees what a graph sees: addresses and the constants of the recording, never a Python value of today. Reading
+a value on the host while recording raises, as it does in a capture; recording leaves no trace; and memory that the
+recording allocated is poisoned before every replay, as another graph of the same pool may have used it.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from handloom import graph
+
+# Operations that wait for the device on CUDA, or copy from the host's memory.
+FORBIDDEN = {
+    "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero",
+    "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
+    "aten::lift_fresh", "aten::repeat_interleave.Tensor",
+}  # fmt: skip
+ON_HOST = ("tolist", "numpy", "__array__")
+
+
+def refuse(what: str):
+    raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+
+
+def tensors_of(value) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def place(tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Recording(TorchDispatchMode):
+    """What ran inside the block; `replay` runs it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.made = {}  # storages that the recording allocated
+        self.before = {}  # storages that it found, as they were before it wrote to them
+        self.replays = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
+        if func._schema.name in FORBIDDEN or name in FORBIDDEN:
+            refuse(name)
+        if (
+            func.namespace == "handloom"
+        ):  # an opaque operation: what it does inside is what a graph would hold
+            from handloom import compiling
+
+            with self:
+                return compiling._attend(*args, **kwargs)
+        self._keep(func, args, kwargs)
+        out = func(*args, **kwargs)
+        self._note(lambda: func(*args, **kwargs), out, (args, kwargs))
+        return out
+
+    def launch(self, executor, args, kwargs):
+        """A Triton kernel in the interpreter: its arguments are pointers and constants, as in a graph."""
+        given = tensors_of((args, kwargs))
+        for tensor in given:
+            self._save(tensor)
+        executor(*args, **kwargs)
+        self._note(lambda: executor(*args, **kwargs), None, given)
+
+    def _note(self, call, out, given):
+        known = {place(t) for t in tensors_of(given)}
+        for tensor in tensors_of(out):
+            if place(tensor) not in known and place(tensor) not in self.before:
+                self.made[place(tensor)] = tensor
+        self.calls.append((call, out, given))
+
+    def _keep(self, func, args, kwargs):
+        for spec, value in [*zip(func._schema.arguments, args, strict=False)] + [
+            (s, kwargs[s.name]) for s in func._schema.arguments if s.name in kwargs
+        ]:
+            if spec.alias_info is not None and spec.alias_info.is_write:
+                for tensor in tensors_of(value):
+                    self._save(tensor)
+
+    def _save(self, tensor):
+        if place(tensor) not in self.made and place(tensor) not in self.before:
+            self.before[place(tensor)] = (tensor.untyped_storage(), tensor.untyped_storage().clone())
+
+    def undo(self):
+        """Put back what the recording changed: a capture does not run."""
+        for storage, saved in self.before.values():
+            storage.copy_(saved)
+        self._poison()
+
+    def _poison(self):
+        for tensor in self.made.values():
+            storage = tensor.untyped_storage()
+            storage.copy_(torch.full((len(storage),), 0xFF, dtype=torch.uint8).untyped_storage())
+
+    @torch.no_grad()
+    def replay(self):
+        """Run every operation again, results to where the recording had them."""
+        self._poison()
+        self.replays += 1
+        for call, out, _ in self.calls:
+            for old, new in zip(tensors_of(out), tensors_of(call()), strict=True):
+                if place(old) != place(new):
+                    old.copy_(new)
+
+
+class Recorder:
+    """Takes the place of `capture.CudaRecorder`."""
+
+    def __init__(self):
+        self.recordings, self.warm_ups = [], 0
+
+    def warm_up(self, program):
+        self.warm_ups += 1
+        program()
+
+    def record(self, program):
+        recording = Recording()
+        try:
+            with pytest.MonkeyPatch.context() as patch, recording:
+                for name in ON_HOST:
+                    patch.setattr(torch.Tensor, name, lambda *a, name=name, **k: refuse(f"Tensor.{name}"))
+                with recorded_launches(patch, recording):
+                    program()
+        finally:
+            recording.undo()
+        self.recordings.append(recording)
+        return recording
+
+    @property
+    def replays(self) -> int:
+        """Replays of all recordings."""
+        return sum(recording.replays for recording in self.recordings)
+
+
+@contextlib.contextmanager
+def recorded_launches(patch, recording):
+    """Launches of interpreted Triton kernels go to the recording."""
+    import triton.runtime.interpreter as interpreter
+
+    original = interpreter.GridExecutor.__call__
+
+    def call(executor, *args, **kwargs):
+        def run(*args, **kwargs):
+            with pytest.MonkeyPatch.context() as unpatched:
+                for name in ON_HOST:
+                    unpatched.setattr(torch.Tensor, name, getattr(torch._C.TensorBase, name, HOST[name]))
+                with torch.utils._python_dispatch._disable_current_modes():
+                    original(executor, *args, **kwargs)
+
+        recording.launch(run, args, kwargs)
+
+    patch.setattr(interpreter.GridExecutor, "__call__", call)
+    yield
+
+
+HOST = {name: getattr(torch.Tensor, name) for name in ON_HOST}
+
+
+def install(monkeypatch) -> list[Recorder]:
+    """Record and replay steps on the CPU, by the code that does so on CUDA; the recorders that batches make."""
+    from handloom.kernels import sample, sample_reference
+
+    made = []
+
+    def recorder_for(device):
+        made.append(Recorder())
+        return made[-1]
+
+    monkeypatch.setattr(graph, "recorder_for", recorder_for)
+    # On CUDA without Triton's kernels this is what runs; the CPU's own sampler works on NumPy arrays.
+    monkeypatch.setattr(sample, "sample_cpu", sample_reference.sample_reference)
+    return made
