@@ -26,6 +26,7 @@ BENCH = [
 DEV = [
     *DEMO,
     *QUANT,
+    *GRAMMAR,
     *BENCH,
     "build>=1.2",
     "hypothesis>=6.100",

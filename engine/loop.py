@@ -121,7 +121,7 @@ def collect(batch: Batch, step: Step) -> Iterator[Event]:
             continue
         token, raw, processed = results[slot]
         if math.isnan(raw) or math.isnan(processed):
-            reason = step.failures.get(slot) or blame(raw)
+            reason = blame(raw) if math.isnan(raw) else step.failures.get(slot, blame(raw))
             event = request.end("error", f"request {request.index}: {reason}")
         else:
             event = request.push(int(token), raw, processed, best and best[slot])

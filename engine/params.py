@@ -279,8 +279,14 @@ class SamplingParams:
         tokenizer: a transformers tokenizer; None will do where there is no such string. bad_words: each
         string with and without a space before it, as vLLM does. dry_breakers: the last token of "a" +
         string, as text-generation-webui does. logit_bias: every token of the string, as llama.cpp does.
-        `stop` stays text.
+        `stop` stays text. A processor with a method `for_tokenizer` is replaced by what it returns.
         """
+        own = [
+            rule.for_tokenizer(tokenizer) if hasattr(rule, "for_tokenizer") else rule
+            for rule in self.processors
+        ]
+        if any(new is not old for new, old in zip(own, self.processors, strict=True)):
+            return self.replace(processors=own).resolve(tokenizer)
         strings = [
             entry
             for entry in (*self.bad_words, *self.dry_breakers, *self.logit_bias)

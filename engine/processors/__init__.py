@@ -9,7 +9,9 @@ from handloom.processors.constraints import (
     MinNewTokens,
     SuppressFirst,
 )
+from handloom.processors.grammar import Grammar
 from handloom.processors.masks import BiasHook, Bitmask, Watermark, watermark_score
+from handloom.processors.matchers import Matcher, allow
 from handloom.processors.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
 from handloom.processors.repeats import DRY, NoRepeatNGram
 from handloom.processors.sequences import (
@@ -89,8 +91,10 @@ __all__ = [
     "ExponentialDecay",
     "ForcedTokens",
     "FrequencyPenalty",
+    "Grammar",
     "Keep",
     "LogitBias",
+    "Matcher",
     "MinNewTokens",
     "MinP",
     "Mirostat",
@@ -112,5 +116,6 @@ __all__ = [
     "TopP",
     "Typical",
     "Watermark",
+    "allow",
     "watermark_score",
 ]
