@@ -107,6 +107,7 @@ class Engine:
         device_map=None,
         tp_plan=None,
         quantization: str | None = None,
+        layout: str = "auto",
         gguf_file: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -116,8 +117,8 @@ class Engine:
         """An Engine for a hub id or a local folder.
 
         Args:
-            name_or_path, dtype, device, device_map, tp_plan, quantization, gguf_file, revision, trust_remote_code:
-                see `handloom.loading.load`.
+            name_or_path, dtype, device, device_map, tp_plan, quantization, layout, gguf_file, revision,
+                trust_remote_code: see `handloom.loading.load`.
             model_kwargs: further arguments for transformers' `from_pretrained`.
             engine_kwargs: arguments of `Engine`.
 
@@ -133,6 +134,7 @@ class Engine:
             device_map=device_map,
             tp_plan=tp_plan,
             quantization=quantization,
+            layout=layout,
             gguf_file=gguf_file,
             revision=revision,
             trust_remote_code=trust_remote_code,

@@ -8,14 +8,15 @@ import time
 
 import torch
 from safetensors import SafetensorError
-from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from . import packing, parallel
 from .errors import ModelError
+from .kernels.blocked import BlockedLinear, block_linears, unblockable
 
 log = logging.getLogger("handloom")
 QUANTIZATIONS = ("nf4", "fp4", "int8", *packing.BITS)
+LAYOUTS = ("auto", "blocked", "plain")
 DTYPES = ("auto", "fastest", "float32", "float16", "bfloat16", "float64")
 SMALL = 1 << 18  # weights of a layer below which the dtype is not worth a measurement
 GAIN = 1.2  # how much faster another dtype has to be before the checkpoint's own is left
@@ -29,6 +30,7 @@ def load(
     device_map=None,
     tp_plan=None,
     quantization: str | None = None,
+    layout: str = "auto",
     gguf_file: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -46,6 +48,9 @@ def load(
             and `quantization`.
         quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes), or on a CPU `int8-cpu` or `int4-cpu`: packed
             weights, the output layer included, with bfloat16 activations.
+        layout: of the weights of linear layers on a CPU. `auto` and `blocked` put them in oneDNN's blocked layout,
+            in the same dtype, for products that are faster and round differently (`kernels.blocked`); `blocked`
+            fails where nothing can be. `plain` leaves the modules as transformers made them, for training or hooks.
         gguf_file: a GGUF file in the folder, dequantised on load.
         revision, trust_remote_code, model_kwargs: passed on to transformers.
 
@@ -53,6 +58,8 @@ def load(
         ModelError: nothing usable is found there, or an argument is not valid.
     """
     place = _place(device, device_map, tp_plan, quantization)
+    if layout not in LAYOUTS:
+        raise ModelError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
     fastest, dtype = dtype == "fastest", _dtype(dtype)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
@@ -69,7 +76,7 @@ def load(
         arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
         arguments["device_map"] = {"": place}
     elif fastest and place.type == "cpu":
-        arguments["dtype"] = _dtype_for_cpu(name_or_path, common)
+        arguments["dtype"] = _dtype_for_cpu(name_or_path, common, layout)
     if device_map is not None:
         arguments["device_map"] = device_map
     if tp_plan is not None:
@@ -82,7 +89,25 @@ def load(
         module = module.to(place)
     if quantization in packing.BITS:
         packing.pack(module, quantization)
-    return module.eval(), _tokenizer(name_or_path, common)
+    module = module.eval()
+    if layout == "blocked" or (layout == "auto" and quantization is None and tp_plan is None):
+        _block(module, layout)
+    return module, _tokenizer(name_or_path, common)
+
+
+def _block(module, layout: str) -> None:
+    """Put the weights on the CPU into the blocked layout, in place.
+
+    Raises:
+        ModelError: `layout` asks for it by name and no layer can be.
+    """
+    left = block_linears(module)
+    blocked = [part for part in module.modules() if isinstance(part, BlockedLinear)]
+    if blocked:
+        log.info("%d linear layers in oneDNN's blocked layout, %d as they were", len(blocked), len(left))
+    elif layout == "blocked":
+        reasons = sorted(set(left.values())) or ["the model has no nn.Linear"]
+        raise ModelError(f"layout='blocked': no layer can be: {'; '.join(reasons)[:300]}")
 
 
 def _place(device, device_map, tp_plan, quantization) -> torch.device:
@@ -120,7 +145,7 @@ def _dtype(dtype):
 # -- the dtype on a CPU
 
 
-def _dtype_for_cpu(name_or_path, common):
+def _dtype_for_cpu(name_or_path, common, layout):
     """The checkpoint's dtype, or the one of float32 and bfloat16 that is clearly faster on this machine."""
     try:
         config = AutoConfig.from_pretrained(name_or_path, **common).get_text_config(decoder=True)
@@ -135,7 +160,7 @@ def _dtype_for_cpu(name_or_path, common):
         return "auto"
     if not isinstance(hidden, int) or not isinstance(inner, int) or hidden * inner < SMALL:
         return "auto"
-    times = linear_times(hidden, inner, min(vocab, 1 << 14))
+    times = linear_times(hidden, inner, min(vocab, 1 << 14), layout)
     best = min(times, key=times.get)
     chosen = own if own in times and times[own] <= GAIN * times[best] else best
     listed = ", ".join(f"{str(d).removeprefix('torch.')} {1e6 * t:.0f} us" for d, t in times.items())
@@ -144,11 +169,14 @@ def _dtype_for_cpu(name_or_path, common):
 
 
 @functools.lru_cache(maxsize=16)  # one answer a process: engines of one model agree
-def linear_times(hidden: int, inner: int, outputs: int, rounds: int = 5) -> dict[torch.dtype, float]:
+def linear_times(
+    hidden: int, inner: int, outputs: int, layout: str = "auto", rounds: int = 5
+) -> dict[torch.dtype, float]:
     """Shortest time of the products of one decode step at batch 1, for each dtype worth a thought.
 
     Args:
         hidden, inner, outputs: widths of the residual stream, the feed-forward layer and (part of) the output layer.
+        layout: of the weights, see `load`.
         rounds: measurements of each, in turn.
 
     Returns:
@@ -158,19 +186,26 @@ def linear_times(hidden: int, inner: int, outputs: int, rounds: int = 5) -> dict
     sides = {}
     for dtype in (torch.float32, torch.bfloat16):
         sides[dtype] = [
-            (torch.full((1, shape[1]), 0.5, dtype=dtype), torch.full(shape, 0.01, dtype=dtype))
-            for shape in shapes
+            (torch.full((1, shape[1]), 0.5, dtype=dtype), _linear(shape, dtype, layout)) for shape in shapes
         ]
     best = dict.fromkeys(sides, float("inf"))
     with torch.no_grad():
         for turn in range(rounds + 1):
             for dtype, products in sides.items():
                 start = time.perf_counter()
-                for x, weight in products:
-                    linear(x, weight)
+                for x, product in products:
+                    product(x)
                 if turn:  # the first round pays for what is set up once
                     best[dtype] = min(best[dtype], time.perf_counter() - start)
     return best
+
+
+def _linear(shape, dtype, layout):
+    """A linear layer of this shape as `load` would leave it."""
+    with torch.device("meta"):
+        layer = torch.nn.Linear(shape[1], shape[0], bias=False)
+    layer.weight = torch.nn.Parameter(torch.full(shape, 0.01, dtype=dtype), requires_grad=False)
+    return layer if layout == "plain" or unblockable(layer) else BlockedLinear(layer)
 
 
 def _bitsandbytes(quantization: str, dtype):
