@@ -1,107 +1,20 @@
 """Grammars: masks worked out by hand, matchers that fork and rewind, backends, and whole texts."""
 
-import importlib.util
-import json
 import random
 import re
-import sys
 
 import pytest
 import torch
 from helpers import assert_nothing_leaked, outcome, spell, text_engine, tiny_llama
-from tiny_tokenizers import byte_fallback, byte_level, metaspace
+from languages import ASKED, END, A, B, Letters, Nested, V, Word, after, allowed, bound, read, step
+from tiny_tokenizers import byte_fallback, byte_level
 
-from handloom import CapabilityError, Engine, ParameterError, SamplingParams, laws
+from handloom import Engine, SamplingParams, laws
 from handloom.pipeline import Context, Pipeline
 from handloom.processors import Grammar, allow
 from handloom.processors.masks import unpack_bitmask
 from handloom.processors.matchers import forbid
 from handloom.strategies import beam_search, speculative
-
-BACKENDS = [
-    "llguidance",
-    pytest.param(
-        "xgrammar",
-        marks=pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="xgrammar is optional"),
-    ),
-]
-V, A, B, END = 40, 31, 32, 39  # A is the sign bit of the first word, B the first of the second
-TREE = [*[(), (A,), (A, A), (A, B), (A, A, B), (A, A, B, B)]]
-
-
-class Nested:
-    """The language a^n b^n, n >= 1, as a user would write it; counts what is asked of it."""
-
-    def __init__(self, text=(), calls=None, a=A, b=B):
-        self.text, self.a, self.b = list(text), a, b
-        self.calls = calls if calls is not None else dict.fromkeys(("fill", "accept", "rollback", "fork"), 0)
-
-    def next(self):
-        ones, twos = self.text.count(self.a), self.text.count(self.b)
-        if twos == 0:
-            return [self.a, self.b] if ones else [self.a]
-        return [self.b] if twos < ones else []
-
-    def fill(self, mask):
-        assert not mask.any()
-        self.calls["fill"] += 1
-        allow(mask, self.next())
-
-    def accept(self, token):
-        self.calls["accept"] += 1
-        if token not in self.next():
-            return False
-        self.text.append(token)
-        return True
-
-    def may_end(self):
-        return 0 < self.text.count(self.a) == self.text.count(self.b)
-
-    def rollback(self, count):
-        assert 1 <= count <= len(self.text)
-        self.calls["rollback"] += 1
-        del self.text[-count:]
-
-    def fork(self):
-        self.calls["fork"] += 1
-        return Nested(self.text, self.calls, self.a, self.b)
-
-
-def after(text):
-    """What may follow a text of a^n b^n, by hand."""
-    ones, twos = text.count(A), text.count(B)
-    if twos == 0:
-        return {A, B} if ones else {A}
-    return {B} if twos < ones else {END}
-
-
-def bound(grammar, rows=1, params=None, vocab=V):
-    pipeline = Pipeline([grammar], name="grammar")
-    return pipeline.bind([params] * rows, [[0]] * rows, vocab_size=vocab, eos_token_ids=[END])
-
-
-def step(rows):
-    """A Context for rows of any length: this processor reads none of it."""
-    lengths = torch.ones(len(rows), dtype=torch.int64)
-    return Context(tokens=torch.zeros(len(rows), 1), lengths=lengths, prompt_lengths=lengths)
-
-
-def allowed(rows, vocab=V):
-    """The tokens that each row may take next; the logits of the others are -inf, of these untouched."""
-    logits = torch.arange(float(vocab)).expand(len(rows), -1).clone()
-    result = rows.apply(logits, step(rows))
-    kept = result.isfinite()
-    assert torch.equal(result[kept], logits[kept])
-    return [set(row.nonzero().flatten().tolist()) for row in kept]
-
-
-def read(rows, texts):
-    """Rows after they have accepted a text each; shorter texts wait."""
-    for at in range(max(map(len, texts))):
-        tokens = torch.tensor([text[at] if at < len(text) else -1 for text in texts])
-        rows = rows.accept(tokens, step(rows))
-    return rows
-
 
 # -- masks
 
@@ -116,9 +29,10 @@ def test_bits_of_a_packed_mask():
 
 
 def test_every_mask_of_a_small_language_by_hand():
-    rows = bound(Grammar(Nested()), len(TREE))
+    texts = [(), (A,), (A, A), (A, B), (A, A, B), (A, A, B, B)]
+    rows = bound(Grammar(Nested()), 6)
     assert allowed(rows) == [{A}] * 6
-    rows = read(rows, TREE)
+    rows = read(rows, texts)
     assert allowed(rows) == [{A}, {A, B}, {A, B}, {END}, {B}, {END}]
     assert allowed(rows) == [{A}, {A, B}, {A, B}, {END}, {B}, {END}]  # asking changes nothing
     ended = rows.accept(torch.tensor([-1, -1, -1, END, -1, END]), step(rows))
@@ -260,40 +174,9 @@ def test_laws_hold_for_a_grammar():
 # -- the loop
 
 
-class Letters(Nested):
-    """a^n b^n in the letters of `text_engine`."""
-
-    def __init__(self, text=(), calls=None):
-        super().__init__(text, calls, *spell("ab"))
-
-    def fork(self):
-        self.calls["fork"] += 1
-        return Letters(self.text, self.calls)
-
-
-class Word(Letters):
-    """One text, letter by letter."""
-
-    def __init__(self, word, text=()):
-        super().__init__(text)
-        self.word = word
-
-    def next(self):
-        return spell(self.word)[len(self.text) :][:1]
-
-    def may_end(self):
-        return len(self.text) == len(self.word)
-
-    def fork(self):
-        return Word(self.word, self.text)
-
-
 @pytest.fixture(scope="module")
 def engine():
     return text_engine(slots=3)
-
-
-ASKED = ["the quick", "lazy dog. new lines", "x", "Stop here, then"]
 
 
 def drawn(**fields):
@@ -523,236 +406,3 @@ def test_a_model_without_eos_says_what_is_missing_and_takes_stop_tokens(engine):
     assert "complete, but there is no EOS token: give stop_token_ids" in result.error
     result = bare.generate([[5]], processors=[grammar], stop_token_ids=[77], **asked)[0]
     assert (result.token_ids, result.finish_reason) == ([*spell("ab"), 77], "stop")
-
-
-# -- backends
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback])
-def test_masks_of_a_backend_by_hand(backend, tokenizer):
-    tokenizer = tokenizer()
-    letters = dict(zip("abc", tokenizer.convert_tokens_to_ids(list("abc")), strict=True))
-    grammar = Grammar.regex("ab+c", tokenizer=tokenizer, backend=backend)
-    pipeline = Pipeline([grammar], name="grammar")
-    size, eos = len(tokenizer), tokenizer.eos_token_id
-    rows = pipeline.bind([None], [[0]], vocab_size=size, eos_token_ids=[eos])
-    a, b, c = letters.values()
-    same = {i for i in range(size) if tokenizer.decode([i]) in "abc"} | {a, b, c}  # <0x61> says a, too
-    seen = [allowed(rows, size)[0]]
-    for token in (a, b, b, c):
-        rows = rows.accept(torch.tensor([token]), step(rows))
-        seen.append(allowed(rows, size)[0])
-    assert all(found <= same | {eos} for found in seen)
-    assert [{a, b, c, eos} & found for found in seen] == [{a}, {b}, {b, c}, {b, c}, {eos}]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_forks_and_rewinds(backend):
-    tokenizer = byte_level()
-    x, y = tokenizer.convert_tokens_to_ids(list("xy"))
-    grammar = Grammar.lark('start: "x" start "y" | "x" "y"', tokenizer=tokenizer, backend=backend)
-    rows = Pipeline([grammar], name="grammar").bind([None], [[0]], vocab_size=360, eos_token_ids=[1])
-    kept = []
-    for token in [x] * 20 + [y] * 20:
-        kept.append(rows)
-        allowed(rows, 360)
-        rows = rows.accept(torch.tensor([token]), step(rows))
-    assert allowed(rows, 360) == [{1}]
-    expected = [{x}] + [{x, y}] * 20 + [{y}] * 19
-    for at in [5, 39, 0, 20, 38, 1]:
-        assert allowed(kept[at], 360) == [expected[at]]
-        assert allowed(kept[at].select([0, 0, 0]), 360) == [expected[at]] * 3
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_kinds_of_grammars(engine, backend):
-    schema = {
-        "type": "object",
-        "properties": {"n": {"type": "integer", "minimum": 3, "maximum": 17}, "s": {"enum": ["x", "yy"]}},
-        "required": ["n", "s"],
-        "additionalProperties": False,
-    }
-    grammars = {
-        "schema": Grammar.json_schema(schema, whitespace=False, backend=backend),
-        "text": Grammar.json_schema(json.dumps(schema), whitespace=False, backend=backend),
-        "lark": Grammar.lark('start: "a" ("b" | "c")~3', backend=backend),
-        "ebnf": Grammar.ebnf('root ::= "a" [0-9] "b"', backend=backend),
-        "choice": Grammar.choice(['say "hi"', "a\\b", "two\nlines"], backend=backend),
-    }
-    if backend == "xgrammar":
-        grammars["lark"] = Grammar.lark('start: "a" ("b" | "c") ("b" | "c") ("b" | "c")', backend=backend)
-    for seed in range(4):
-        said = {
-            name: engine.generate("x", temperature=1.0, seed=seed, max_new_tokens=60, processors=[grammar])
-            for name, grammar in grammars.items()
-        }
-        assert {result.finish_reason for result in said.values()} == {"eos"}
-        for name in ("schema", "text"):
-            value = json.loads(said[name].text)
-            assert list(value) == ["n", "s"]
-            assert 3 <= value["n"] <= 17
-            assert value["s"] in ("x", "yy")
-            assert " " not in said[name].text
-        assert re.fullmatch("a[bc]{3}", said["lark"].text)
-        assert re.fullmatch("a[0-9]b", said["ebnf"].text)
-        assert said["choice"].text in ('say "hi"', "a\\b", "two\nlines")
-
-
-def test_matchers_of_the_backends_are_taken_as_they_are(engine):
-    import llguidance.hf
-
-    tokenizer = llguidance.hf.from_tokenizer(engine.tokenizer)
-    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_regex("ab+c"))
-    for grammar in (Grammar(matcher), Grammar(lambda tokenizer: matcher.deep_copy())):
-        results = engine.generate(ASKED, max_new_tokens=4, processors=[grammar])
-        assert all("abbbc".startswith(result.text[:1]) for result in results)
-        assert all(re.fullmatch("ab+c?", result.text) for result in results)
-    wrong = llguidance.LLMatcher(tokenizer, "start: nowhere", log_level=0)
-    with pytest.raises(ParameterError, match='unknown name: "nowhere"'):
-        Grammar(wrong)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="xgrammar is optional")
-def test_an_xgrammar_matcher_is_taken_as_it_is(engine):
-    import xgrammar
-
-    info = xgrammar.TokenizerInfo.from_huggingface(engine.tokenizer, vocab_size=engine.vocab_size)
-    matcher = xgrammar.GrammarMatcher(xgrammar.GrammarCompiler(info).compile_regex("ab+c"))
-    assert re.fullmatch("ab+c?", engine.generate("x", max_new_tokens=4, processors=[Grammar(matcher)]).text)
-    wide = bound(Grammar(matcher), vocab=500)
-    assert not wide.apply(torch.zeros(1, 500), context := step(wide)).isfinite().any()
-    assert "needs" not in context.cache["failures"][0]
-    assert "vocab_size=<the model's>" in context.cache["failures"][0]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("vocab", [330, 360, 500])
-def test_a_vocabulary_of_another_size(backend, vocab):
-    tokenizer = byte_level()
-    grammar = Grammar.regex("[^a]+", tokenizer=tokenizer, backend=backend)
-    rows = Pipeline([grammar], name="grammar").bind([None], [[0]], vocab_size=vocab, eos_token_ids=[1])
-    whole = Pipeline([grammar], name="grammar").bind([None], [[0]], vocab_size=360, eos_token_ids=[1])
-    found, known = allowed(rows, vocab)[0], allowed(whole, 360)[0]
-    assert found == {token for token in known if token < vocab}
-    assert max(known) > 330
-    assert not found & {0, 1, 2}  # special tokens are no text
-
-
-# -- errors
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("kind", "text", "reason"),
-    [
-        ("regex", "a(", "unclosed group|not closed"),
-        ("lark", "start: nowhere", "unknown name"),
-        ("ebnf", "root ::= nowhere", "nowhere"),
-        ("json_schema", {"type": "arrayy"}, "arrayy"),
-    ],
-)
-def test_an_invalid_grammar_is_named_before_anything_runs(engine, backend, kind, text, reason):
-    grammar = getattr(Grammar, kind)(text, backend=backend)
-    with pytest.raises(ParameterError, match=rf"(?s)request 1: invalid {kind}: .*({reason})"):
-        engine.generate(ASKED[:2], [SamplingParams(), SamplingParams(processors=[grammar])])
-
-
-def test_schemas_that_cannot_be_kept_are_refused(engine):
-    with pytest.raises(ParameterError, match=r'Unimplemented keys.*"uniqueItems"'):
-        engine.generate("x", processors=[Grammar.json_schema({"type": "array", "uniqueItems": True})])
-    with pytest.raises(ParameterError, match="invalid json_schema"):
-        engine.generate("x", processors=[Grammar.json_schema("{not json")])
-
-
-def test_a_missing_backend_is_named(engine, monkeypatch):
-    for backend, hint in [
-        ("llguidance", r'pip install "handloom\[grammar\]"'),
-        ("xgrammar", "pip install xgrammar"),
-    ]:
-        monkeypatch.setitem(sys.modules, backend, None)
-        with pytest.raises(CapabilityError, match=f"needs the package '{backend}': {hint}"):
-            engine.generate("x", processors=[Grammar.regex("a", backend=backend)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CapabilityError, match=r"handloom\[grammar\]"):
-        engine.generate("x", processors=[Grammar.regex("a")])
-
-
-def test_a_missing_or_unreadable_tokenizer_is_named():
-    bare = Engine(tiny_llama())
-    with pytest.raises(ParameterError, match=r"Grammar.regex\(..., tokenizer=...\)"):
-        bare.generate([[5]], processors=[Grammar.regex("a")])
-    with pytest.raises(ParameterError, match="tokenizer="):
-        bound(Grammar.regex("a"))
-    with pytest.raises(CapabilityError, match="llguidance cannot read a"):
-        bound(Grammar.regex("a", tokenizer=metaspace(), backend="llguidance"))
-
-
-def test_what_is_no_grammar_is_refused():
-    with pytest.raises(ParameterError, match=r"3 is no grammar: .*fill, accept, may_end, rollback, fork"):
-        Grammar(3)
-    with pytest.raises(ParameterError, match="gave 3, which is no matcher"):
-        bound(Grammar(lambda tokenizer: 3))
-    with pytest.raises(ParameterError, match="backend='outlines' is none of auto, llguidance, xgrammar"):
-        Grammar.regex("a", backend="outlines")
-    for wrong in ([], "", [""], [3]):
-        with pytest.raises(ParameterError, match="choice takes one or more texts"):
-            Grammar.choice(wrong)
-
-
-def test_it_prints_itself():
-    assert repr(Grammar.regex("a+")) == "Grammar.regex('a+')"
-    assert repr(Grammar(Nested())) == "Grammar(Nested)"
-    assert "grammar" in Pipeline.default().explain(SamplingParams(processors=[Grammar.regex("a+")]))
-
-
-# -- a real model
-
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 20},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-    },
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}  # fmt: skip
-LIST = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 2, "maxItems": 4}
-EITHER = {"anyOf": [{"type": "boolean"}, {"type": "object", "properties": {"x": {"type": "number"}},
-                                          "required": ["x"], "additionalProperties": False}]}  # fmt: skip
-
-
-def is_person(value):
-    return list(value) == ["name", "age"] and len(value["name"]) <= 20 and 0 <= value["age"] <= 120
-
-
-def is_list(value):
-    return 2 <= len(value) <= 4 and set(value) <= {"red", "green", "blue"}
-
-
-def is_either(value):
-    return isinstance(value, bool) or (list(value) == ["x"] and isinstance(value["x"], int | float))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_smollm2_says_json_of_a_schema(smollm2_engine, backend):
-    tasks = [
-        ("Describe a person as JSON with name and age.", PERSON, is_person),
-        ("Give me a list of colours as JSON.", LIST, is_list),
-        ('Answer true, false or {"x": number}.', EITHER, is_either),
-    ]
-    prompts, params = [], []
-    for temperature in (0.0, 1.0):
-        for text, schema, _ in tasks:
-            grammar = Grammar.json_schema(schema, whitespace=False, backend=backend)
-            prompts.append([{"role": "user", "content": text}])
-            params.append(
-                SamplingParams(temperature=temperature, seed=3, max_new_tokens=80, processors=[grammar])
-            )
-    together = smollm2_engine.generate(prompts, params)
-    for result, (_, _, valid) in zip(together, tasks * 2, strict=True):
-        assert result.finish_reason == "eos", result
-        assert valid(json.loads(result.text)), result.text
-    alone = smollm2_engine.generate(prompts[3], params[3])
-    assert alone.token_ids == together[3].token_ids
