@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .cache import PagedCache
+from .capture import upload
 from .feed import Feed
 from .kv import TRASH, ZERO
 from .pipeline import Context
@@ -120,7 +121,7 @@ class Batch:
         self.positions[slot], self.active[slot] = length, 1
         self.prompt_lengths[slot] = length
         self.seeds[slot], self.streams[slot] = request.seed, request.sample
-        self.history[slot, :length] = torch.tensor(request.prompt.ids, device=self.history.device)
+        self.history[slot, :length] = upload(request.prompt.ids, self.history.device)
         self._set_stops(slot, request)
         if ready.states:
             self._insert(slot, ready.states)
@@ -135,7 +136,7 @@ class Batch:
             wider[:, : self.stops.shape[1]] = self.stops
             self.stops = wider
         self.stops[slot] = -1
-        self.stops[slot, : len(ids)] = torch.tensor(ids, dtype=torch.long, device=self.stops.device)
+        self.stops[slot, : len(ids)] = upload(ids, self.stops.device)
         self.limits[slot] = min(request.room, self.history.shape[1] - 1)
 
     @torch.no_grad()
@@ -177,7 +178,7 @@ class Batch:
             cells = torch.arange(new[0] * self.block, (new[0] + 1) * self.block, device=device)
             self.table[slot, first] = new[0]
         else:
-            blocks = torch.tensor(new, device=device)
+            blocks = upload(new, device)
             cells = (blocks[:, None] * self.block + torch.arange(self.block, device=device)).flatten()
             self.table[slot, first : len(table)] = blocks
         self.cells[slot, first * self.block : len(table) * self.block] = cells

@@ -94,5 +94,6 @@ def upload(values, device: torch.device, dtype: torch.dtype = torch.long) -> tor
     Args:
         values: a list of numbers, nested for more axes.
     """
-    tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if torch.device(device).type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)

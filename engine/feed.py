@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .capture import upload
 from .kv import TRASH, ZERO
 
 
@@ -25,6 +26,7 @@ class Feed:
         block_table: `[B, M]` int32 on the device; built from `tables` on first use.
         cell_counts: `[B]` int64 on the device, as `lengths`; built from it on first use.
         flat: `cells` in one dimension; made on first use.
+        real: `[B]` int64 on the device, as `counts`; made on first use.
     """
 
     ids: torch.Tensor | None
@@ -37,6 +39,7 @@ class Feed:
     block_table: torch.Tensor | None = None
     cell_counts: torch.Tensor | None = None
     flat: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -48,7 +51,7 @@ class Feed:
         if self.block_table is None:
             width = max(1, max((len(t) for t in self.tables), default=1))
             padded = [list(t) + [ZERO] * (width - len(t)) for t in self.tables]
-            self.block_table = torch.tensor(padded, dtype=torch.int32, device=self.positions.device)
+            self.block_table = upload(padded, self.positions.device, torch.int32)
         return self.block_table
 
     def flat_cells(self) -> torch.Tensor:
@@ -60,8 +63,14 @@ class Feed:
     def valid(self) -> torch.Tensor:
         """`[B]` int64 valid cells of each row, on the device."""
         if self.cell_counts is None:
-            self.cell_counts = torch.tensor(self.lengths, device=self.positions.device)
+            self.cell_counts = upload(self.lengths, self.positions.device)
         return self.cell_counts
+
+    def fresh(self) -> torch.Tensor | None:
+        """`[B]` int64 real new tokens of each row, on the device; None when every row has `Q`."""
+        if self.real is None and self.counts is not None:
+            self.real = upload(self.counts, self.positions.device)
+        return self.real
 
     def rows(self) -> list[Feed]:
         """The same tokens as one Feed per row, without surplus."""
@@ -104,9 +113,9 @@ class Feed:
             cells.append([blocks[p // block_size] * block_size + p % block_size for p in span])
             cells[-1] += [TRASH * block_size] * pad
         return cls(
-            ids=None if embeddings is not None else torch.tensor(ids, device=device),
-            positions=torch.tensor(positions, device=device),
-            cells=torch.tensor(cells, device=device),
+            ids=None if embeddings is not None else upload(ids, device),
+            positions=upload(positions, device),
+            cells=upload(cells, device),
             tables=[table.blocks for table in tables],
             lengths=[start + n for start, n in zip(starts, counts, strict=True)],
             counts=None if min(counts) == width else counts,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .capture import upload
 from .errors import PoolExhausted
 
 TRASH = 0  # idle rows and surplus tokens write here; nobody reads it
@@ -204,7 +205,7 @@ class BlockPool:
         self.high_water = max(self.high_water, int(index.max()) + 1)
         if self.scrub and len(used):
             for store in self.stores:
-                where = torch.as_tensor(used, device=store.keys.device)
+                where = upload(used.tolist(), store.keys.device)
                 store.keys[:, where] = 0
                 store.values[:, where] = 0
         return tuple(int(b) for b in blocks)

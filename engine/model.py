@@ -173,8 +173,9 @@ class Model:
         options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
         if self._step is not None:
             return paged_attention_cpu(query, key, value, plan=self._step, **options), None
-        counts = None if feed.counts is None else torch.tensor(feed.counts, device=query.device)
-        table, lengths = feed.blocks().to(query.device), feed.valid().to(query.device)
+        counts, place = feed.fresh(), query.device
+        counts = None if counts is None else counts.to(place)
+        table, lengths = feed.blocks().to(place), feed.valid().to(place)
         return paged_attention(query, key, value, table, lengths, counts=counts, **options), None
 
     # -- rows
