@@ -11,6 +11,7 @@ from .capture import upload
 from .feed import Feed
 from .kv import TRASH, ZERO
 from .pipeline import Context
+from .processors.huggingface import EXCLUSIVE
 from .request import Request
 from .sequence import Row
 
@@ -202,6 +203,7 @@ class Batch:
             seeds=self.seeds,
             streams=self.streams,
             params=self.sampler.params,
+            cache={EXCLUSIVE: True},
         )
 
     @torch.no_grad()

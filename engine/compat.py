@@ -4,8 +4,6 @@ custom_generate.
 
 from __future__ import annotations
 
-import copy
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,33 +15,12 @@ from handloom.errors import CapabilityError, ParameterError
 from handloom.generation import Event, Generation
 from handloom.params import SamplingParams
 from handloom.processors.huggingface import HFProcessor
+from handloom.stopping import HFCriterion
 
 __all__ = ["HFCriterion", "HFProcessor", "as_custom_generate", "stream_to"]
 
 NATIVE_CRITERIA = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"}
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-
-
-class HFCriterion:
-    """A Hugging Face `StoppingCriteria` for `SamplingParams(criteria=...)`.
-
-    It is called after each token of a request as `criterion(ids [1, T] int64, None)` with prompt and output,
-    and ends that request alone. Every request has a copy of its own, so that state in the object is per
-    request.
-    """
-
-    def __init__(self, criterion: Callable[..., Any]):
-        self.criterion = criterion
-        self.__name__ = type(criterion).__name__
-        self._copies: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-    def __call__(self, progress: Any) -> bool:
-        request = progress._stopper
-        if request not in self._copies:
-            self._copies[request] = copy.deepcopy(self.criterion)
-        ids = [token for token in progress.prompt_token_ids if token >= 0] + list(progress.token_ids)
-        verdict = self._copies[request](torch.tensor([ids]), None)
-        return bool(verdict.any()) if isinstance(verdict, Tensor) else bool(verdict)
 
 
 def stream_to(
@@ -169,7 +146,7 @@ def params_of(
     return SamplingParams.from_generation_config(
         settings,
         processors=own,
-        criteria=[HFCriterion(rule) for rule in criteria if type(rule).__name__ not in NATIVE_CRITERIA],
+        criteria=[rule for rule in criteria if type(rule).__name__ not in NATIVE_CRITERIA],
         stop_token_ids=sorted(ends - engine.eos_token_ids if known else ends),
         ignore_eos=not known,
         skip_special_tokens=False,

@@ -110,7 +110,7 @@ class SamplingParams:
         ignore_eos: go on after the model's end-of-sequence tokens.
         include_stop: keep the stop string in the text.
         max_time: seconds since the request was admitted, > 0; None = off.
-        criteria: callables that may end it.
+        criteria: callables (Progress) -> truth or a reason, or transformers' StoppingCriteria, that may end it.
         skip_special_tokens: leave special tokens out of the text.
     Results
         logprobs: log-probabilities of so many alternatives for each token, >= 0; None = the chosen

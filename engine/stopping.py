@@ -1,5 +1,6 @@
 """When a request ends, and which text may be shown before it does."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -51,6 +52,53 @@ class Progress:
         return self._stopper.elapsed
 
 
+class HFCriterion:
+    """A Hugging Face `StoppingCriteria` as a criterion; `SamplingParams(criteria=...)` wraps them itself.
+
+    It is called after each token of a request as `criterion(ids [1, T] int64, None)` with prompt and output,
+    without positions that were given as embeddings, and ends that request alone. Every request has a copy of its
+    own, so that state in the object is per request; tokenizers and models are shared.
+    """
+
+    def __init__(self, criterion: Callable[..., Any]):
+        self.criterion = criterion
+        self.__name__ = getattr(criterion, "__name__", type(criterion).__name__)
+
+    def for_request(self) -> "HFCriterion":
+        """The same criterion, from the state it is in now, for one request."""
+        from .processors.huggingface import fork
+
+        return HFCriterion(fork(self.criterion))
+
+    def __call__(self, progress: Progress) -> bool:
+        import torch
+
+        ids = [token for token in progress.prompt_token_ids if token >= 0] + list(progress.token_ids)
+        verdict = self.criterion(torch.tensor([ids]), None)
+        return bool(verdict.any()) if isinstance(verdict, torch.Tensor) else bool(verdict)
+
+
+def for_one_request(criterion: Any) -> Callable[[Progress], Any]:
+    """A criterion as one request calls it: with a `Progress`, and with state of its own.
+
+    transformers' are wrapped; one with a method `for_request` is asked for an instance; others are shared.
+    """
+    if is_huggingface_criterion(criterion):
+        criterion = HFCriterion(criterion)
+    return criterion.for_request() if hasattr(criterion, "for_request") else criterion
+
+
+def is_huggingface_criterion(criterion: Any) -> bool:
+    """True for a StoppingCriteria, a StoppingCriteriaList, or anything called as `criterion(input_ids, scores)`."""
+    if any("StoppingCriteria" in base.__name__ for base in type(criterion).__mro__):
+        return True
+    try:
+        names = list(inspect.signature(criterion).parameters)
+    except (TypeError, ValueError):  # a callable without a readable signature
+        return False
+    return names[:2] == ["input_ids", "scores"]
+
+
 class Stopper:
     """Decides for one request, token by token, whether it ends and which text may be shown.
 
@@ -100,7 +148,7 @@ class Stopper:
         self._eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids or ())
         self._search = StopSearch(stop)
-        self._criteria = tuple(params.criteria or ())
+        self._criteria = tuple(map(for_one_request, params.criteria or ()))
         self._detokenizer = None
         if tokenizer is not None:
             self._detokenizer = Detokenizer(tokenizer, prompt_ids, params.skip_special_tokens)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import logits_processor_zoo.transformers as originals
 import pytest
@@ -12,9 +13,11 @@ from transformers import (
     GPT2LMHeadModel,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TextIteratorStreamer,
     TextStreamer,
@@ -121,6 +124,92 @@ def test_state_forks_and_rewinds():
     assert moved.apply(x, context(3)).argmax(-1).tolist() == [5, 6]
 
 
+class Counted(Alternate):
+    """Alternate, with a count of its deep copies and calls that all copies share."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"copies": 0, "calls": 0}
+
+    def __deepcopy__(self, memo):
+        self.counts["copies"] += 1
+        return copy.copy(self)
+
+    def __call__(self, input_ids, scores):
+        self.counts["calls"] += 1
+        return super().__call__(input_ids, scores)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_loop_copies_once_a_request_and_never_for_a_token(model, tokenizer, graph):
+    engine, rule = Engine(model, tokenizer, slots=2, graph=graph), Counted()
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True, processors=[rule]) for n in (5, 9, 6)]
+    for round_ in (1, 2):  # rows are replaced, the batch shrinks, and is used again
+        results = engine.generate(PROMPTS, params)
+        assert [result.token_ids for result in results] == [[5, 6] * 2 + [5], [5, 6] * 4 + [5], [5, 6] * 3]
+        assert rule.counts["copies"] == 3 * round_
+        assert rule.counts["calls"] >= 20 * round_
+    assert rule.turn == 0  # the user's own object is never called
+
+
+def test_samples_of_one_request_have_an_instance_each(engine):
+    rule = Counted()
+    results = engine.generate(PROMPTS[0], n=3, temperature=1.0, seed=1, max_new_tokens=4, processors=[rule])
+    assert [result.token_ids for result in results] == [[5, 6, 5, 6]] * 3
+    assert rule.counts["copies"] == 3
+
+
+class Remembers(LogitsProcessor):
+    """Forbids what was the most likely token at any call before: its state depends on the scores it saw."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores):
+        best = int(scores.argmax())
+        scores[:, self.seen] = -math.inf
+        self.seen.append(best)
+        return scores
+
+
+def test_any_program_of_forks_and_rewinds_equals_replay():
+    rng, vocab = random.Random(4), 50
+    table = torch.randn(400, vocab, generator=torch.Generator().manual_seed(2))
+
+    def logits(rows):  # of each row, from its length and last token
+        return torch.stack([table[(7 * len(row) + 3 * row[-1]) % 400] for row in rows])
+
+    def at(rows):
+        width = max(map(len, rows))
+        lengths = torch.tensor([len(row) for row in rows])
+        return Context(tokens=torch.tensor([row + [-1] * (width - len(row)) for row in rows]), lengths=lengths,
+                       prompt_lengths=torch.ones_like(lengths))  # fmt: skip
+
+    def fresh(count):
+        return Pipeline([Remembers()], name="x").bind([None] * count, [[0]] * count, vocab_size=vocab)
+
+    def replayed(row):
+        one, rule = [], Remembers()
+        for length in range(1, len(row) + 1):
+            one = rule(torch.tensor([row[:length]]), logits([row[:length]]).clone())
+        return one[0]
+
+    states = [(fresh(2), [[0], [0]])]
+    for _ in range(120):
+        rows, texts = states[-1] if rng.random() < 0.7 else rng.choice(states)
+        if rng.random() < 0.3:
+            index = [rng.randrange(len(texts)) for _ in range(rng.randint(1, 3))]
+            rows, texts = rows.select(index), [texts[i] for i in index]
+        context = at(texts)
+        processed = rows.apply(logits(texts), context)
+        assert torch.equal(processed, torch.stack([replayed(text) for text in texts]))
+        tokens = processed.argmax(-1)
+        states.append(
+            (rows.accept(tokens, context), [[*t, int(x)] for t, x in zip(texts, tokens, strict=True)])
+        )
+    assert max(len(text) for _, texts in states for text in texts) > 12
+
+
 def test_it_is_called_only_for_its_own_rows_and_runs_before_the_temperature(engine):
     seen = []
 
@@ -158,12 +247,41 @@ class EndAfter(StoppingCriteria):
         return torch.tensor([self.calls == 0])
 
 
-def test_stopping_criteria_have_state_per_request(engine):
-    results = engine.generate(
-        PROMPTS, max_new_tokens=9, ignore_eos=True, criteria=[compat.HFCriterion(EndAfter(3))]
-    )
-    assert [len(result.token_ids) for result in results] == [3, 3, 3]
-    assert {(result.finish_reason, result.stop_reason) for result in results} == {("stop", "EndAfter")}
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda rule: rule, lambda rule: [rule], compat.HFCriterion, lambda rule: StoppingCriteriaList([rule])],
+)
+def test_stopping_criteria_have_state_per_request(engine, wrap):
+    rule = EndAfter(3)
+    for _ in range(2):
+        results = engine.generate(PROMPTS, max_new_tokens=9, ignore_eos=True, criteria=wrap(rule))
+        assert [len(result.token_ids) for result in results] == [3, 3, 3]
+        assert {(result.finish_reason, result.stop_reason) for result in results} == {("stop", "EndAfter")}
+    assert rule.calls == 3
+
+
+def test_criteria_of_every_kind_stand_side_by_side(engine, tokenizer):
+    seen = []
+
+    def theirs(input_ids, scores, **kwargs):
+        seen.append((input_ids.tolist()[0], scores))
+        return False
+
+    def ours(progress):
+        return "enough" if len(progress.token_ids) == 4 else None
+
+    length = len(tokenizer.encode(PROMPTS[0]))
+    asked = {"max_new_tokens": 9, "ignore_eos": True}
+    result = engine.generate(PROMPTS[0], criteria=[theirs, ours], **asked)
+    assert (len(result.token_ids), result.stop_reason) == (4, "enough")
+    assert seen == [(result.prompt_token_ids + result.token_ids[:n], None) for n in (1, 2, 3, 4)]
+    both = StoppingCriteriaList([EndAfter(7), MaxLengthCriteria(length + 2)])
+    result = engine.generate(PROMPTS[0], criteria=[both, ours], **asked)
+    assert (len(result.token_ids), result.stop_reason) == (2, "StoppingCriteriaList")
+    spelled = dict(enumerate(tokenizer.convert_tokens_to_ids(list("newhats"))))
+    stop = StopStringCriteria(tokenizer, "what")
+    result = engine.generate(PROMPTS[0], criteria=stop, forced_tokens=spelled, **asked)
+    assert (result.text, result.stop_reason) == ("newhat", "StopStringCriteria")
 
 
 def test_streamers(engine, tokenizer, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from handloom.errors import ParameterError
 from handloom.processors.base import Context, Processor, committed
 
+EXCLUSIVE = (
+    "exclusive"  # key in a Context's cache: its owner never goes back, so memory may change where it is
+)
 SHARED = ("Tokenizer", "PreTrained", "Config")  # parts of class names of what a copy shares with its original
 
 
@@ -51,30 +55,36 @@ def _share(value: Any, memo: dict[int, Any], depth: int) -> None:
             _share(part, memo, depth - 1)
 
 
-class PerRow:
-    """One rule instance per row, None where a row has none; immutable, like every processor memory."""
+class Instances:
+    """A rule instance per row, and whether it is the row's own; one that is not is copied before it is called.
 
-    def __init__(self, rules: Sequence[Any]):
-        self.rules = list(rules)
+    Immutable, but for what the loop does to instances that nobody else can reach (`EXCLUSIVE`).
+    """
 
-    def select(self, index: Sequence[int]) -> PerRow:
-        """The instances of chosen rows; forks share one until `apply`, which copies before it calls."""
-        return PerRow([self.rules[i] for i in index])
+    def __init__(self, rules: Sequence[Any], own: Sequence[bool]):
+        self.rules, self.own = list(rules), list(own)
 
-    def put(self, row: int, other: PerRow) -> PerRow:
+    def select(self, index: Sequence[int]) -> Instances:
+        """The instances of chosen rows; the forks of a repeated row share one that is nobody's own."""
+        count = Counter(index)
+        return Instances([self.rules[i] for i in index], [self.own[i] and count[i] == 1 for i in index])
+
+    def put(self, row: int, other: Instances) -> Instances:
         """These instances with one row's replaced."""
-        return PerRow([*self.rules[:row], other.rules[0], *self.rules[row + 1 :]])
+        rules, own = list(self.rules), list(self.own)
+        rules[row], own[row] = other.rules[0], other.own[0]
+        return Instances(rules, own)
 
 
 class HFProcessor(Processor):
     """Any Hugging Face `LogitsProcessor` (or `(input_ids, scores)` function) at its place in a pipeline.
 
-    Every row has an instance of its own, deep-copied at the row's start (tokenizers and models are shared).
-    It is called at every step with the row's full ids [1, T] int64, one longer each time, and a float32 copy
-    of its scores [1, V] that it may write to. What a call changes in the instance counts only once the row's
-    token is
-    accepted: rows that fork go on with copies, and a rewound row with the instance of that time. Not
-    speculative-safe. Positions that were given as embeddings are left out of the ids.
+    Every row has an instance of its own, deep-copied before the row's first token (tokenizers and models are
+    shared). It is called at every step with the row's full ids [1, T] int64, one longer each time, and a float32
+    copy of its scores [1, V] that it may write to. What a call changes in the instance counts only once the row's
+    token is accepted: rows that fork go on with copies, and a rewound row with the instance of that time. That
+    takes a copy a row and step; `Engine.generate` and `stream`, which never go back, make none but the first.
+    Not speculative-safe. Positions that were given as embeddings are left out of the ids.
     """
 
     kind = "opaque"
@@ -87,31 +97,32 @@ class HFProcessor(Processor):
         self.rule = rule
         self.name = getattr(rule, "__name__", type(rule).__name__)
 
-    def start(self, context: Context) -> PerRow:
-        return PerRow(
-            [fork(self.rule) for _ in range(context.lengths.shape[0] if context.lengths is not None else 1)]
-        )
+    def start(self, context: Context) -> Instances:
+        rows = len(context.values.flags)
+        return Instances([self.rule] * rows, [False] * rows)
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
         if context.lengths is None or context.tokens is None:
             raise ParameterError(f"{self.name} reads token ids: give a Context with tokens and lengths")
-        result, history = logits.clone(), context.history
-        moved = list(context.memory.rules)
+        result, history, memory = logits.clone(), context.history, context.memory
+        rules, own = list(memory.rules), list(memory.own)
+        exclusive = context.cache.get(EXCLUSIVE, False)
         for row, length in enumerate(context.lengths.tolist()):
             if not context.values.flags[row]:
                 continue
+            if not (exclusive and own[row]):
+                rules[row], own[row] = fork(rules[row]), True
             ids = history[row, :length]
-            moved[row] = fork(moved[row])
-            scores = moved[row](ids[ids >= 0][None].clone(), logits[row : row + 1].clone())
+            scores = rules[row](ids[ids >= 0][None].clone(), logits[row : row + 1].clone())
             if tuple(scores.shape) != (1, logits.shape[1]):
                 raise ParameterError(
                     f"{self.name} returned shape {tuple(scores.shape)} for (1, {logits.shape[1]})"
                 )
             result[row] = scores[0]
-        context.note(PerRow(moved))
+        context.note(Instances(rules, own))
         return result
 
-    def accept(self, memory: PerRow, tokens: Tensor, context: Context) -> PerRow:
+    def accept(self, memory: Instances, tokens: Tensor, context: Context) -> Instances:
         return committed(self, context)
 
     def __repr__(self) -> str:

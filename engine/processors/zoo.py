@@ -18,7 +18,21 @@ from torch import Tensor
 
 from handloom.errors import ParameterError
 from handloom.processors.base import NEG_INF, Context, Processor, committed
-from handloom.processors.huggingface import PerRow
+
+
+class PerRow:
+    """One immutable state per row, None where a row has none."""
+
+    def __init__(self, states: Sequence[Any]):
+        self.states = list(states)
+
+    def select(self, index: Sequence[int]) -> PerRow:
+        """The states of chosen rows."""
+        return PerRow([self.states[i] for i in index])
+
+    def put(self, row: int, other: PerRow) -> PerRow:
+        """These states with one row's replaced."""
+        return PerRow([*self.states[:row], other.states[0], *self.states[row + 1 :]])
 
 
 class RowRule(Processor):
@@ -44,7 +58,7 @@ class RowRule(Processor):
         return PerRow([self.begin(ids[:length]) for ids, length in rows])
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
-        result, states = logits.clone(), list(context.memory.rules)
+        result, states = logits.clone(), list(context.memory.states)
         lengths, prompts = context.lengths.tolist(), context.prompt_lengths.tolist()
         for row, on in enumerate(context.values.flags):
             if on:
