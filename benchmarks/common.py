@@ -6,10 +6,12 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TextIO, TypeVar
 
 import torch
 from rich.console import Console
@@ -41,14 +43,15 @@ def _git(*arguments: str) -> str:
 def hardware() -> dict:
     """Processor, cores that this process may use, threads of torch, and the accelerator if there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"cpu": _cpu_name(), "cores": cores, "threads": torch.get_num_threads()}
+    found = {"cpu": cpu_name(), "cores": cores, "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         found |= {"gpu": card.name, "gpu_memory_gib": round(card.total_memory / 2**30, 1)}
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the system calls the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -101,13 +104,16 @@ def show(title: str, columns: dict[str, str], rows: Iterable[dict], console: Con
     """Print rows as a table.
 
     Args:
-        columns: key in the row -> heading; a missing key prints as an empty cell.
+        columns: key in the row -> heading; a missing key prints as an empty cell, None as a dash. A column of
+            which no row has the key is left out.
     """
+    rows = list(rows)
+    columns = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
     table = Table(title=title, title_justify="left")
     for index, heading in enumerate(columns.values()):
         table.add_column(heading, justify="left" if index < 2 else "right")
     for row in rows:
-        table.add_row(*(_cell(row.get(key)) for key in columns))
+        table.add_row(*(_cell(row.get(key, "")) for key in columns))
     if console is None:
         console = Console()
         console = console if console.is_terminal else Console(width=WIDTH)
@@ -116,15 +122,41 @@ def show(title: str, columns: dict[str, str], rows: Iterable[dict], console: Con
 
 def _cell(value) -> str:
     if value is None:
-        return ""
+        return "-"
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
     return str(value)
 
 
+class Progress:
+    """One line on standard error that says what runs now; outside a terminal a line for each case alone."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self.stream = sys.stderr if stream is None else stream
+        self._said = ""
+
+    def __call__(self, case: str, detail: str = "") -> None:
+        """Say what runs, and in a terminal which part of it."""
+        if self.stream.isatty():
+            self.stream.write(f"\r\x1b[K{case}{': ' if detail else ''}{detail}"[:WIDTH])
+        elif case != self._said:
+            self.stream.write(f"{case}\n")
+        self._said = case
+        self.stream.flush()
+
+    def clear(self) -> None:
+        """Leave the terminal's line empty."""
+        if self.stream.isatty():
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+
+Measured = TypeVar("Measured")
+
+
 def in_turn(
-    sides: dict[str, Callable[[int], float]], repeats: int, warmup: int = 1
-) -> dict[str, list[float]]:
+    sides: dict[str, Callable[[int], Measured]], repeats: int, warmup: int = 1
+) -> dict[str, list[Measured]]:
     """Run every side once per round, so that a slow minute of the machine falls on all of them.
 
     Args:

@@ -1,16 +1,32 @@
-"""Counting what a decode step costs outside the model's forward: tensor operations, Python calls, time."""
+"""Counting what a decode step costs outside the model's forward: tensor operations, Python calls, time.
+
+And on CUDA what the host asks of the device: launches, and waits.
+"""
 
 import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # A view by its schema, but it makes a tensor of Python or NumPy data.
 NOT_A_VIEW = {"aten.lift_fresh.default"}
+# Calls of the CUDA runtime and driver, by what they are to the host.
+LAUNCHES = {
+    "cudaLaunchKernel", "cudaLaunchKernelExC", "cudaLaunchCooperativeKernel", "cuLaunchKernel", "cuLaunchKernelEx",
+    "cudaGraphLaunch", "cuGraphLaunch",
+}  # fmt: skip
+SYNCS = {
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cuStreamSynchronize",
+    "cuCtxSynchronize",
+    "cudaMemcpy",
+}
+WAITS = {"cudaEventSynchronize", "cuEventSynchronize"}
 
 
 class ForwardGate:
@@ -87,3 +103,31 @@ def seconds_outside(model: torch.nn.Module, run: Callable[[], object]) -> float:
         run()
         whole = time.process_time() - start
     return whole - gate.seconds
+
+
+def device_calls(run: Callable[[], object]) -> Counter:
+    """Launches, syncs and waits of `run` on CUDA, in all threads; see `sort_calls`."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+    return sort_calls(event.name for event in profile.events())
+
+
+def sort_calls(names: Iterable[str]) -> Counter:
+    """How many of these calls are launches (kernels and graphs), syncs (the host waits until the device has done
+    everything) and waits (for one event, which may be long past)."""
+    kinds = {name: kind for kind, these in _KINDS.items() for name in these}
+    return Counter(kinds[name] for name in names if name in kinds)
+
+
+_KINDS = {"launches": LAUNCHES, "syncs": SYNCS, "waits": WAITS}
+
+
+def per_step(measure: Callable[[int], Counter], short: int, long: int) -> dict[str, float]:
+    """What each further step adds, from two numbers of steps.
+
+    Args:
+        measure: from a number of steps to counts of a whole run; set-up and prompt cancel out.
+    """
+    few, many = measure(short), measure(long)
+    return {name: (many[name] - few[name]) / (long - short) for name in few | many}

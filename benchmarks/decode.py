@@ -1,4 +1,4 @@
-"""Decoding against `model.generate`: cost per step outside the forward, throughput, memory.
+"""Decoding against `model.generate` and others: speed, cost per step outside the forward, throughput, memory.
 
 Run from the repository root: `python -m benchmarks.decode --help`.
 """
@@ -6,9 +6,10 @@ Run from the repository root: `python -m benchmarks.decode --help`.
 import functools
 import json
 import random
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,12 +17,18 @@ import torch
 import transformers
 import typer
 
-from benchmarks import memory
-from benchmarks.common import RESULTS, in_turn, median_ratio, record, show, spread
+from benchmarks import llm_perf, memory, speed
+from benchmarks.common import RESULTS, Progress, in_turn, median_ratio, record, show, spread
 from benchmarks.counting import operations, python_calls, seconds_outside
-from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Side, load
+from benchmarks.rivals import COMPILED, SIDES
+from benchmarks.shapes import SHAPES, available_bytes, build, config_of, refusal, sizes
+from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Side, twin
 
 SAMPLING = Sampling(temperature=0.8, top_k=20, top_p=0.9)
+SECTIONS = ("counts", "throughput", "memory", "speed", "ragged")
+PLAIN = tuple(name for name in SIDES if name not in COMPILED)
+# Device -> batches, contexts and new tokens of the grid.
+GRIDS = {"cpu": ((1, 8), (256,), 32), "cuda": ((1, 8, 64), (256, 4096, 32768), 128)}
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Workload:
         shared, samples: prompt length and samples of the shared prompt.
         served: requests of the growth test.
         context: rows and tokens per row of the memory test.
+        grid: batches, contexts and new tokens of `speed` and `ragged`; None takes those of the device.
+        sides: of `speed` and `ragged`.
     """
 
     steps: tuple[int, int] = (17, 49)
@@ -47,6 +56,8 @@ class Workload:
     samples: int = 8
     served: int = 1000
     context: tuple[int, int] = (8, 512)
+    grid: tuple[tuple[int, ...], tuple[int, ...], int] | None = None
+    sides: tuple[str, ...] = tuple(SIDES)
 
 
 PRESETS = {
@@ -61,6 +72,8 @@ PRESETS = {
         samples=3,
         served=100,
         context=(3, 96),
+        grid=((1, 3), (24,), 6),
+        sides=PLAIN,
     ),
 }
 
@@ -73,7 +86,7 @@ def random_prompt(rng: random.Random, length: int, vocab: int) -> list[int]:
 def counts(work: Workload, repeats: int) -> list[dict]:
     """What one step and one call cost outside the model's forward: four ragged rows, random weights, CPU."""
     rng = random.Random(0)
-    model = load("tiny", torch.float32)
+    model = build("tiny", torch.float32)
     prompts = [random_prompt(rng, n, model.config.vocab_size) for n in (5, 6, 7, 8)]
     sides = [Handloom(model, slots=4, stop_at_eos=True), HuggingFace(model, batch=4, stop_at_eos=True)]
     rows = []
@@ -121,12 +134,12 @@ def _step_and_call(model, run: Callable, steps: tuple[int, int], repeats: int) -
     }
 
 
-def throughput(work: Workload, repeats: int, model: str, dtype: torch.dtype) -> list[dict]:
-    """Tokens per second and time to first tokens, both sides with the same model, dtype and threads.
+def throughput(work: Workload, repeats: int, subject: speed.Subject) -> list[dict]:
+    """Tokens per second and time to first tokens, both sides with the same weights and threads.
 
     Every round has prompts of its own, so that no side finds a prompt that it has seen before.
     """
-    ours, theirs = load(model, dtype), load(model, dtype)
+    ours, theirs = twin(subject.model), twin(subject.model)
     vocab = ours.config.vocab_size
     sides = [Handloom(ours, work.slots), HuggingFace(theirs, work.slots)]
 
@@ -155,7 +168,8 @@ def throughput(work: Workload, repeats: int, model: str, dtype: torch.dtype) -> 
             {"limit": 3.0, "lower_is_better": True},
         ),
     )
-    about = {"model": model, "dtype": str(dtype).removeprefix("torch.")}
+    about = subject.about()
+    del about["mode"]  # the case says it
     return [
         row | about
         for case, measure, options in cases
@@ -222,42 +236,200 @@ COLUMNS = {
         "limit": "wanted",
     },
     "memory": memory.COLUMNS,
+    "speed": speed.COLUMNS,
+    "ragged": speed.COLUMNS,
+    "llm-perf": speed.COLUMNS,
 }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for, checked.
+
+    Args:
+        device, dtype: where the model is and what it computes in.
+        cases: the grid, uniform and ragged. sides: who runs in it.
+        repeats, duration: rounds, and seconds of the LLM-Perf protocol; None leaves both to the preset.
+        reports: folder of the LLM-Perf reports.
+    """
+
+    work: Workload
+    model: str
+    device: torch.device
+    dtype: torch.dtype
+    sampling: Sampling | None
+    grid: tuple[tuple[int, ...], tuple[int, ...], int]
+    sides: tuple[str, ...]
+    repeats: int | None
+    duration: float | None
+    reports: Path
+
+    def cases(self, ragged: bool) -> list[speed.Case]:
+        """The cells of the grid."""
+        return speed.grid(*self.grid, ragged=ragged)
+
+    @functools.cached_property
+    def protocol(self) -> llm_perf.Protocol:
+        """LLM-Perf's, but for what was given."""
+        given = {"iterations": self.repeats, "duration": self.duration}
+        return replace(llm_perf.Protocol(), **{name: v for name, v in given.items() if v is not None})
+
+    @functools.cached_property
+    def sized(self):
+        """Sizes of the model, which is not built for it."""
+        return sizes(config_of(self.model), self.dtype)
+
+    def check(self, cases: list[speed.Case]) -> None:
+        """Refuse before anything is built, if none of the cases fits into memory."""
+        free = available_bytes(self.device)
+        reasons = [
+            refusal(self.model, self.sized, c.batch, c.context + c.new, len(self.sides), free) for c in cases
+        ]
+        if reasons and all(reasons):
+            raise typer.BadParameter(reasons[0])
+
+    @functools.cached_property
+    def loaded(self):
+        """The model, the seconds that it took, and its memory."""
+        return llm_perf.load(self.model, self.dtype, self.device)
+
+    @functools.cached_property
+    def subject(self) -> speed.Subject:
+        """The model with what belongs to it."""
+        return speed.Subject(self.model, self.loaded[0], self.sized, self.sampling)
+
+
+def measurements(options: Options, progress: Progress) -> dict[str, Callable[[], Iterator[list[dict]]]]:
+    """Section -> its rows, as they come."""
+    rounds = 5 if options.repeats is None else options.repeats
+    free = available_bytes(options.device)
+
+    def grid(ragged: bool) -> Iterator[list[dict]]:
+        cases = options.cases(ragged)
+        yield from speed.measure(options.subject, cases, list(options.sides), rounds, free, progress)
+
+    def protocol() -> Iterator[list[dict]]:
+        subject, loaded = options.subject, options.loaded[1:]
+        sides, folder = list(options.sides), options.reports
+        yield from llm_perf.measure(options.protocol, subject, sides, loaded, folder, progress)
+
+    work = options.work
+    return {
+        "counts": lambda: iter([counts(work, rounds)]),
+        "throughput": lambda: iter([throughput(work, rounds, options.subject)]),
+        "memory": lambda: iter([memory.measure(work.served, *work.context)]),
+        "speed": lambda: grid(ragged=False),
+        "ragged": lambda: grid(ragged=True),
+        "llm-perf": protocol,
+    }
+
+
+def run(section: str, batches: Iterator[list[dict]], output: Path, as_json: bool, about: dict) -> bool:
+    """Append rows to a file as soon as they are there, and print them.
+
+    Returns:
+        Whether it came to its end; False after Ctrl-C, which costs nothing that was finished.
+    """
+    finished, complete = [], True
+    try:
+        for batch in batches:
+            rows = record([row | about for row in batch], output)
+            finished += rows
+            for row in rows if as_json else ():
+                print(json.dumps(row), flush=True)
+    except KeyboardInterrupt:
+        complete = False
+        print(f"interrupted: {len(finished)} rows of {section} are in {output}", file=sys.stderr)
+    if not as_json and finished:
+        show(section, COLUMNS[section], finished)
+    return complete
+
+
+def chosen_sides(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    """Names between commas."""
+    if text is None:
+        return default
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = sorted(set(names) - set(SIDES))
+    if unknown or not names:
+        raise typer.BadParameter(f"sides {text!r}: expected some of {', '.join(SIDES)}")
+    return names
 
 
 def main(
     sections: Annotated[
-        list[str] | None, typer.Argument(help="counts, throughput, memory; default: all three")
+        list[str] | None, typer.Argument(help=f"{', '.join(SECTIONS)}; default: all of them")
     ] = None,
-    model: Annotated[str, typer.Option(help="for throughput: demo, tiny, a folder, or a hub name")] = "demo",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
+    model: Annotated[
+        str, typer.Option(help=f"demo, a folder, a hub name, or random weights of {', '.join(SHAPES)}")
+    ] = "demo",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="default: float32 on a CPU, else bfloat16"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    sides: Annotated[
+        str | None, typer.Option(help=f"of speed, ragged and llm-perf, by commas: {', '.join(SIDES)}")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="rows together; repeatable")] = None,
+    context: Annotated[list[int] | None, typer.Option(min=1, help="tokens of a prompt; repeatable")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=2, help="tokens of an answer")] = None,
+    sampling: Annotated[
+        bool, typer.Option(help="speed and ragged: draw with temperature, top-k and top-p, else greedy")
+    ] = False,
     threads: Annotated[int, typer.Option(help="threads of torch; 0 leaves its own choice")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds in which both sides run in turn")] = 5,
-    preset: Annotated[Literal["standard", "quick"], typer.Option(help="sizes of the workloads")] = "standard",
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="rounds in which all sides run in turn; default 5, llm-perf 10")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0, help="llm-perf: seconds that each side runs at least; default 10")
+    ] = None,
+    preset: Annotated[
+        Literal["standard", "quick", "llm-perf"],
+        typer.Option(help="sizes of the workloads; llm-perf is that protocol alone, without sections"),
+    ] = "standard",
+    reports: Annotated[Path, typer.Option(help="folder of the llm-perf reports")] = RESULTS / "llm-perf",
     output: Annotated[Path, typer.Option(help="rows are appended here")] = RESULTS / "decode.jsonl",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON lines in place of tables")] = False,
 ) -> None:
-    """Measure handloom's decoding next to Hugging Face's model.generate, in one run."""
+    """Measure handloom's decoding next to other ways to decode the same model, in one run."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
-    work = PRESETS[preset]
-    measure = {
-        "counts": lambda: counts(work, repeats),
-        "throughput": lambda: throughput(work, repeats, model, getattr(torch, dtype)),
-        "memory": lambda: memory.measure(work.served, *work.context),
-    }
-    unknown = set(sections or ()) - set(measure)
-    if unknown:
-        raise typer.BadParameter(f"{sorted(unknown)}: sections are {', '.join(measure)}")
-    for section in sections or measure:
-        rows = record([row | {"preset": preset} for row in measure[section]()], output)
-        if as_json:
-            for row in rows:
-                print(json.dumps(row))
-        else:
-            show(section, COLUMNS[section], rows)
+    perf = preset == "llm-perf"
+    unknown = set(sections or ()) - set(SECTIONS)
+    if unknown or (perf and sections):
+        wanted = "none with --preset llm-perf" if perf else ", ".join(SECTIONS)
+        raise typer.BadParameter(f"{', '.join(sections)}: sections are {wanted}")
+    work = PRESETS["standard" if perf else preset]
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batches, contexts, new = work.grid or GRIDS[place.type]
+    options = Options(
+        work=work,
+        model=model,
+        device=place,
+        dtype=getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")),
+        sampling=SAMPLING if sampling else None,
+        grid=(tuple(batch or batches), tuple(context or contexts), new_tokens or new),
+        sides=chosen_sides(sides, ("handloom", "generate") if perf else work.sides),
+        repeats=repeats,
+        duration=duration,
+        reports=reports,
+    )
+    wanted = ["llm-perf"] if perf else list(sections or SECTIONS)
+    if perf:
+        protocol = options.protocol
+        options.check([speed.Case(protocol.batch, protocol.prompt, protocol.new)])
+    for section in {"speed", "ragged"} & set(wanted):
+        options.check(options.cases(ragged=section == "ragged"))
+    progress = Progress()
+    measure = measurements(options, progress)
+    for section in wanted:
+        complete = run(section, measure[section](), output, as_json, {"preset": preset})
+        progress.clear()
+        if not complete:
+            raise typer.Exit(130)
 
 
 if __name__ == "__main__":

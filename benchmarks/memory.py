@@ -7,10 +7,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks.sides import TINY, load
+from benchmarks.shapes import SHAPES, build, config_of
 from handloom import Engine, SamplingParams
 
 PAGE = 4096
+VOCAB = SHAPES["tiny"][1]["vocab_size"]
 COLUMNS = {
     "case": "case",
     "quantity": "quantity",
@@ -31,11 +32,12 @@ def cells(rows: int, length: int) -> list[dict]:
 
     Expected: blocks in use times bytes of a block. Untouched pages of a CPU tensor take no memory.
     """
-    config = type(TINY).from_dict(TINY.to_dict() | {"num_key_value_heads": 4, "head_dim": 64})
-    model = load("tiny", torch.float32, config)
+    config = config_of("tiny")
+    config.num_key_value_heads, config.head_dim = 4, 64
+    model = build("tiny", torch.float32, config=config)
     engine = Engine(model, slots=rows)
     rng = random.Random(0)
-    prompts = [[rng.randrange(3, TINY.vocab_size) for _ in range(length)] for _ in range(rows)]
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(length)] for _ in range(rows)]
     state = engine.prefill(prompts)
     pool = engine.pool
     tensors = [t for store in pool.stores for t in (store.keys, store.values)]
@@ -66,7 +68,7 @@ def resident_bytes(tensor: torch.Tensor) -> int:
 
 def growth(served: int) -> list[dict]:
     """What is held after a fifth of the requests and after all of them."""
-    engine = Engine(load("tiny", torch.float32), slots=8)
+    engine = Engine(build("tiny", torch.float32), slots=8)
     rng = random.Random(0)
     early = None
     for done in range(0, served, 20):
@@ -85,7 +87,7 @@ def growth(served: int) -> list[dict]:
 
 
 def _request(rng: random.Random) -> tuple[list[int], SamplingParams]:
-    prompt = [rng.randrange(3, TINY.vocab_size) for _ in range(rng.randint(1, 60))]
+    prompt = [rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 60))]
     params = SamplingParams(
         max_new_tokens=rng.randint(1, 20),
         temperature=rng.choice([0.0, 0.7, 1.3]),

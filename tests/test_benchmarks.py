@@ -1,45 +1,86 @@
 """The benchmark of decoding, end to end on a tiny model, and the instruments that it measures with."""
 
+import io
 import json
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
+from benchmark_runs import run_decode
+from rich.console import Console
+from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # `benchmarks` is not installed; appended, so that it shadows nothing
+from benchmarks import bandwidth, decode
+from benchmarks.common import Progress, in_turn, median_ratio, read, record, show
+from benchmarks.counting import operations, per_step, python_calls, seconds_outside, sort_calls
+from benchmarks.memory import resident_bytes
+from benchmarks.peak import Peak
 
-from benchmarks.common import in_turn, median_ratio, read, record  # noqa: E402
-from benchmarks.counting import operations, python_calls, seconds_outside  # noqa: E402
-from benchmarks.memory import resident_bytes  # noqa: E402
+PLAIN = ["handloom", "generate", "generate_batch", "loop"]
+# The tiny model by hand: 2 layers of 4 and 2 heads of 16, 64 wide, 128 inside, 512 tokens, float32.
+LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 128 + 2 * 64
+READ = 4 * (2 * LAYER + 64 + 512 * 64)  # without the table that is only looked up
+CELL = 4 * 2 * 2 * 2 * 16
 
 
 @pytest.fixture(scope="module")
-def decode(tmp_path_factory):
-    """Rows that `decode.py` printed, and those that it appended to its file."""
-    path = tmp_path_factory.mktemp("results") / "decode.jsonl"
-    command = [sys.executable, "-m", "benchmarks.decode", "--json", "--preset", "quick", "--model", "tiny"]
-    command += ["--repeats", "1", "--threads", "1", "--output", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()], read(path)
+def quick(tmp_path_factory):
+    """Every section, at the smallest sizes."""
+    return run_decode(tmp_path_factory.mktemp("results"), "--preset", "quick")
 
 
-def test_every_section_leaves_rows_with_their_circumstances(decode):
-    printed, written = decode
+def test_every_section_leaves_rows_with_their_circumstances(quick):
+    printed, written = quick
     assert printed == written
-    assert {row["benchmark"] for row in written} == {"decode/counts", "decode/throughput", "decode/memory"}
+    assert {row["benchmark"] for row in written} == {f"decode/{name}" for name in decode.SECTIONS}
     for row in written:
         assert row["commit"]
         assert row["hardware"]["threads"] == 1
         assert row["versions"]["torch"] == torch.__version__
+        assert row["preset"] == "quick"
 
 
-def test_operations_per_step_stay_within_their_limits(decode):
-    rows = [row for row in decode[1] if row["benchmark"] == "decode/counts"]
+@pytest.mark.parametrize(("batch", "limit"), [(1, 10), (3, 10)])
+def test_speed_of_every_side(quick, batch, limit):
+    rows = {
+        row["side"]: row for row in quick[1] if row["benchmark"] == "decode/speed" and row["batch"] == batch
+    }
+    assert list(rows) == PLAIN
+    for side, row in rows.items():
+        assert "skipped" not in row
+        assert row["mode"] == "greedy"
+        assert row["ttft_ms"] > 0
+        assert 0 < row["tpot_p50_ms"] <= row["tpot_p99_ms"]
+        # A whole run is longer than its first token and shorter tokens: six tokens for each of the rows.
+        assert row["tokens_per_s"] < batch * 6 / (row["ttft_ms"] / 1e3)
+        assert row["peak_bytes"] >= READ
+        assert row["launches_per_token"] is None  # no device to launch on
+        assert row["read_bytes"] == READ + batch * 27 * CELL  # a prompt of 24 and half of 6
+        wanted = row["read_bytes"] / (row["tpot_p50_ms"] / 1e3) / row["bandwidth_bytes_per_s"]
+        assert row["mbu"] == pytest.approx(wanted)
+        assert ("ratio" in row) == (side != "handloom")
+    assert 0 < rows["handloom"]["operations_per_token"] <= limit
+    assert rows["handloom"]["operations_per_token"] < rows["generate"]["operations_per_token"]
+    assert rows["loop"]["operations_per_token"] == 1  # argmax
+    assert rows["generate_batch"]["operations_per_token"] is None
+
+
+def test_ragged_requests_go_through_every_side_that_takes_them(quick):
+    rows = [row for row in quick[1] if row["benchmark"] == "decode/ragged"]
+    assert [row["side"] for row in rows] == PLAIN[:-1]
+    for row in rows:
+        assert "skipped" not in row
+        assert row["batch"] == 3  # a batch of one has nothing to replace
+        assert "12 ragged requests" in row["case"]
+        assert row["mbu"] is None
+        assert row["tokens_per_s"] > 0
+
+
+def test_operations_per_step_stay_within_their_limits(quick):
+    rows = [row for row in quick[1] if row["benchmark"] == "decode/counts"]
     assert {(row["case"], row["side"]) for row in rows} == {
         (case, side) for case in ("greedy", "temperature+top-k+top-p") for side in ("handloom", "generate")
     }
@@ -52,8 +93,8 @@ def test_operations_per_step_stay_within_their_limits(decode):
             assert row["operations_per_step"] <= row["limit"], row["operation_names"]
 
 
-def test_throughput_compares_both_sides(decode):
-    rows = [row for row in decode[1] if row["benchmark"] == "decode/throughput"]
+def test_throughput_compares_both_sides(quick):
+    rows = [row for row in quick[1] if row["benchmark"] == "decode/throughput"]
     assert [row["side"] for row in rows] == ["handloom", "generate"] * 3
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         assert ours["case"] == theirs["case"]
@@ -64,8 +105,8 @@ def test_throughput_compares_both_sides(decode):
         assert factor <= fastest * (1 + 1e-9)
 
 
-def test_memory_is_what_the_blocks_take_and_does_not_grow(decode):
-    rows = {row["quantity"]: row for row in decode[1] if row["benchmark"] == "decode/memory"}
+def test_memory_is_what_the_blocks_take_and_does_not_grow(quick):
+    rows = {row["quantity"]: row for row in quick[1] if row["benchmark"] == "decode/memory"}
     assert 1 <= rows["bytes in memory"]["ratio"] <= rows["bytes in memory"]["limit"]
     assert rows["blocks in use"]["value"] == 0
     assert rows["pool capacity, blocks"]["value"] == rows["pool capacity, blocks"]["expected"]
@@ -149,3 +190,108 @@ def test_resident_bytes_sees_which_pages_were_touched():
     tensor[: 2**22] = 1
     # Half of it was written; a large page may straddle each end.
     assert abs(resident_bytes(tensor) - 2**24) <= 2**22
+
+
+def test_calls_of_the_cuda_runtime_by_kind():
+    names = [
+        "cudaLaunchKernel",
+        "aten::mul",
+        "cudaGraphLaunch",
+        "cudaStreamSynchronize",
+        "cudaEventSynchronize",
+    ]
+    assert sort_calls([*names, "cudaLaunchKernel"]) == {"launches": 3, "syncs": 1, "waits": 1}
+
+
+def test_per_step_takes_the_difference_of_two_lengths():
+    found = per_step(lambda n: Counter(launches=5 + 3 * n, syncs=2), 4, 12)
+    assert found == {"launches": 3, "syncs": 0}
+
+
+def test_peak_sees_what_was_held_for_a_while():
+    with Peak("cpu", interval=0.001) as peak:
+        tensor = torch.ones(2**24)  # 64 MiB, gone at the end
+        tensor.add_(1)
+        del tensor
+    assert 2**26 * 0.9 < peak.added < 2**26 * 1.5
+    assert peak.resident > peak.added
+    assert peak.allocated is None
+
+
+def test_bandwidth_is_that_of_the_fastest_reading(monkeypatch):
+    seconds = iter([0.5, 0.25, 2.0, 1.0])
+    monkeypatch.setattr(bandwidth, "_seconds", lambda reduce, data: next(seconds))
+    assert bandwidth.read_bandwidth("cpu", size=4000, repeats=2) == 16000
+
+
+def test_show_tells_unknown_from_missing():
+    stream = io.StringIO()
+    columns = {"side": "side", "speed": "speed", "syncs": "syncs", "skipped": "why"}
+    show("t", columns, [{"side": "a", "speed": 12.34, "syncs": None}, {"side": "b"}], Console(file=stream))
+    lines = stream.getvalue().splitlines()
+    assert "why" not in stream.getvalue()
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert cells == [["a", "12.3", "-"], ["b", "", ""]]
+
+
+def test_progress_says_each_case_once_outside_a_terminal():
+    stream = io.StringIO()
+    progress = Progress(stream)
+    for case in ("one", "two"):
+        for part in ("warm-up", "round 1"):
+            progress(case, part)
+    progress.clear()
+    assert stream.getvalue() == "one\ntwo\n"
+
+
+def test_an_interrupt_keeps_what_was_finished(tmp_path, capsys):
+    def batches():
+        yield [{"case": "one"}]
+        yield [{"case": "two"}, {"case": "three"}]
+        raise KeyboardInterrupt
+
+    path = tmp_path / "rows.jsonl"
+    assert not decode.run("speed", batches(), path, True, {"preset": "quick"})
+    assert [row["case"] for row in read(path)] == ["one", "two", "three"]
+    assert {row["preset"] for row in read(path)} == {"quick"}
+    said = capsys.readouterr()
+    assert [json.loads(line)["case"] for line in said.out.splitlines()] == ["one", "two", "three"]
+    assert "interrupted: 3 rows of speed" in said.err
+
+
+def refused(tmp_path, **options) -> str:
+    """What the command line says when it refuses; it must have built and written nothing."""
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(typer.BadParameter) as error:
+        decode.main(**{"output": path, "reports": tmp_path, "device": "cpu"} | options)
+    assert not path.exists()
+    return str(error.value)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "build", None)
+    monkeypatch.setattr(decode, "available_bytes", lambda device: 24 * 2**30)
+    big = {"sections": ["speed"], "model": "Llama-3.1-8B", "dtype": "bfloat16", "sides": "handloom,generate"}
+    # 15.0 GiB of weights; a token takes 128 KiB, so 2 rows of 36 Ki tokens and 2 sides take 18.
+    said = refused(tmp_path, **big, batch=[2], context=[36864 - 64], new_tokens=64)
+    assert "36.3 GiB needed (15.0 GiB of weights, 18.0 GiB of keys and values for 2 sides)" in said
+    assert "24.0 GiB available" in said
+    said = refused(tmp_path, **big, batch=[1], context=[131072], new_tokens=2)
+    assert "131074 tokens" in said
+    assert "131072" in said
+
+
+def test_command_line_names_what_would_be_valid(tmp_path):
+    assert "generate_batch" in refused(tmp_path, sections=["speed"], model="tiny", sides="handlom")
+    assert "counts, throughput" in refused(tmp_path, sections=["sped"], model="tiny")
+    assert "none with --preset llm-perf" in refused(tmp_path, sections=["speed"], preset="llm-perf")
+
+
+def test_help_names_sections_sides_and_shapes():
+    app = typer.Typer()
+    app.command()(decode.main)
+    done = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    words = " ".join(done.stdout.replace("│", " ").split())
+    for name in (*decode.SECTIONS, "llm-perf", "Qwen3-8B", "loop"):
+        assert name in words
