@@ -19,8 +19,6 @@ def run_decode(folder: Path, *arguments: str):
     assert done.returncode == 0, done.stderr
     written = path.read_text(encoding="utf-8")
     return [[json.loads(line) for line in text.splitlines()] for text in (done.stdout, written)]
-        json.loads(line) for line in path.read_text().splitlines()
-    ]
 
 
 class Ticks:
