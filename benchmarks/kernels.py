@@ -1,303 +1,221 @@
-"""Sampling against the transformers chain and plain torch, both sides in one run; see --help."""
+"""Kernels against what others do, sides in turn in one run; see --help, and `attention --help`, `nf4 --help`."""
 
 import itertools
-import statistics
+import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import typer
-from transformers.generation import logits_process as hf
 
 if not __package__:  # run as a file: this folder must not be where `import kernels` looks
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.common import RESULTS, in_turn, median_ratio, record, show
-from handloom.kernels import rules
-from handloom.kernels.draw import draw
-from handloom.kernels.sample import sample
-from handloom.kernels.sample_reference import apply_edits
+from benchmarks import kernels_attention, kernels_nf4
+from benchmarks.common import RESULTS, record, show
+from benchmarks.kernels_sampling import COLUMNS, DTYPES, MODES, ROWS, SIDES, measure
+from benchmarks.kernels_timing import CACHES, EAGER, OURS
 
-MODES = ("greedy", "temperature", "k", "p", "min-p", "k+p+min-p", "everything")
-ROWS = ("typical", "flat", "ties")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, HISTORY = 0.8, 50, 0.95, 0.05, 1.2, 256
-COLUMNS = {
-    "mode": "mode",
-    "rows": "rows",
-    "batch": "B",
-    "vocab": "V",
-    "dtype": "dtype",
-    "side": "side",
-    "cache": "cache",
-    "p20": "p20 us",
-    "p50": "p50 us",
-    "p80": "p80 us",
-    "ratio": "theirs / ours",
-    "launches": "launches",
-    "passes": "passes",
-    "bytes_read": "bytes",
-    "floor_share": "x floor",
-}
-BANDWIDTH = 4.3e12  # bytes a second that an H200 reads; the floor is one read of the logits
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+Strings = Annotated[list[str] | None, typer.Option(help="default: all")]
+Dtypes = Annotated[list[str] | None, typer.Option(help="fp32 or bf16; default bf16, sampling on a CPU fp32")]
+Caches = Annotated[
+    list[str] | None, typer.Option(help="warm: calls in a row; cold: caches emptied; default both")
+]
+Repeats = Annotated[int, typer.Option(min=1, help="most rounds in which the sides take turns")]
+Budget = Annotated[
+    float,
+    typer.Option(
+        min=0, help="seconds for the rounds of a cell: fewer rounds, but one at least; 0 is no limit"
+    ),
+]
+Output = Annotated[Path, typer.Option(help="rows are appended here")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON lines in place of tables")]
+DEFAULT_OUTPUT = RESULTS / "kernels.jsonl"
 
 
-def logits_of(kind, batch, vocab, dtype, device, seed=0):
-    """Rows of one kind: a power law, almost equal values, or whole numbers with many ties."""
-    g = torch.Generator().manual_seed(seed)
-    normal = torch.randn(batch, vocab, generator=g)
-    if kind == "typical":
-        normal = -1.2 * torch.log(
-            torch.stack([torch.randperm(vocab, generator=g) + 1.0 for _ in range(batch)])
-        )
-    else:
-        normal = normal * 1e-3 if kind == "flat" else (normal * 2).round()
-    return normal.to(device, dtype)
+def chosen(option: str, given: list[str] | None, known: Iterable[str], default: Iterable[str]) -> list[str]:
+    """What was asked for, or the default.
+
+    Raises:
+        typer.BadParameter: an unknown name.
+    """
+    unknown = [name for name in given or () if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{option} {', '.join(unknown)}: expected {', '.join(known)}")
+    return list(given or default)
 
 
-def history_edits(batch, vocab, device):
-    """(history [B, HISTORY], SparseEdits of a repetition penalty on it)."""
-    history = torch.randint(0, vocab, (batch, HISTORY), generator=torch.Generator().manual_seed(1))
-    start = torch.zeros(batch, dtype=torch.int64)
-    ids, seen, counts = rules.count_tokens(history, (start, start), (start + HISTORY, start))
-    one = torch.ones(batch)
-    edits = rules.SparseEdits(
-        *(ids, torch.zeros(ids.shape), seen, counts, PENALTY * one, 0 * one, 0 * one),
-        rules.touched_bits(ids, vocab),
-    )
-    return history.to(device), rules.SparseEdits(*(part.to(device) for part in edits))
+def sides_of(given: list[str] | None, known: Iterable[str]) -> list[str]:
+    """Sides that were asked for; ours, which the others are compared with, is always the first."""
+    return [OURS, *(name for name in chosen("--side", given, known, known) if name != OURS)]
 
 
-def ours(mode, logits) -> Callable[[], object]:
-    """Our call for a mode; on CUDA with its buffers kept, as a decode loop keeps them."""
-    batch, vocab = logits.shape
-    device = logits.device
+def prepare(device: str) -> None:
+    """One thread on a CPU.
 
-    def value(number):
-        return torch.full((batch,), float(number), device=device)
-
-    zero = torch.zeros(batch, dtype=torch.int64, device=device)
-    settings = {"seeds": zero + 7, "positions": zero + 11, "streams": zero}
-    settings["temperature"] = value(0.0 if mode == "greedy" else TEMPERATURE)
-    all_rules = (rules.top_k(value(TOP_K)), rules.top_p(value(TOP_P)), rules.min_p(value(MIN_P)))
-    several = mode in ("k+p+min-p", "everything")
-    settings["rules"] = (
-        all_rules
-        if several
-        else {"k": all_rules[:1], "p": all_rules[1:2], "min-p": all_rules[2:]}.get(mode, ())
-    )
-    if mode == "everything":
-        settings |= {"edits": history_edits(batch, vocab, device)[1], "logprobs": True}
-        settings["bitmask"] = rules.pack_mask(torch.arange(vocab, device=device).expand(batch, -1) % 97 != 0)
-    if device.type == "cuda":
-        from handloom.kernels.sample_fused import Plan, sample_fused
-
-        plan = Plan(
-            logits, rules=settings["rules"], edits=settings.get("edits"), logprobs=mode == "everything"
-        )
-        settings["rules"] = plan.rules
-        return lambda: sample_fused(logits, plan=plan, **settings)
-    return lambda: sample(logits, **settings)
+    Raises:
+        typer.BadParameter: there is no such device.
+    """
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device}: expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: there is no CUDA device here")
+    torch.set_num_threads(1)
 
 
-def transformers_chain(mode, logits) -> Callable[[], object]:
-    """What `generate` does with these settings: float32 copy, processors, softmax, multinomial."""
-    batch, vocab = logits.shape
-    if mode == "greedy":
-        return lambda: logits.float().argmax(dim=-1)
-    several = mode in ("k+p+min-p", "everything")
-    chain = [hf.TemperatureLogitsWarper(TEMPERATURE)]
-    chain += [hf.TopKLogitsWarper(TOP_K)] if mode == "k" or several else []
-    chain += [hf.TopPLogitsWarper(TOP_P)] if mode == "p" or several else []
-    chain += [hf.MinPLogitsWarper(MIN_P)] if mode == "min-p" or several else []
-    ids = torch.zeros(batch, 1, dtype=torch.int64, device=logits.device)
-    if mode == "everything":
-        ids = history_edits(batch, vocab, logits.device)[0]
-        banned = list(range(0, vocab, 97))
-        chain = [
-            hf.RepetitionPenaltyLogitsProcessor(PENALTY),
-            hf.SuppressTokensLogitsProcessor(banned),
-            *chain,
-        ]
+@torch.no_grad()
+def run_cells(cells: Iterable[Callable], columns: dict, asked: list[str] | None, output: Path, as_json: bool):
+    """Measure cell after cell; the rows of each are kept and shown as soon as they are there.
 
-    def run():
-        scores = logits.to(torch.float32, copy=True)
-        for processor in chain:
-            scores = processor(ids, scores)
-        tokens = torch.multinomial(torch.softmax(scores, dim=-1), 1)
-        if mode != "everything":
-            return tokens
-        return tokens, torch.log_softmax(logits.float(), -1).gather(1, tokens), torch.log_softmax(scores, -1)
-
-    return run
+    Args:
+        asked: sides that were asked for by name; those that took no part are named at the end.
+    """
+    seen = set()
+    for cell in cells:
+        rows = record(list(cell()), output)
+        seen |= {row["side"].removesuffix(EAGER) for row in rows}
+        if as_json:
+            for row in rows:
+                print(json.dumps(row), flush=True)
+        else:
+            show("", columns, rows)
+    for side in sorted(set(asked or ()) - seen):
+        print(f"{side} took no part: it is not installed, or cannot do any of this", file=sys.stderr)
 
 
-def plain_torch(mode, logits) -> Callable[[], object]:
-    """Our rules as whole-row torch operations and the seeded draw: what runs where nothing is fused."""
-    from handloom.kernels.sample_reference import truncate
-
-    batch = logits.shape[0]
-    zero = torch.zeros(batch, dtype=torch.int64, device=logits.device)
-    value = torch.ones(batch, device=logits.device)
-    all_rules = (rules.top_k(value * TOP_K), rules.top_p(value * TOP_P), rules.min_p(value * MIN_P))
-    chosen = {"k": all_rules[:1], "p": all_rules[1:2], "min-p": all_rules[2:]}.get(mode, ())
-    chosen = all_rules if mode in ("k+p+min-p", "everything") else chosen
-    edits = history_edits(*logits.shape, logits.device)[1] if mode == "everything" else None
-
-    def run():
-        edited = apply_edits(logits, edits=edits)
-        if mode == "greedy":
-            return edited.argmax(dim=-1)
-        return draw(truncate(edited / TEMPERATURE, chosen), zero, zero, kernels="torch")
-
-    return run
-
-
-def flashinfer_chain(mode, logits) -> Callable[[], object] | None:
-    """FlashInfer's sampler where it is installed and has the mode."""
-    try:
-        from flashinfer import sampling
-    except ImportError:
-        return None
-    if mode == "k+p+min-p":
-        return None  # no single call has all three
-    scaled = {"k": (TOP_K, 1.0), "p": (logits.shape[1], TOP_P)}.get(mode)
-    if mode == "temperature":
-        return lambda: sampling.sampling_from_logits(logits.float() / TEMPERATURE)
-    if scaled is None:
-        return None
-    return lambda: sampling.top_k_top_p_sampling_from_logits(logits.float() / TEMPERATURE, *scaled)
-
-
-SIDES = {
-    "handloom": ours,
-    "transformers": transformers_chain,
-    "torch": plain_torch,
-    "flashinfer": flashinfer_chain,
-}
-
-
-def costs(mode, batch, vocab, dtype):
-    """Exact counts of our fused path: launches, passes over the logits, bytes of logits and group statistics."""
-    element = torch.tensor([], dtype=dtype).element_size()
-    planes = 10 if mode == "everything" else 3
-    statistics = batch * (vocab // 128) * 4 * planes * 2
-    return {"launches": 2, "passes": 1, "bytes_read": batch * vocab * element + statistics}
-
-
-def seconds_on_cpu(run, calls=5):
-    """Median processor seconds of calls in a row: other processes do not count, and caches hold our own data."""
-    taken = []
-    for _ in range(calls):
-        started = time.thread_time()
-        run()
-        taken.append(time.thread_time() - started)
-    return statistics.median(taken)
-
-
-def graph_timer(build, mode, logits, cold):
-    """Seconds of one call inside a replayed CUDA graph; cold calls each read another copy, more than the L2 holds."""
-    copies = max(2, int(3e8 // max(logits.numel() * logits.element_size(), 1))) if cold else 1
-    calls = min(copies, 64) if cold else 16
-    runs = [build(mode, logits.clone() if cold else logits) for _ in range(calls if cold else 1)] * (
-        1 if cold else calls
-    )
-    for run in runs[:2]:
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-
-    def measure(_turn):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / len(runs)
-
-    return measure
-
-
-def timers(mode, logits, sides, cold):
-    """Side -> timing function. A side that cannot be captured in a graph is timed eagerly and says so by name."""
-    found = {}
-    for side in sides:
-        if logits.device.type == "cpu":
-            run = SIDES[side](mode, logits)
-            if run is not None:
-                found[side] = lambda _turn, run=run: seconds_on_cpu(run)
-            continue
-        try:
-            found[side] = graph_timer(SIDES[side], mode, logits, cold)
-        except (RuntimeError, TypeError):
-            torch.cuda.synchronize()
-            run = SIDES[side](mode, logits)
-            if run is not None:
-                found[f"{side} (eager)"] = lambda _turn, run=run: eager_seconds(run)
-    return found
-
-
-def eager_seconds(run):
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def measure(mode, kind, batch, vocab, dtype, device, sides, repeats):
-    """Yield one row a side of one setting; sides take turns, so that a slow minute falls on all of them."""
-    logits = logits_of(kind, batch, vocab, DTYPES[dtype], device)
-    for cold in (False,) if device == "cpu" else (False, True):
-        measured = in_turn(timers(mode, logits, sides, cold), repeats)
-        floor = logits.numel() * logits.element_size() / BANDWIDTH
-        for side, values in measured.items():
-            quantiles = np.quantile(values, [0.2, 0.5, 0.8]) * 1e6
-            row = {"mode": mode, "rows": kind, "batch": batch, "vocab": vocab, "dtype": dtype, "side": side}
-            row |= {"cache": "cold" if cold else "warm", "device": device, "repeats": repeats}
-            row["clock"] = "thread" if device == "cpu" else "gpu"
-            row |= dict(zip(("p20", "p50", "p80"), quantiles.round(2).tolist(), strict=True))
-            if side != "handloom":
-                row["ratio"] = round(median_ratio(values, measured["handloom"]), 2)
-            elif device != "cpu":
-                row |= costs(mode, batch, vocab, DTYPES[dtype])
-                row["floor_share"] = round(row["p50"] / (floor * 1e6), 2)
-            yield row
-
-
-def main(
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    batch: Annotated[list[int] | None, typer.Option(help="default 1 8, on CUDA 1 8 64 256")] = None,
-    vocab: Annotated[list[int] | None, typer.Option(help="default 49152 151936, on CUDA four sizes")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp32 or bf16; default fp32, on CUDA both")] = None,
+@app.callback(invoke_without_command=True)
+def sampling(
+    context: typer.Context,
+    device: Device = "cpu",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="default 1 8, full 1 8 64 256")] = None,
+    vocab: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="default 49152 151936, full 32000 128256 151936 262144"),
+    ] = None,
+    dtype: Dtypes = None,
     mode: Annotated[list[str] | None, typer.Option(help=", ".join(MODES))] = None,
     rows: Annotated[list[str] | None, typer.Option(help=", ".join(ROWS))] = None,
     side: Annotated[list[str] | None, typer.Option(help=", ".join(SIDES))] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="rounds in which the sides take turns")] = 15,
-    output: Annotated[Path, typer.Option(help="rows are appended here")] = RESULTS / "kernels.jsonl",
+    cache: Caches = None,
+    matrix: Annotated[
+        Literal["small", "full"] | None, typer.Option(help="default sizes; full on CUDA, small on a CPU")
+    ] = None,
+    repeats: Repeats = 15,
+    budget: Budget = 10.0,
+    output: Output = DEFAULT_OUTPUT,
+    as_json: Json = False,
 ) -> None:
-    """Time sampling: handloom, the transformers chain, plain torch, FlashInfer if it is installed; one thread."""
-    torch.set_num_threads(1)
-    cuda = device != "cpu"
-    sides = ["handloom", *(name for name in (side or SIDES) if name != "handloom")]
-    settings = itertools.product(
-        batch or ([1, 8, 64, 256] if cuda else [1, 8]),
-        vocab or ([32000, 128256, 151936, 262144] if cuda else [49152, 151936]),
-        dtype or (["bf16", "fp32"] if cuda else ["fp32"]),
-        mode or MODES,
-        rows or ROWS,
+    """Time sampling: handloom, the transformers chain, plain torch, topk first, FlashInfer and vLLM if installed.
+
+    One thread. With `attention` or `nf4` behind it, time those kernels instead. Exact figures beside the times:
+    launches (CUDA), operations of torch and the bytes of their operands, passes over the logits. Ours runs in NumPy
+    on a CPU, where nothing of it can be counted.
+    """
+    if context.invoked_subcommand:
+        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if given:
+            behind = context.invoked_subcommand
+            raise typer.BadParameter(
+                f"{', '.join(given)} before {behind}: options of {behind} stand behind it"
+            )
+        return
+    prepare(device)
+    full = (matrix or ("full" if device == "cuda" else "small")) == "full"
+    kinds = chosen("--rows", rows, ROWS, ROWS)
+    modes = chosen("--mode", mode, MODES, MODES)
+    dtypes = chosen("--dtype", dtype, DTYPES, ["bf16", "fp32"] if full else ["fp32"])
+    caches = chosen("--cache", cache, CACHES, CACHES)
+    sides = sides_of(side, SIDES)
+    batches = batch or ([1, 8, 64, 256] if full else [1, 8])
+    vocabularies = vocab or ([32000, 128256, 151936, 262144] if full else [49152, 151936])
+    cells = (
+        lambda b=b, v=v, kind=kind, d=d, m=m: measure(
+            m, kind, b, v, d, device, sides, repeats, caches, budget
+        )
+        for b, v, kind, d, m in itertools.product(batches, vocabularies, kinds, dtypes, modes)
     )
-    for size, width, kind_of_number, one_mode, kind in settings:
-        found = measure(one_mode, kind, size, width, kind_of_number, device, sides, repeats)
-        show("", COLUMNS, record(list(found), output))
+    run_cells(cells, COLUMNS, side, output, as_json)
+
+
+@app.command()
+def attention(
+    device: Device = "cpu",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="default 1 8 64, on a CPU 1 8")] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="cells of a row; default 256 2048 8192 32768, on a CPU 256 2048"),
+    ] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(help="QUERY/KEYxSIZE; default 32/8x64 32/8x128 32/32x128, on a CPU also 9/3x64"),
+    ] = None,
+    rows: Annotated[list[str] | None, typer.Option(help=", ".join(kernels_attention.ROWS))] = None,
+    dtype: Dtypes = None,
+    side: Annotated[list[str] | None, typer.Option(help=", ".join(kernels_attention.SIDES))] = None,
+    cache: Caches = None,
+    repeats: Repeats = 15,
+    budget: Budget = 10.0,
+    output: Output = DEFAULT_OUTPUT,
+    as_json: Json = False,
+) -> None:
+    """Time one layer's decode attention over a paged cache against torch's over gathered and over dense K/V."""
+    prepare(device)
+    cpu, module = device == "cpu", kernels_attention
+    shapes = [module.parse_heads(text) for text in heads or module.DEFAULT_HEADS[device]]
+    kinds = chosen("--rows", rows, module.ROWS, module.ROWS)
+    dtypes = chosen("--dtype", dtype, module.DTYPES, ["bf16"])
+    caches = chosen("--cache", cache, CACHES, CACHES)
+    sides = sides_of(side, module.SIDES)
+    contexts = context or ([256, 2048] if cpu else [256, 2048, 8192, 32768])
+    grid = itertools.product(shapes, dtypes, batch or ([1, 8] if cpu else [1, 8, 64]), contexts, kinds)
+    cells = (
+        lambda s=s, d=d, b=b, c=c, kind=kind: module.measure(
+            s, kind, b, c, d, device, sides, repeats, caches, budget
+        )
+        for s, d, b, c, kind in grid
+    )
+    run_cells(cells, module.COLUMNS, side, output, as_json)
+
+
+@app.command()
+def nf4(
+    device: Device = "cpu",
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="default 1 4 16 64")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"OUTPUTSxINPUTS, or one of {', '.join(kernels_nf4.LAYERS)}; default: all of these"
+        ),
+    ] = None,
+    dtype: Dtypes = None,
+    side: Annotated[list[str] | None, typer.Option(help=", ".join(kernels_nf4.SIDES))] = None,
+    cache: Caches = None,
+    repeats: Repeats = 15,
+    budget: Budget = 10.0,
+    output: Output = DEFAULT_OUTPUT,
+    as_json: Json = False,
+) -> None:
+    """Time 4-bit linear layers at a Llama's shapes: ours, bitsandbytes', and the dense layer they stand for."""
+    prepare(device)
+    module = kernels_nf4
+    layers = {name: module.parse_layer(name) for name in layer or module.LAYERS}
+    dtypes = chosen("--dtype", dtype, module.DTYPES, ["bf16"])
+    caches = chosen("--cache", cache, CACHES, CACHES)
+    sides = sides_of(side, module.SIDES)
+    grid = itertools.product(layers.items(), dtypes, batch or [1, 4, 16, 64])
+    cells = (
+        lambda name=name, shape=shape, d=d, b=b: module.measure(
+            name, shape, b, d, device, sides, repeats, caches, budget
+        )
+        for (name, shape), d, b in grid
+    )
+    run_cells(cells, module.COLUMNS, side, output, as_json)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -44,7 +44,9 @@ def make_plots(rows: list[Row], folder: Path) -> None:
     try:
         from benchmarks.report_plots import draw, plots
     except ModuleNotFoundError as error:
-        raise SystemExit(f"report: plots need {error.name} (the extra [bench] has it); or --no-plots") from None
+        raise SystemExit(
+            f"report: plots need {error.name} (the extra [bench] has it); or --no-plots"
+        ) from None
     found, missing = plots(rows)
     for plot in found:
         draw(plot, folder)
