@@ -22,6 +22,8 @@ log = logging.getLogger("handloom")
 # Largest mean difference to the eager logits, in standard deviations of them, that is rounding and not structure.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOOSE = 0.15
+# On CUDA products of one row become tuned kernels that read the weights at full speed; the graphs are our own.
+ON_CUDA = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
 
 # An op takes numbers and tensors only, so it finds its step under a number.
 _steps: weakref.WeakValueDictionary[int, CompiledStep] = weakref.WeakValueDictionary()
@@ -107,7 +109,10 @@ class CompiledStep:
         weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
         # A code object of its own: torch counts recompilations for each code object, not for each model.
         forward = types.FunctionType(_forward.__code__.replace(), globals(), f"decode_{self._number}")
-        self._forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+        tuned = backend == "inductor" and model.device.type == "cuda"
+        self._forward = torch.compile(
+            forward, fullgraph=True, dynamic=False, backend=backend, options=ON_CUDA if tuned else None
+        )
 
     def takes(self, feed: Feed, hidden: bool) -> bool:
         """Whether this pass is a plain decode step, one token for every row, of a size to compile for."""

@@ -313,7 +313,26 @@ class Model:
             return Capability(False, "rows path: the host loops over rows")
         if self._ropes or self.restart:
             return Capability(False, "rotations depend on lengths that only the host knows")
+        reason = uncapturable(self.module)
+        if reason:
+            return Capability(False, reason)
         return Capability(True, "captured on CUDA; the same program runs uncaptured elsewhere")
+
+
+def uncapturable(module) -> str:
+    """What in a model's layers keeps its step from being captured, in words; empty if nothing does."""
+    places = {p.device for p in module.parameters()}
+    if len(places) > 1:
+        return f"the model lies on {len(places)} devices, and a graph belongs to one"
+    for layer in module.modules():
+        state = getattr(layer, "state", None)  # bitsandbytes' Linear8bitLt
+        threshold = getattr(state, "threshold", 0) if type(layer).__name__ == "Linear8bitLt" else 0
+        if threshold > 0:
+            return (
+                f"bitsandbytes int8 asks the host for outliers above {threshold:g} in every layer; "
+                "llm_int8_threshold=0 does not, nor do nf4 and fp4"
+            )
+    return ""
 
 
 def _longer(rows, tables, tokens):

@@ -5,14 +5,13 @@ a value on the host while recording raises, as it does in a capture; recording l
 recording allocated is poisoned before every replay, as another graph of the same pool may have used it.
 """
 
-import contextlib
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from handloom import graph
+from handloom.compiling import CompiledStep
 
 # Operations that wait for the device on CUDA, or copy from the host's memory.
 FORBIDDEN = {
@@ -21,6 +20,7 @@ FORBIDDEN = {
     "aten::lift_fresh", "aten::repeat_interleave.Tensor",
 }  # fmt: skip
 ON_HOST = ("tolist", "numpy", "__array__")
+HOST = {name: getattr(torch.Tensor, name) for name in ON_HOST}
 
 
 def refuse(what: str):
@@ -69,6 +69,13 @@ class Recording(TorchDispatchMode):
             self._save(tensor)
         executor(*args, **kwargs)
         self._note(lambda: executor(*args, **kwargs), None, given)
+
+    def whole(self, call, given):
+        """Something that no operation of which can be seen: it runs as one, on the tensors that it was given."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            out = call()
+        self._note(call, out, given)
+        return out
 
     def _note(self, call, out, given):
         known = {place(t) for t in tensors_of(given)}
@@ -127,8 +134,9 @@ class Recorder:
             with pytest.MonkeyPatch.context() as patch, recording:
                 for name in ON_HOST:
                     patch.setattr(torch.Tensor, name, lambda *a, name=name, **k: refuse(f"Tensor.{name}"))
-                with recorded_launches(patch, recording):
-                    program()
+                record_launches(patch, recording)
+                record_compiled(patch, recording)
+                program()
         finally:
             recording.undo()
         self.recordings.append(recording)
@@ -140,8 +148,7 @@ class Recorder:
         return sum(recording.replays for recording in self.recordings)
 
 
-@contextlib.contextmanager
-def recorded_launches(patch, recording):
+def record_launches(patch, recording):
     """Launches of interpreted Triton kernels go to the recording."""
     import triton.runtime.interpreter as interpreter
 
@@ -149,19 +156,36 @@ def recorded_launches(patch, recording):
 
     def call(executor, *args, **kwargs):
         def run(*args, **kwargs):
-            with pytest.MonkeyPatch.context() as unpatched:
-                for name in ON_HOST:
-                    unpatched.setattr(torch.Tensor, name, getattr(torch._C.TensorBase, name, HOST[name]))
-                with torch.utils._python_dispatch._disable_current_modes():
-                    original(executor, *args, **kwargs)
+            with pytest.MonkeyPatch.context() as host, torch.utils._python_dispatch._disable_current_modes():
+                for name, method in HOST.items():
+                    host.setattr(torch.Tensor, name, method)
+                original(executor, *args, **kwargs)
 
         recording.launch(run, args, kwargs)
 
     patch.setattr(interpreter.GridExecutor, "__call__", call)
-    yield
 
 
-HOST = {name: getattr(torch.Tensor, name) for name in ON_HOST}
+def record_compiled(patch, recording):
+    """A compiled forward goes to the recording in one piece, aimed at the tensors of the recording."""
+    original = CompiledStep._run
+
+    def run(step, feed):
+        model = step._model()
+
+        def call():
+            held = model._feed, model._step, model.cache.feed
+            model._feed, model._step = feed, None
+            model.cache.bind(feed)
+            try:
+                return original(step, feed)
+            finally:
+                model._feed, model._step, _ = held
+                model.cache.bind(held[2])
+
+        return recording.whole(call, (feed.ids, feed.positions))
+
+    patch.setattr(CompiledStep, "_run", run)
 
 
 def install(monkeypatch) -> list[Recorder]:

@@ -11,11 +11,14 @@ from architectures import ARCHITECTURES
 from helpers import assert_nothing_leaked, tiny_llama
 from recorded_graph import Recording, install
 from test_processors_laws import ON
+from torch._dynamo.utils import counters
 
 from handloom import CapabilityError, Engine, SamplingParams
+from handloom.compiling import CompiledStep
 from handloom.graph import GraphBatch
 from handloom.kv import Store
 from handloom.loop import prefill
+from handloom.model import uncapturable
 from handloom.processors.base import Edit
 from handloom.request import Prefilled, Request
 from handloom.text import Prompt
@@ -242,6 +245,23 @@ def test_a_pool_that_moves_is_recorded_anew(recorders):
         assert len(batch.programs) <= 2  # those that wrote to the old place are gone
 
 
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow, id="inductor")]
+)
+def test_a_compiled_forward_is_recorded_with_the_rest(backend, recorders):
+    eager, program = engines("llama")
+    program.compile, program.runner.compiled = True, CompiledStep(program.runner, {1, 2, 3}, backend)
+    graphs = []
+    for wanted in (MIXED, [changed(p) for p in MIXED]):
+        want, got = eager.generate(PROMPTS, wanted), program.generate(PROMPTS, wanted)
+        assert [g.token_ids for g in got] == [g.token_ids for g in want]
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]  # rows came and went without another compilation
+    assert set(program.runner.compiled.compiled) == {1, 3}
+    no_refusals(program)
+    assert not recorders or used(recorders)[1] >= 30
+
+
 class CountingProcessor:
     """A Hugging Face processor with a state of its own: it bans one more token at every call."""
 
@@ -332,6 +352,18 @@ def test_the_recording_itself():
     for reading in (lambda: total.sum().item(), lambda: total.nonzero(), lambda: torch.tensor([1.0]) + total):
         with pytest.raises(RuntimeError, match="not permitted"), Recording():
             reading()
+
+
+@pytest.mark.parametrize(("threshold", "able"), [(6.0, False), (0.0, True)])
+def test_int8_is_captured_only_where_it_looks_for_no_outliers(threshold, able):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = tiny_llama()
+    layer = model.model.layers[0].mlp.down_proj
+    model.model.layers[0].mlp.down_proj = bitsandbytes.nn.Linear8bitLt(
+        layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, threshold=threshold
+    )
+    assert (uncapturable(model) == "") == able
+    assert able or "outliers above 6" in uncapturable(model)
 
 
 def test_models_that_cannot_be_captured_say_why():
