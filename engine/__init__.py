@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from handloom.joint import join
     from handloom.kernels.draw import draw
     from handloom.params import SamplingParams
-    from handloom.pipeline import Context, Pipeline, Processor
+    from handloom.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning, Processor
     from handloom.state import State
 
 __version__ = "0.1.0"
@@ -35,13 +35,16 @@ __version__ = "0.1.0"
 _HOME = {  # public name -> the module that defines it
     "CapabilityError": "errors",
     "Context": "pipeline",
+    "Edit": "pipeline",
     "Engine": "engine",
     "Event": "generation",
     "Generation": "generation",
     "HandloomError": "errors",
+    "Keep": "pipeline",
     "ModelError": "errors",
     "ParameterError": "errors",
     "Pipeline": "pipeline",
+    "PipelineWarning": "pipeline",
     "PoolExhausted": "errors",
     "Processor": "pipeline",
     "PromptError": "errors",
@@ -56,13 +59,16 @@ _MODULES = frozenset({"compat", "kernels", "laws", "naive", "processors", "profi
 __all__ = [
     "CapabilityError",
     "Context",
+    "Edit",
     "Engine",
     "Event",
     "Generation",
     "HandloomError",
+    "Keep",
     "ModelError",
     "ParameterError",
     "Pipeline",
+    "PipelineWarning",
     "PoolExhausted",
     "Processor",
     "PromptError",

@@ -1,4 +1,4 @@
-"""What every test session needs: one thread a worker, no hub, kernels without a GPU, SmolLM2 built once."""
+"""What every test session needs: one thread a worker, no hub, kernels without a GPU, engines, SmolLM2 built once."""
 
 import os
 from pathlib import Path
@@ -24,6 +24,54 @@ settings.register_profile(
     "handloom", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("handloom")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random Llama of 101 tokens, none of them special; a test that changes it makes its own."""
+    from helpers import tiny_llama
+
+    return tiny_llama()
+
+
+@pytest.fixture
+def engine(model):
+    """An engine of three slots without a tokenizer, which must have given every block back."""
+    from handloom import Engine
+
+    yield from watched(Engine(model, slots=3))
+
+
+@pytest.fixture
+def texts():
+    """An engine of three slots with a tokenizer, which must have given every block back."""
+    from helpers import text_engine
+
+    yield from watched(text_engine(slots=3))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "graph"])
+def either(request, model):
+    """`engine`, whose step runs as it is, or as the one device program that a CUDA graph captures."""
+    from handloom import Engine
+
+    yield from watched(Engine(model, slots=3, graph=request.param))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "graph"])
+def either_texts(request):
+    """`texts`, whose step runs as it is, or as the one device program that a CUDA graph captures."""
+    from helpers import text_engine
+
+    yield from watched(text_engine(slots=3, graph=request.param))
+
+
+def watched(engine):
+    """Hand an engine to a test, and see that nothing leaked."""
+    from helpers import assert_nothing_leaked
+
+    yield engine
+    assert_nothing_leaked(engine)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from helpers import (
     poisoned,
     recorded,
     spell,
-    text_engine,
     tiny_llama,
 )
 from transformers import AttentionInterface
@@ -23,25 +22,6 @@ from handloom.errors import CapabilityError, HandloomError, ModelError, Paramete
 
 PROMPTS = prompts_of([5, 17, 1, 9])
 TOLERANCE = {"atol": 1e-4, "rtol": 0}  # fp32 rounding of logits of size 10
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
-
-
-@pytest.fixture
-def engine(model):
-    engine = Engine(model, slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
-@pytest.fixture
-def texts():
-    engine = text_engine(slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
 
 
 # States

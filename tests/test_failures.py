@@ -12,32 +12,11 @@ from helpers import (
     outcome,
     poisoned,
     recorded,
-    tiny_llama,
 )
 
 from handloom import Engine, SamplingParams
 
 PROMPTS = prompts_of([5, 17, 1, 40, 9, 23, 16, 33])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
-
-
-@pytest.fixture
-def engine(model):
-    engine = Engine(model, slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "graph"])
-def either(request, model):
-    """An engine whose step runs as it is, or as the one device program that a CUDA graph captures."""
-    engine = Engine(model, slots=3, graph=request.param)
-    yield engine
-    assert_nothing_leaked(engine)
 
 
 def ids_of(generations):

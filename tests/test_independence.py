@@ -11,7 +11,6 @@ from helpers import (
     forced,
     outcome,
     spell,
-    text_engine,
     tiny_llama,
 )
 from tiny_tokenizers import byte_level
@@ -20,33 +19,6 @@ from handloom import Engine, SamplingParams
 from handloom.processors import BannedTokens, LogitBias, Temperature, TopK
 
 PROMPTS = prompts_of([5, 17, 1, 40, 9, 23, 16, 33])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
-
-
-@pytest.fixture
-def engine(model):
-    engine = Engine(model, slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "graph"])
-def either(request, model):
-    """An engine whose step runs as it is, or as the one device program that a CUDA graph captures."""
-    engine = Engine(model, slots=3, graph=request.param)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "graph"])
-def either_texts(request):
-    engine = text_engine(slots=3, graph=request.param)
-    yield engine
-    assert_nothing_leaked(engine)
 
 
 def ids_of(generations):

@@ -13,8 +13,6 @@ from helpers import (
     outcome,
     recorded,
     spell,
-    text_engine,
-    tiny_llama,
 )
 from tiny_tokenizers import byte_level
 
@@ -23,32 +21,6 @@ from handloom.errors import HandloomError
 from handloom.stopping import Stopper
 
 PROMPTS = prompts_of([5, 17, 1, 40, 9, 23, 16, 33])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
-
-
-@pytest.fixture
-def engine(model):
-    engine = Engine(model, slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
-@pytest.fixture
-def texts():
-    engine = text_engine(slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "graph"])
-def either_texts(request):
-    engine = text_engine(slots=3, graph=request.param)
-    yield engine
-    assert_nothing_leaked(engine)
 
 
 def ids_of(generations):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from architectures import prompts_of
 from helpers import (
-    assert_nothing_leaked,
     forced,
     full_logits,
     outcome,
@@ -18,25 +17,6 @@ from handloom import Engine, SamplingParams
 from handloom.errors import ParameterError, PromptError
 
 PROMPTS = prompts_of([5, 17, 1, 9])
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama()
-
-
-@pytest.fixture
-def engine(model):
-    engine = Engine(model, slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
-@pytest.fixture
-def texts():
-    engine = text_engine(slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
 
 
 # Prompts

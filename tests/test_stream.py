@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from architectures import prompts_of
-from helpers import assert_nothing_leaked, forced, outcome, recorded, spell, text_engine
+from helpers import assert_nothing_leaked, forced, outcome, recorded, spell
 
 from handloom import SamplingParams
 from handloom.errors import ParameterError, PromptError
@@ -15,21 +15,6 @@ BUDGETS = [7, 2, 5, 9, 1, 4]
 PARAMS = [SamplingParams(max_new_tokens=n, temperature=i % 2, seed=i) for i, n in enumerate(BUDGETS)]
 
 
-@pytest.fixture
-def engine():
-    engine = text_engine(slots=3)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "graph"])
-def either(request):
-    """An engine whose step runs as it is, or as the one device program that a CUDA graph captures."""
-    engine = text_engine(slots=3, graph=request.param)
-    yield engine
-    assert_nothing_leaked(engine)
-
-
 def by_row(events):
     rows = {}
     for event in events:
@@ -37,9 +22,9 @@ def by_row(events):
     return rows
 
 
-def test_a_stream_holds_every_token_of_every_row_and_ends_with_the_result(either):
-    expected = either.generate(PROMPTS, PARAMS)
-    events = list(either.stream(PROMPTS, PARAMS))
+def test_a_stream_holds_every_token_of_every_row_and_ends_with_the_result(either_texts):
+    expected = either_texts.generate(PROMPTS, PARAMS)
+    events = list(either_texts.stream(PROMPTS, PARAMS))
     rows = by_row(events)
     assert set(rows) == {(i, 0) for i in range(6)}
     for (index, _), row in rows.items():
@@ -53,17 +38,17 @@ def test_a_stream_holds_every_token_of_every_row_and_ends_with_the_result(either
         assert [e.generation for e in row[:-1]] == [None] * (len(row) - 1)
 
 
-def test_samples_have_streams_of_their_own(either):
+def test_samples_have_streams_of_their_own(either_texts):
     settings = {"n": 3, "temperature": 1.0, "seed": 2, "max_new_tokens": 6}
-    expected = either.generate(PROMPTS[0], **settings)
-    rows = by_row(either.stream(PROMPTS[0], **settings))
+    expected = either_texts.generate(PROMPTS[0], **settings)
+    rows = by_row(either_texts.stream(PROMPTS[0], **settings))
     assert [[e.token_id for e in rows[0, s]] for s in range(3)] == [g.token_ids for g in expected]
 
 
-def test_it_is_a_plain_generator_and_tokens_come_as_they_are_made(engine):
-    stream = engine.stream(PROMPTS[0], max_new_tokens=5)
+def test_it_is_a_plain_generator_and_tokens_come_as_they_are_made(texts):
+    stream = texts.stream(PROMPTS[0], max_new_tokens=5)
     assert inspect.isgenerator(stream)
-    with recorded(engine.model) as passes:
+    with recorded(texts.model) as passes:
         next(stream)
         assert passes.steps in ([], [1])  # at most the next step has been started
         next(stream)
@@ -71,16 +56,16 @@ def test_it_is_a_plain_generator_and_tokens_come_as_they_are_made(engine):
         assert len(list(stream)) == 3
 
 
-def test_a_result_is_given_as_soon_as_its_row_ends(engine):
-    finished = [e.request for e in engine.stream(PROMPTS, PARAMS) if e.generation]
+def test_a_result_is_given_as_soon_as_its_row_ends(texts):
+    finished = [e.request for e in texts.stream(PROMPTS, PARAMS) if e.generation]
     assert sorted(finished) == list(range(6))
     # Slots run 0: 7 tokens, 1: 2 tokens, 2: 5 tokens; then 3 replaces 1, 4 and 5 replace 2, in that order.
     assert finished == [1, 2, 4, 0, 5, 3]
 
 
-def test_text_that_may_become_a_stop_string_is_held_back(either):
+def test_text_that_may_become_a_stop_string_is_held_back(either_texts):
     events = list(
-        either.stream("the", forced_tokens=forced("a STOq b STOP c"), stop="STOP", max_new_tokens=15)
+        either_texts.stream("the", forced_tokens=forced("a STOq b STOP c"), stop="STOP", max_new_tokens=15)
     )
     assert [e.text for e in events] == ["a", " ", "", "", "", "STOq", " ", "b", " ", "", "", "", ""]
     assert events[-1].finish == "stop"
@@ -88,31 +73,31 @@ def test_text_that_may_become_a_stop_string_is_held_back(either):
     assert events[-1].generation.stop_reason == "STOP"
 
 
-def test_bytes_of_a_character_are_held_back(either):
-    ids = either.tokenizer.convert_tokens_to_ids(list("ðŁĺĢ")) + spell("!")  # the four bytes of 😀
-    events = list(either.stream("the", forced_tokens=forced(ids), max_new_tokens=5))
+def test_bytes_of_a_character_are_held_back(either_texts):
+    ids = either_texts.tokenizer.convert_tokens_to_ids(list("ðŁĺĢ")) + spell("!")  # the four bytes of 😀
+    events = list(either_texts.stream("the", forced_tokens=forced(ids), max_new_tokens=5))
     assert [e.text for e in events] == ["", "", "", "😀", "!"]
-    events = list(either.stream("the", forced_tokens=forced(ids), max_new_tokens=3))
+    events = list(either_texts.stream("the", forced_tokens=forced(ids), max_new_tokens=3))
     assert "".join(e.text for e in events) == events[-1].generation.text == "�"
 
 
-def test_errors_come_before_the_first_event(engine):
-    with recorded(engine.model) as passes:
+def test_errors_come_before_the_first_event(texts):
+    with recorded(texts.model) as passes:
         with pytest.raises(PromptError):
-            engine.stream([[5], []])
+            texts.stream([[5], []])
         with pytest.raises(ParameterError):
-            engine.stream(PROMPTS, max_new_tokens=-1)
+            texts.stream(PROMPTS, max_new_tokens=-1)
         with pytest.raises(ParameterError):
-            engine.stream(PROMPTS, PARAMS[:2])
+            texts.stream(PROMPTS, PARAMS[:2])
     assert passes.shapes == []
 
 
-def test_a_row_that_fails_reports_it_in_its_last_event(either):
+def test_a_row_that_fails_reports_it_in_its_last_event(either_texts):
     def nothing(logits, context):
         return torch.full_like(logits, -torch.inf)
 
     params = [SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=3, processors=[nothing])]
-    rows = by_row(either.stream(PROMPTS[:2], params))
+    rows = by_row(either_texts.stream(PROMPTS[:2], params))
     [last] = rows[1, 0]
     assert (last.token_id, last.text, last.finish) == (None, "", "error")
     assert "no token is left" in last.generation.error
@@ -120,28 +105,28 @@ def test_a_row_that_fails_reports_it_in_its_last_event(either):
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 8])
-def test_closing_gives_everything_back(either, after):
-    stream = either.stream(PROMPTS, max_new_tokens=20)
+def test_closing_gives_everything_back(either_texts, after):
+    stream = either_texts.stream(PROMPTS, max_new_tokens=20)
     for _ in range(after):
         next(stream)
     stream.close()
     assert list(stream) == []
-    either.pool.check()
-    assert either.pool.in_use == 0
-    assert len(either.generate(PROMPTS, PARAMS)) == 6
+    either_texts.pool.check()
+    assert either_texts.pool.in_use == 0
+    assert len(either_texts.generate(PROMPTS, PARAMS)) == 6
 
 
-def test_a_dropped_stream_gives_everything_back(either):
-    for event in either.stream(PROMPTS, max_new_tokens=20):
+def test_a_dropped_stream_gives_everything_back(either_texts):
+    for event in either_texts.stream(PROMPTS, max_new_tokens=20):
         if event.request == 1:
             break
     del event
-    assert_nothing_leaked(either)
+    assert_nothing_leaked(either_texts)
 
 
-def test_results_that_were_given_stay_when_a_stream_is_closed(engine):
-    expected = engine.generate(PROMPTS, PARAMS)
-    stream, results = engine.stream(PROMPTS, PARAMS), {}
+def test_results_that_were_given_stay_when_a_stream_is_closed(texts):
+    expected = texts.generate(PROMPTS, PARAMS)
+    stream, results = texts.stream(PROMPTS, PARAMS), {}
     for event in stream:
         if event.generation:
             results[event.request] = event.generation
@@ -151,20 +136,20 @@ def test_results_that_were_given_stay_when_a_stream_is_closed(engine):
     assert {i: outcome(g)[:4] for i, g in results.items()} == {i: outcome(expected[i])[:4] for i in (1, 2, 4)}
 
 
-def test_ctrl_c_in_the_callers_loop_reaches_the_caller_and_frees_the_rows(either):
+def test_ctrl_c_in_the_callers_loop_reaches_the_caller_and_frees_the_rows(either_texts):
     def read():
-        for event in either.stream(PROMPTS, max_new_tokens=20):
+        for event in either_texts.stream(PROMPTS, max_new_tokens=20):
             if event.request == 2:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         read()
-    assert_nothing_leaked(either)
+    assert_nothing_leaked(either_texts)
 
 
-def test_streams_of_one_engine_may_be_interleaved(either):
-    expected = [either.generate(p, max_new_tokens=6).token_ids for p in PROMPTS[:3]]
-    streams = [either.stream(p, max_new_tokens=6) for p in PROMPTS[:3]]
+def test_streams_of_one_engine_may_be_interleaved(either_texts):
+    expected = [either_texts.generate(p, max_new_tokens=6).token_ids for p in PROMPTS[:3]]
+    streams = [either_texts.stream(p, max_new_tokens=6) for p in PROMPTS[:3]]
     found = [[] for _ in streams]
     for _ in range(6):
         for tokens, stream in zip(found, streams, strict=True):
@@ -173,23 +158,23 @@ def test_streams_of_one_engine_may_be_interleaved(either):
     assert [next(s, None) for s in streams] == [None] * 3
 
 
-def test_states_can_be_used_while_a_stream_is_open(either):
-    expected = either.generate(PROMPTS[0], max_new_tokens=6).token_ids
-    stream = either.stream(PROMPTS[0], max_new_tokens=6)
+def test_states_can_be_used_while_a_stream_is_open(either_texts):
+    expected = either_texts.generate(PROMPTS[0], max_new_tokens=6).token_ids
+    stream = either_texts.stream(PROMPTS[0], max_new_tokens=6)
     tokens = [next(stream).token_id, next(stream).token_id]
-    state = either.step(either.prefill(PROMPTS[1]), [7])
-    other = either.generate(PROMPTS[2], max_new_tokens=3).token_ids
+    state = either_texts.step(either_texts.prefill(PROMPTS[1]), [7])
+    other = either_texts.generate(PROMPTS[2], max_new_tokens=3).token_ids
     tokens += [event.token_id for event in stream]
     assert tokens == expected
-    assert other == either.generate(PROMPTS[2], max_new_tokens=3).token_ids
+    assert other == either_texts.generate(PROMPTS[2], max_new_tokens=3).token_ids
     del state
 
 
-def test_chat_prompts_can_be_streamed(engine):
-    engine.tokenizer = type(engine.tokenizer)(tokenizer_object=engine.tokenizer.backend_tokenizer)
-    engine.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}:"
-    ids = engine.chat_prompt("fox")
-    assert ids == engine.encode("fox:")
-    expected = engine.chat("fox", max_new_tokens=4)
-    tokens = [e.token_id for e in engine.stream([{"role": "user", "content": "fox"}], max_new_tokens=4)]
+def test_chat_prompts_can_be_streamed(texts):
+    texts.tokenizer = type(texts.tokenizer)(tokenizer_object=texts.tokenizer.backend_tokenizer)
+    texts.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}:"
+    ids = texts.chat_prompt("fox")
+    assert ids == texts.encode("fox:")
+    expected = texts.chat("fox", max_new_tokens=4)
+    tokens = [e.token_id for e in texts.stream([{"role": "user", "content": "fox"}], max_new_tokens=4)]
     assert tokens == expected.token_ids

@@ -10,7 +10,14 @@ from handloom.processors.constraints import (
     SuppressFirst,
 )
 from handloom.processors.grammar import Grammar
-from handloom.processors.masks import BiasHook, Bitmask, Watermark, watermark_score
+from handloom.processors.masks import (
+    BiasHook,
+    Bitmask,
+    Watermark,
+    pack_bitmask,
+    unpack_bitmask,
+    watermark_score,
+)
 from handloom.processors.matchers import Matcher, allow
 from handloom.processors.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
 from handloom.processors.repeats import DRY, NoRepeatNGram
@@ -117,5 +124,7 @@ __all__ = [
     "Typical",
     "Watermark",
     "allow",
+    "pack_bitmask",
+    "unpack_bitmask",
     "watermark_score",
 ]
