@@ -258,8 +258,8 @@ def test_speculation_keeps_to_the_grammar(engine):
     assert matcher.calls["rollback"] > 0
 
 
-def test_sampling_under_a_grammar_has_the_law_that_enumeration_gives(engine):
-    grammar = Grammar(Letters(), tokenizer=engine.tokenizer)
+def test_sampling_under_a_grammar_has_the_law_that_enumeration_gives():
+    engine, grammar = text_engine(slots=64), Grammar(Letters())
     params = SamplingParams(temperature=3.0, max_new_tokens=5, processors=[grammar])
     law = laws.sequence_law(engine, "x", params)
     a, b, eos = *spell("ab"), *engine.eos_token_ids

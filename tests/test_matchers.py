@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 import re
 import sys
 
@@ -194,6 +195,15 @@ def test_what_is_no_grammar_is_refused():
     for wrong in ([], "", [""], [3]):
         with pytest.raises(ParameterError, match="choice takes one or more texts"):
             Grammar.choice(wrong)
+
+
+def test_results_can_be_pickled(engine):
+    result = engine.generate("x", max_new_tokens=5, processors=[Grammar.choice(["fox"])])
+    data = pickle.dumps(result)
+    assert len(data) < 3000  # the tokenizer is not in it
+    again = pickle.loads(data)
+    assert again.text == "fox"
+    assert engine.generate("x", again.params).text == "fox"
 
 
 def test_it_prints_itself():

@@ -90,7 +90,7 @@ class Places:
 
     def accept(self, tokens: Tensor, flags: Sequence[bool]) -> Places:
         """These places after tokens [B] int64, in the rows that are on."""
-        return Places(self.cursors, self.nodes, (tokens, flags))
+        return Places(self.cursors, self.nodes, (tokens, list(flags)))
 
     def select(self, index: Sequence[int]) -> Places:
         """The places of chosen rows; a repeated row gets a matcher of its own."""
@@ -196,21 +196,28 @@ class Grammar(Processor):
             return self
         found = next((grammar for known, grammar in self._resolved if known is tokenizer), None)
         if found is None:
-            found = Grammar(self.source, tokenizer=tokenizer)
-            found.compiled()
+            found = Grammar(self.source)
+            found._start = found._compile(tokenizer)
             self._resolved.append((tokenizer, found))
         return found
 
     def compiled(self) -> Cursor:
         """The start of every text; never moved, only forked."""
         if self._start is None:
-            matcher = as_matcher(self.source)
-            if matcher is None:
-                matcher = as_matcher(made := self.source(self.tokenizer))
-            if matcher is None:
-                raise ParameterError(f"{self!r}: {self.source!r} gave {made!r}, which is no matcher")
-            self._start = Cursor(matcher, Node())
+            self._start = self._compile(self.tokenizer)
         return self._start
+
+    def _compile(self, tokenizer: Any) -> Cursor:
+        matcher = as_matcher(self.source)
+        if matcher is None:
+            matcher = as_matcher(made := self.source(tokenizer))
+        if matcher is None:
+            raise ParameterError(f"{self!r}: {self.source!r} gave {made!r}, which is no matcher")
+        return Cursor(matcher, Node())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: what was compiled is made again."""
+        return {**vars(self), "_start": None, "_resolved": []}
 
     def on(self, settings: dict[str, Any]) -> bool:
         return True
