@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from . import packing, parallel
 from .errors import ModelError
+from .fourbit import own_products
 from .kernels.blocked import BlockedLinear, block_linears, unblockable
 
 log = logging.getLogger("handloom")
-QUANTIZATIONS = ("nf4", "fp4", "int8", *packing.BITS)
+OWN = {"nf4-triton": "nf4", "fp4-triton": "fp4"}  # bitsandbytes' weights, our product
+QUANTIZATIONS = ("nf4", "fp4", "int8", *OWN, *packing.BITS)
 LAYOUTS = ("auto", "blocked", "plain")
 DTYPES = ("auto", "fastest", "float32", "float16", "bfloat16", "float64")
 SMALL = 1 << 18  # weights of a layer below which the dtype is not worth a measurement
@@ -46,7 +48,8 @@ def load(
         device_map: passed on for models larger than one device; excludes `device`.
         tp_plan: `auto` splits the model over the processes that torchrun started; excludes `device`, `device_map`
             and `quantization`.
-        quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes), or on a CPU `int8-cpu` or `int4-cpu`: packed
+        quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes), `nf4-triton` or `fp4-triton` (the same weights,
+            products of few rows in our kernel), or on a CPU `int8-cpu` or `int4-cpu`: packed
             weights, the output layer included, with bfloat16 activations.
         layout: of the weights of linear layers on a CPU. `auto` and `blocked` put them in oneDNN's blocked layout,
             in the same dtype, for products that are faster and round differently (`kernels.blocked`); `blocked`
@@ -73,7 +76,7 @@ def load(
     if quantization in packing.BITS:
         arguments["dtype"] = torch.bfloat16 if dtype == "auto" else dtype
     elif quantization is not None:
-        arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
+        arguments["quantization_config"] = _bitsandbytes(OWN.get(quantization, quantization), dtype)
         arguments["device_map"] = {"": place}
     elif fastest and place.type == "cpu":
         arguments["dtype"] = _dtype_for_cpu(name_or_path, common, layout)
@@ -87,6 +90,8 @@ def load(
         raise ModelError(f"cannot load a causal LM from {str(name_or_path)!r}: {error}") from error
     if "device_map" not in arguments and tp_plan is None:
         module = module.to(place)
+    if quantization in OWN:
+        own_products(module)
     if quantization in packing.BITS:
         packing.pack(module, quantization)
     module = module.eval()

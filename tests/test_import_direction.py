@@ -21,7 +21,7 @@ LAYERS = [
         *{"checks", "aliases", "params", "processors", "rows", "pipeline", "profiles"},
         *{"text", "stopping", "generation"},
     },
-    {"cache", "model", "solo", "probe", "loading", "packing", "parallel", "compiling"},
+    {"cache", "model", "solo", "probe", "loading", "packing", "fourbit", "parallel", "compiling"},
     {"request", "batch", "graph", "loop"},
     {"engine"},
     {"joint", "strategies", "laws", "naive", "compat", "demo", "records", "options", "terminal", "cli"},

@@ -141,6 +141,12 @@ def test_quantised_models_run_on_a_cpu_and_answer_as_transformers_does(saved, ki
     assert_nothing_leaked(engine)
 
 
+def test_four_bits_with_our_product_draw_the_same_tokens(saved):
+    engine = load(saved, quantization="nf4-triton")
+    assert type(engine.model.model.layers[0].mlp.gate_proj).__name__ == "FourBitLinear"
+    assert answers(engine) == answers(load(saved, quantization="nf4"))
+
+
 def test_quantisation_in_a_chosen_dtype(saved):
     engine = load(saved, quantization="nf4", dtype="bfloat16")
     assert engine.model.model.layers[0].mlp.gate_proj.compute_dtype == torch.bfloat16

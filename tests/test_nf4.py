@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_llama
+from recorded_graph import install
 
+from handloom import Engine, ModelError, SamplingParams
+from handloom.fourbit import own_products
 from handloom.kernels import dispatch
 from handloom.kernels.nf4 import FourBitWeight, four_bit_linear, four_bit_linear_reference
 
@@ -98,6 +102,79 @@ def test_refusals():
     odd = FourBitWeight(weight.packed, (16, 96), weight.code, weight.absmax, 64)
     with pytest.raises(dispatch.KernelUnavailable, match="96 inputs in blocks of 64"):
         four_bit_linear(activations(1, 96), odd, kernels="triton")
+
+
+# -- whole models
+
+
+def four_bit(kind="nf4", nested=False):
+    """A tiny model whose layers, but for the output, are bitsandbytes' 4-bit ones in float32."""
+    model = tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16)
+    for name, layer in list(model.model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            quantised = bitsandbytes.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                compute_dtype=torch.float32,
+                compress_statistics=nested,
+                quant_type=kind,
+            )
+            quantised.weight = bitsandbytes.nn.Params4bit(
+                layer.weight.data, requires_grad=False, compress_statistics=nested, quant_type=kind
+            )
+            model.model.set_submodule(name, quantised)
+    model.is_quantized = True
+    return model.to(DEVICE)
+
+
+def tokens(model, **options):
+    answers = Engine(model, slots=2, max_length=64, **options).generate(PROMPTS, REQUESTS)
+    return [answer.token_ids for answer in answers]
+
+
+PROMPTS = [[3, 5, 7], [9] * 11, [4]]
+REQUESTS = [
+    SamplingParams(max_new_tokens=6),
+    *(SamplingParams(max_new_tokens=6, temperature=1.0, seed=s) for s in (1, 2)),
+]
+
+
+@pytest.mark.parametrize(("kind", "nested"), [("nf4", False), ("nf4", True), ("fp4", False)])
+def test_a_model_with_our_products_draws_the_tokens_of_bitsandbytes(kind, nested):
+    model = four_bit(kind, nested)
+    want = tokens(model)
+    weights = [p.data_ptr() for p in model.parameters()]
+    assert own_products(model) == 14
+    assert tokens(model) == want
+    assert [p.data_ptr() for p in model.parameters()] == weights
+
+
+@torch.no_grad()
+def test_a_layer_runs_in_the_kernel_that_it_was_given():
+    model = four_bit(nested=True)
+    x = activations(3, 64)
+    want = model.model.layers[0].mlp.up_proj(x)
+    own_products(model, "triton")
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj(x), want, atol=1e-4, rtol=0)
+
+
+def test_our_products_are_recorded_with_the_step(monkeypatch):
+    recorders = [] if torch.cuda.is_available() else install(monkeypatch)
+    model = four_bit()
+    want = tokens(model)
+    own_products(model)
+    assert tokens(model, graph=True) == want
+    assert not recorders or sum(r.replays for r in recorders) >= 4
+
+
+def test_our_products_need_layers_in_bitsandbytes_layout():
+    with pytest.raises(ModelError, match="no 4-bit layer"):
+        own_products(tiny_llama())
+    model = four_bit()
+    model.model.layers[1].mlp.down_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj: its weights are not"):
+        own_products(model)
 
 
 @pytest.mark.slow

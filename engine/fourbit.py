@@ -1,0 +1,73 @@
+"""bitsandbytes' 4-bit layers with our own product: the packed weights are read where they lie, nothing is copied."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from .errors import ModelError
+from .kernels.nf4 import FourBitWeight, four_bit_linear
+
+log = logging.getLogger("handloom")
+MANY = 64  # rows from which a dense copy of the weight pays: bitsandbytes' own way for prompts
+
+
+class FourBitLinear(nn.Module):
+    """A `bitsandbytes.nn.Linear4bit` whose few-row products run in `kernels.nf4`.
+
+    Args:
+        layer: the layer; it keeps its weights and takes the products of many rows on CUDA.
+        kernels: `auto`, `triton`, `torch` or None, see `kernels.dispatch`.
+    """
+
+    def __init__(self, layer: nn.Module, kernels: str | None = None):
+        super().__init__()
+        self.layer, self.kernels = layer, kernels
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The packed weight."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, if there is one."""
+        return self.layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` -> `[..., out]` in x's dtype, computed in the layer's compute dtype."""
+        if x.device.type == "cuda" and x.numel() > MANY * self.in_features:
+            return self.layer(x)
+        weight = FourBitWeight.from_bitsandbytes(self.layer.weight.data, self.layer.weight.quant_state)
+        given = x if self.layer.compute_dtype is None else x.to(self.layer.compute_dtype)
+        return four_bit_linear(given, weight, self.layer.bias, kernels=self.kernels).to(x.dtype)
+
+
+def own_products(model: nn.Module, kernels: str | None = None) -> int:
+    """Give every 4-bit bitsandbytes layer of a model our product, in place; the number of layers.
+
+    Args:
+        model: loaded with `quantization="nf4"` or `"fp4"`.
+        kernels: see `FourBitLinear`.
+
+    Raises:
+        ModelError: there is no such layer, or bitsandbytes has repacked its weights for this CPU.
+    """
+    found = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
+    if not found:
+        raise ModelError(
+            'the model has no 4-bit layer of bitsandbytes; load it with quantization="nf4" or "fp4"'
+        )
+    for name, layer in found:
+        state = layer.weight.quant_state
+        if state is None or getattr(state, "packing_format_for_cpu", False):
+            raise ModelError(
+                f"{name}: its weights are not in bitsandbytes' own layout on {layer.weight.device}"
+            )
+    for name, layer in found:
+        model.set_submodule(name, FourBitLinear(layer, kernels))
+    log.info("%d 4-bit layers read in place by our own product", len(found))
+    return len(found)
