@@ -10,11 +10,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.report_rows import Row
-from benchmarks.report_tables import OURS, circumstances
+from benchmarks.report_tables import OURS, circumstances, without_sizes
 
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d6a9f", "#edae49", "#5b5b5b", "#2e4057", "#a05195")
 THEIRS = "transformers"
-ABOUT = ("model", "dtype", "preset", "case", "mode")  # what points of one plot share
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "handloom",
@@ -100,8 +99,7 @@ def _decode_plots(rows, name, title, x, y, *, apart, factor=1.0, limit=None) -> 
     groups = defaultdict(list)
     for row in rows:
         if row.kind == "decode" and None not in (row.number(x[0]), row.number(y[0])):
-            about = tuple(_without_sizes(row.fields.get(field)) for field in ABOUT)
-            groups[row.hardware, about].append(row)
+            groups[row.hardware, _about(row)].append(row)
     found = []
     for (_, about), together in groups.items():
         several = len({row.number(apart) for row in together}) > 1
@@ -110,7 +108,7 @@ def _decode_plots(rows, name, title, x, y, *, apart, factor=1.0, limit=None) -> 
             side, value = str(row.fields.get("side", "")), row.number(apart)
             label = f"{side}, {apart} {value:.0f}" if several and value is not None else side
             lines[label].append((row.number(x[0]), factor * row.number(y[0])))
-        words = [word for word in about if word]
+        words = list(about)
         series = tuple(
             Series(label, tuple(sorted(points)), i, not label.startswith(OURS))
             for i, (label, points) in enumerate(lines.items())
@@ -129,10 +127,14 @@ def _decode_plots(rows, name, title, x, y, *, apart, factor=1.0, limit=None) -> 
     return found
 
 
-def _without_sizes(value) -> str:
-    """A name without "batch 8" and "context 512" in it, which are axes here and must not part the points."""
-    text = re.sub(r"\b(batch|context) \d+", "", "" if value is None else str(value))
-    return ", ".join(part.strip() for part in text.split(",") if part.strip())
+def _about(row: Row) -> tuple[str, ...]:
+    """What the points of one plot share, in words."""
+    fields = row.fields
+    words = [fields.get(name) for name in ("model", "dtype", "device", "mode")]
+    words += [re.sub(r"^\d+ ragged requests, .*", "ragged requests", without_sizes(fields.get("case") or ""))]
+    words += [f"{fields['new_tokens']} new tokens"] if fields.get("new_tokens") else []
+    words += [fields["preset"]] if fields.get("preset", "standard") != "standard" else []
+    return tuple(str(word) for word in words if word)
 
 
 def sampling(rows: list[Row]) -> list[Plot]:
@@ -197,7 +199,7 @@ def draw(plot: Plot, folder: Path) -> list[Path]:
         for axis, panel in zip(axes, plot.panels, strict=True):
             _fill(axis, panel, plot)
         axes[0].set_ylabel(plot.y)
-        figure.suptitle(plot.title)
+        figure.suptitle(_wrapped(plot.title, 30 + 50 * len(plot.panels)), fontsize=11)
         figure.supxlabel(_wrapped(plot.note, 60 + 50 * len(plot.panels)), fontsize=6)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{plot.name}.png", folder / f"{plot.name}.svg"]

@@ -10,6 +10,9 @@ from pathlib import Path
 
 CIRCUMSTANCES = {"commit": str, "time": str, "hardware": dict, "versions": dict}
 NAMED = {
+    "decode/speed": "decode",
+    "decode/ragged": "decode",
+    "decode/llm-perf": "decode",
     "decode/counts": "counts",
     "decode/throughput": "throughput",
     "decode/memory": "memory",
@@ -23,7 +26,10 @@ RENAMED = {"shape": "model", "ms_per_token": "tpot_p50_ms", "share_of_ceiling": 
 
 # Kind -> fields that say what was measured. Rows of one kind that agree in them are one case.
 CASES = {
-    "decode": ("model", "dtype", "preset", "case", "mode", "batch", "context"),
+    "decode": (
+        *("model", "dtype", "device", "mode", "benchmark", "preset"),
+        *("case", "batch", "context", "new_tokens"),
+    ),
     "throughput": ("model", "dtype", "preset", "case", "unit"),
     "cpu": ("model", "case", "steps"),
     "counts": ("case", "rows", "preset"),

@@ -1,5 +1,6 @@
 """Result rows as Markdown tables, one a kind and hardware, each under a line that says where it was measured."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -44,14 +45,21 @@ def plain(value) -> str:
         return str(value)
     if value != value:
         return "nan"
-    if isinstance(value, int) or abs(value) >= 100:
+    rounded = abs(float(f"{value:.3g}"))
+    if isinstance(value, int) or rounded >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
+    return f"{value:.1f}" if rounded >= 10 else f"{value:.2f}" if rounded >= 1 else f"{value:.3g}"
 
 
 def count(value) -> str:
     """A size that is part of a name, without separators."""
     return str(value)
+
+
+def without_sizes(case) -> str:
+    """A case's name without "batch 8" and "context 512+32" in it, which have columns and axes of their own."""
+    text = re.sub(r"\b(batch|context) \d+(\+\d+)?", "", str(case))
+    return ", ".join(part.strip() for part in text.split(",") if part.strip())
 
 
 def percent(value) -> str:
@@ -102,11 +110,13 @@ SECTIONS = {
         "Decoding",
         MODEL
         + _columns(
-            ("case", "case"), ("mode", "mode"), ("batch", "batch", count), ("context", "context", count),
-            ("side", "side"), ("tokens/s", "tokens_per_s"), ("first token, ms", "ttft_ms"),
+            DEVICE, ("mode", "mode"), ("case", "case", without_sizes), ("batch", "batch", count),
+            ("context", "context", count), ("new", "new_tokens", count), ("side", "side"),
+            ("tokens/s", "tokens_per_s"), ("handloom over it", "ratio", times), ("first token, ms", "ttft_ms"),
             ("ms/token", "tpot_p50_ms"), ("p99", "tpot_p99_ms"), ("of bandwidth", "mbu", percent),
             ("peak memory", "peak_bytes", size), ("launches/token", "launches_per_token"),
-            ("syncs/token", "syncs_per_token"), ("", "skipped"),
+            ("syncs/token", "syncs_per_token"), ("waits/token", "waits_per_token"),
+            ("operations/token", "operations_per_token"), ("skipped", "skipped"),
         ),
     ),
     "throughput": Section(
@@ -244,7 +254,11 @@ def _cell(row: Row | None, column: Column) -> str:
     value = None if row is None else row.fields.get(column.field)
     if value is None:
         return ""
-    return column.write(value) if column.write in (plain, count) or is_number(value) else str(value)
+    return (
+        column.write(value)
+        if column.write in (plain, count, without_sizes) or is_number(value)
+        else str(value)
+    )
 
 
 def _by_row(section: Section, rows: list[Row]) -> tuple[list[str], list[list[str]]]:

@@ -92,8 +92,8 @@ def test_sampling_runs_every_mode_row_and_dtype(tmp_path):
 
 def test_the_command_of_the_log_still_runs(tmp_path):
     path = tmp_path / "rows.jsonl"
-    options = "--side handloom --side transformers --repeats 2 --rows typical --rows flat --mode p --batch 1 --vocab 400"
-    options += f" --vocab 500 --cache warm --json --output {path}"
+    options = "--side handloom --side transformers --repeats 2 --rows typical --rows flat --mode p --batch 1"
+    options += f" --vocab 400 --vocab 500 --cache warm --json --output {path}"
     command = [sys.executable, ROOT / "benchmarks" / "kernels.py", *options.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

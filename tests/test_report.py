@@ -76,14 +76,62 @@ def test_decode_rows_show_what_they_have_and_no_empty_column(tmp_path):
         step("generate | static", 1, 100.0, mode="greedy", launches_per_token=311.0, syncs_per_token=0.0),
     ]
     assert "\n".join(tables(newest(parsed(tmp_path, *rows))).splitlines()[4:]) == (
-        "| model | dtype | case | mode | batch | context | side "
+        "| model | dtype | mode | case | batch | context | side "
         "| tokens/s | first token, ms | ms/token | p99 | of bandwidth | peak memory | launches/token | syncs/token |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| 1B | bf16 | batch 1, greedy | greedy | 1 | 256 | handloom "
+        "| 1B | bf16 | greedy | greedy | 1 | 256 | handloom "
         "| 250 | 12.5 | 4.00 | 4.25 | 50 % | 3.00 GiB |  |  |\n"
-        "| 1B | bf16 | batch 1, greedy | greedy | 1 | 256 | generate \\| static "
+        "| 1B | bf16 | greedy | greedy | 1 | 256 | generate \\| static "
         "| 100 |  | 10.0 |  | 50 % |  | 311 | 0 |"
     )
+
+
+def test_the_decode_benchmark_names_sizes_once_and_says_what_it_skipped(tmp_path):
+    about = {
+        "model": "tiny",
+        "dtype": "float32",
+        "mode": "greedy",
+        "batch": 2,
+        "context": 16,
+        "new_tokens": 8,
+    }
+    speed = {**about, "benchmark": "decode/speed", "case": "batch 2, context 16+8"}
+    ragged = {**about, "benchmark": "decode/ragged", "case": "8 ragged requests, 2 slots, up to 16+8"}
+    none = dict.fromkeys(("mbu", "launches_per_token", "syncs_per_token"))
+    rows = newest(
+        parsed(
+            tmp_path,
+            row(
+                side="handloom",
+                tokens_per_s=150.0,
+                tpot_p50_ms=10.5,
+                operations_per_token=7.25,
+                **speed,
+                **none,
+            ),
+            row(side="loop", skipped="ValueError: no", **speed),
+            row(side="handloom", tokens_per_s=99.0, tpot_p50_ms=9.5, ratio=None, **ragged, **none),
+            row(side="generate", tokens_per_s=50.0, tpot_p50_ms=None, ratio=1.98, **ragged, **none),
+        )
+    )
+    name = "8 ragged requests, 2 slots, up to 16+8"
+    heading = "| model | dtype | mode | case | batch | context | new | side "
+    heading += "| tokens/s | handloom over it | ms/token | operations/token | skipped |"
+    assert tables(rows).splitlines()[4:] == [
+        heading,
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| tiny | float32 | greedy |  | 2 | 16 | 8 | handloom | 150 |  | 10.5 | 7.25 |  |",
+        "| tiny | float32 | greedy |  | 2 | 16 | 8 | loop |  |  |  |  | ValueError: no |",
+        f"| tiny | float32 | greedy | {name} | 2 | 16 | 8 | handloom | 99.0 |  | 9.50 |  |  |",
+        f"| tiny | float32 | greedy | {name} | 2 | 16 | 8 | generate | 50.0 | 1.98x |  |  |  |",
+    ]
+    names = [plot.name for plot in plots(rows)[0]]
+    assert names == [
+        "throughput-tiny-float32-greedy-8-new-tokens",
+        "throughput-tiny-float32-greedy-ragged-requests-8-new-tokens",
+        "time-per-token-tiny-float32-greedy-8-new-tokens",
+        "time-per-token-tiny-float32-greedy-ragged-requests-8-new-tokens",
+    ]
 
 
 def test_rows_of_the_gpu_check_are_decode_rows_and_checks(tmp_path):
@@ -169,8 +217,11 @@ def test_long_tables_are_folded(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.0, "0"), (0.0012349, "0.00123"), (1.236, "1.24"), (99.94, "99.9"), (123.6, "124"),
-     (12345.6, "12,346"), (-12.34, "-12.3"), (12, "12"), (float("nan"), "nan"), ("k+p", "k+p"), (True, "True")],
+    [
+        (0, "0"), (0.0, "0"), (0.0012349, "0.00123"), (0.9996, "1.00"), (1.236, "1.24"), (9.996, "10.0"),
+        (99.94, "99.9"), (99.96, "100"), (123.6, "124"), (12345.6, "12,346"), (-12.34, "-12.3"), (12, "12"),
+        (float("nan"), "nan"), ("k+p", "k+p"), (True, "True"),
+    ],
 )  # fmt: skip
 def test_numbers_have_three_digits(value, text):
     assert plain(value) == text
