@@ -20,7 +20,7 @@ import typer
 from benchmarks import llm_perf, memory, speed
 from benchmarks.common import RESULTS, Progress, in_turn, median_ratio, record, show, spread
 from benchmarks.counting import operations, python_calls, seconds_outside
-from benchmarks.rivals import COMPILED, SIDES
+from benchmarks.rivals import COMPILED, SIDES, caches
 from benchmarks.shapes import SHAPES, available_bytes, build, config_of, refusal, sizes
 from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Side, twin
 
@@ -83,13 +83,12 @@ def random_prompt(rng: random.Random, length: int, vocab: int) -> list[int]:
     return [rng.randrange(3, vocab) for _ in range(length)]
 
 
-def counts(work: Workload, repeats: int) -> list[dict]:
+def counts(work: Workload, repeats: int) -> Iterator[list[dict]]:
     """What one step and one call cost outside the model's forward: four ragged rows, random weights, CPU."""
     rng = random.Random(0)
     model = build("tiny", torch.float32)
     prompts = [random_prompt(rng, n, model.config.vocab_size) for n in (5, 6, 7, 8)]
     sides = [Handloom(model, slots=4, stop_at_eos=True), HuggingFace(model, batch=4, stop_at_eos=True)]
-    rows = []
     for case, sampling, limit in (("greedy", None, 10), ("temperature+top-k+top-p", SAMPLING, 20)):
         for side in sides:
 
@@ -100,8 +99,7 @@ def counts(work: Workload, repeats: int) -> list[dict]:
             run()
             row = {"benchmark": "decode/counts", "case": case, "side": side.name, "rows": len(prompts)}
             row |= _step_and_call(model, run, work.steps, repeats)
-            rows.append(row | ({"limit": limit} if side.name == "handloom" else {}))
-    return rows
+            yield [row | ({"limit": limit} if side.name == "handloom" else {})]
 
 
 def _step_and_call(model, run: Callable, steps: tuple[int, int], repeats: int) -> dict:
@@ -134,7 +132,7 @@ def _step_and_call(model, run: Callable, steps: tuple[int, int], repeats: int) -
     }
 
 
-def throughput(work: Workload, repeats: int, subject: speed.Subject) -> list[dict]:
+def throughput(work: Workload, repeats: int, subject: speed.Subject) -> Iterator[list[dict]]:
     """Tokens per second and time to first tokens, both sides with the same weights and threads.
 
     Every round has prompts of its own, so that no side finds a prompt that it has seen before.
@@ -170,11 +168,8 @@ def throughput(work: Workload, repeats: int, subject: speed.Subject) -> list[dic
     )
     about = subject.about()
     del about["mode"]  # the case says it
-    return [
-        row | about
-        for case, measure, options in cases
-        for row in compare(case, sides, measure, repeats, **options)
-    ]
+    for case, measure, options in cases:
+        yield [row | about for row in compare(case, sides, measure, repeats, **options)]
 
 
 def rate(side: Side, requests: list[Request]) -> float:
@@ -283,7 +278,8 @@ class Options:
         """Refuse before anything is built, if none of the cases fits into memory."""
         free = available_bytes(self.device)
         reasons = [
-            refusal(self.model, self.sized, c.batch, c.context + c.new, len(self.sides), free) for c in cases
+            refusal(self.model, self.sized, c.batch, c.context + c.new, caches(self.sides), free)
+            for c in cases
         ]
         if reasons and all(reasons):
             raise typer.BadParameter(reasons[0])
@@ -315,8 +311,8 @@ def measurements(options: Options, progress: Progress) -> dict[str, Callable[[],
 
     work = options.work
     return {
-        "counts": lambda: iter([counts(work, rounds)]),
-        "throughput": lambda: iter([throughput(work, rounds, options.subject)]),
+        "counts": lambda: counts(work, rounds),
+        "throughput": lambda: throughput(work, rounds, options.subject),
         "memory": lambda: iter([memory.measure(work.served, *work.context)]),
         "speed": lambda: grid(ragged=False),
         "ragged": lambda: grid(ragged=True),

@@ -2,7 +2,7 @@
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
@@ -80,7 +80,8 @@ class ContinuousBatching:
         flash = any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface"))
         self.config = ContinuousBatchingConfig(
             page_size=PAGE,
-            num_blocks=slots * -(-longest // PAGE) + 1,
+            num_blocks=-(-5 * slots * -(-longest // PAGE) // 4)
+            + 1,  # it admits nobody while 15 % or less are free
             max_batch_tokens=max(slots, min(2048, slots * longest)),
             max_requests_per_batch=slots,
             drop_unsupported_processors=False,
@@ -153,6 +154,12 @@ SIDES: dict[str, Callable[[PreTrainedModel, int, int], Side]] = {
 }
 COMPILED = ("handloom compile", "generate static+compile")
 UNIFORM = ("loop",)  # whose requests must agree in length
+BRIEF = ("generate", "loop")  # whose cache lives no longer than a run
+
+
+def caches(names: Collection[str]) -> int:
+    """How many caches are alive at once, at most, when these sides take turns."""
+    return len(set(names) - set(BRIEF)) + bool(set(names) & set(BRIEF))
 
 
 def side(name: str, model: PreTrainedModel, slots: int, longest: int) -> Side:

@@ -208,7 +208,7 @@ def refusal(name: str, sized: Sizes, rows: int, tokens: int, caches: int, availa
     """Why `rows` sequences of `tokens` tokens cannot be decoded, or None where they can.
 
     Args:
-        caches: caches that live at once, one for each side.
+        caches: how many caches of all rows live at once.
         available: bytes.
     """
     if tokens > sized.longest:
@@ -219,7 +219,7 @@ def refusal(name: str, sized: Sizes, rows: int, tokens: int, caches: int, availa
         return None
     return (
         f"{name}: {rows} rows of {tokens} tokens do not fit: {_gib(needed)} needed ({_gib(sized.weights)} of weights, "
-        f"{_gib(kept)} of keys and values for {caches} sides), {_gib(available)} available. "
+        f"{_gib(kept)} of keys and values in {caches} caches), {_gib(available)} available. "
         "Choose fewer sides, a smaller batch, or a shorter context"
     )
 

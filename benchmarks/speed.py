@@ -18,7 +18,7 @@ from benchmarks.bandwidth import read_bandwidth
 from benchmarks.common import Progress, in_turn, median_ratio
 from benchmarks.counting import device_calls, operations, per_step
 from benchmarks.peak import Peak
-from benchmarks.rivals import COMPILED, UNIFORM, side
+from benchmarks.rivals import COMPILED, UNIFORM, caches, side
 from benchmarks.shapes import SHAPES, Sizes, refusal
 from benchmarks.sides import Request, Sampling, Side, Timeline
 
@@ -139,7 +139,7 @@ def measure(
         about |= subject.about() | {"batch": case.batch, "context": case.context, "new_tokens": case.new}
         sides = [name for name in names if not case.requests or name not in UNIFORM]
         reason = refusal(
-            subject.name, subject.sized, case.batch, case.context + case.new, len(sides), available
+            subject.name, subject.sized, case.batch, case.context + case.new, caches(sides), available
         )
         if reason:
             progress(where, f"skipped, {reason}")

@@ -272,9 +272,9 @@ def test_what_cannot_fit_is_refused_before_anything_is_built(tmp_path, monkeypat
     monkeypatch.setattr(decode, "build", None)
     monkeypatch.setattr(decode, "available_bytes", lambda device: 24 * 2**30)
     big = {"sections": ["speed"], "model": "Llama-3.1-8B", "dtype": "bfloat16", "sides": "handloom,generate"}
-    # 15.0 GiB of weights; a token takes 128 KiB, so 2 rows of 36 Ki tokens and 2 sides take 18.
+    # 15.0 GiB of weights; a token takes 128 KiB, so 2 rows of 36 Ki tokens take 9 in each of two caches.
     said = refused(tmp_path, **big, batch=[2], context=[36864 - 64], new_tokens=64)
-    assert "36.3 GiB needed (15.0 GiB of weights, 18.0 GiB of keys and values for 2 sides)" in said
+    assert "36.3 GiB needed (15.0 GiB of weights, 18.0 GiB of keys and values in 2 caches)" in said
     assert "24.0 GiB available" in said
     said = refused(tmp_path, **big, batch=[1], context=[131072], new_tokens=2)
     assert "131074 tokens" in said

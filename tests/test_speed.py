@@ -8,7 +8,7 @@ from benchmark_runs import Ticks
 
 from benchmarks import speed
 from benchmarks.common import Progress
-from benchmarks.rivals import COMPILED, BareLoop, ContinuousBatching, pick, side
+from benchmarks.rivals import COMPILED, BareLoop, ContinuousBatching, caches, pick, side
 from benchmarks.shapes import Sizes, build, sizes
 from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Timeline, twin
 from benchmarks.speed import Case, Subject, grid, rates, share, summary
@@ -70,6 +70,12 @@ def test_ragged_rounds_have_the_same_lengths_and_other_tokens(subject):
     assert len(set(shape)) > 6
     assert all(2 <= prompt <= 32 and 2 <= new <= 16 for prompt, new in shape)
     assert all(a.prompt != b.prompt for a, b in zip(first, second, strict=True))
+
+
+def test_caches_that_live_at_once():
+    assert caches(["generate", "loop"]) == 1  # one after the other
+    assert caches(["handloom", "generate", "generate_batch", "loop"]) == 3
+    assert caches(["handloom"]) == 1
 
 
 def test_twin_shares_weights_and_nothing_else(tiny):
