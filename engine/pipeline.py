@@ -15,7 +15,7 @@ from handloom.processors import DEFAULT_ORDER
 from handloom.processors.base import Adapted, Context, Edit, Function, Keep, Processor
 from handloom.processors.huggingface import HFProcessor, is_huggingface
 from handloom.processors.temperature import Temperature
-from handloom.rows import Drawn, Rows, split_tail
+from handloom.rows import Drawn, Rows, reasons, unfused_alone
 
 __all__ = [
     "Context",
@@ -193,7 +193,9 @@ class Pipeline(tuple):
         """Raise ParameterError when the request sets a field that no member of this pipeline reads."""
         if params is None:
             return
-        read = {field for processor in self for field in getattr(processor, "fields", ())}
+        read = set()
+        for processor in self:
+            read.update(set(getattr(processor, "fields", ())) - set(getattr(processor, "gives_way_to", ())))
         for rule in _built_in():
             field = rule.fields[0]
             if field in read or not rule.active(params):
@@ -275,24 +277,34 @@ def lint_order(chain: list[Processor]) -> list[str]:
     return found
 
 
-def places(chain: Sequence[Processor], certain: bool) -> list[str]:
-    """Where each processor runs and why; `certain`: these processors are on together, and no others."""
+def places(chain: Sequence[Processor], settings: Sequence[dict], certain: bool) -> list[str]:
+    """Where each processor runs and why; `certain`: these processors are on together, and no others.
+
+    Otherwise each is judged alone. settings: of each processor, for one row.
+    """
+    rows = [[own] for own in settings]
+
+    def why_not(device_type: str) -> list[str]:
+        if certain:
+            return reasons(chain, rows, device_type)
+        return [unfused_alone(p, own, device_type) for p, own in zip(chain, rows, strict=True)]
+
     found = []
-    first = split_tail(chain) if certain else 0
-    for i, processor in enumerate(chain):
-        if isinstance(processor, Keep):
-            reason = processor.unfused()
-        elif isinstance(processor, Temperature):
-            reason = ""
+    for here, on_device in zip(why_not("cpu"), why_not("cuda"), strict=True):
+        if here:
+            found.append(f"torch ({here})")
         else:
-            reason = "edits run before the sampler" if processor.kind == "edit" else "opaque"
-        if not reason and i < first:
-            blocker = next(p for p in chain[i + 1 :] if not isinstance(p, Keep) or p.unfused())
-            reason = f"runs before {blocker.name}, which the sampler cannot follow"
-        on_device = isinstance(processor, Keep) and processor.unfused("cuda")
-        here = f"fused sampler; torch on CUDA ({on_device})" if on_device else "fused sampler"
-        found.append(f"torch ({reason})" if reason else here)
+            found.append(f"fused sampler; torch on CUDA ({on_device})" if on_device else "fused sampler")
     return found
+
+
+def form_of(processor: Processor) -> str:
+    """The form in which a processor is written."""
+    if isinstance(processor, Keep):
+        return f"keep by {processor.limit}"
+    if isinstance(processor, Temperature):
+        return "temperature"
+    return f"{processor.form} edit" if isinstance(processor, Edit) else processor.kind
 
 
 def explain_table(chain: Pipeline, params: Any) -> str:
@@ -303,8 +315,12 @@ def explain_table(chain: Pipeline, params: Any) -> str:
         f", tested against {chain.tested_against}" if chain.tested_against else ""
     )
     lines = [head, "in the order in which they run; a member costs nothing while no row uses it"]
-    for i, (processor, place) in enumerate(zip(shown, places(shown, certain), strict=True)):
-        settings = processor.settings(params)
+    lines += (
+        [] if certain else ["where each one runs depends on what else is on; here it is told for each alone"]
+    )
+    chosen = [processor.settings(params) for processor in shown]
+    for i, (processor, place) in enumerate(zip(shown, places(shown, chosen, certain), strict=True)):
+        settings = chosen[i]
         values = [
             f"{field}={settings[field]!r}" if params is not None or field in processor.explicit else field
             for field in processor.fields
@@ -314,7 +330,7 @@ def explain_table(chain: Pipeline, params: Any) -> str:
             "reads history": processor.needs_history,
             "not speculative-safe": not processor.speculative_safe,
         }
-        form = f"keep by {processor.limit}" if isinstance(processor, Keep) else processor.kind
+        form = form_of(processor)
         marks = "; ".join(mark for mark, yes in traits.items() if yes)
         tail = ", ".join(values) + (f"  [{marks}]" if marks else "")
         lines.append(f"{i:3d} {processor.name:20s} {form:18s} {place:40s} {tail}")

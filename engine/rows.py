@@ -13,7 +13,8 @@ from handloom.errors import ParameterError
 from handloom.kernels import dispatch
 from handloom.kernels.rules import Rule
 from handloom.kernels.sample import sample
-from handloom.processors.base import Context, Keep, Processor, guarded, values_of
+from handloom.processors.base import Context, Edit, Keep, Processor, guarded, values_of
+from handloom.processors.edits import Edits
 from handloom.processors.temperature import Temperature
 
 
@@ -85,22 +86,67 @@ def put_memory(memory: Any, row: int, fresh: Any) -> Any:
 class Plan:
     """Where the members of a `Rows` run: the first `unfused` members one by one, then the fused sampler.
 
-    temperature: [B] float32, 0 for greedy rows; None: no row needs one. rules: truncation rules in order.
+    edits: members that edit there. temperature: [B] float32, 0 for greedy rows; None: no row needs one. rules: a
+    truncation rule of each member of `keeps`, None where its parameter is in memory and made in every step.
+    untouched: [B] bool, greedy rows for which no member is on; None: none.
     """
 
     unfused: list[int]
+    edits: list[int]
     temperature: Tensor | None
-    rules: tuple[Rule, ...]
+    keeps: list[int]
+    rules: tuple[Rule | None, ...]
+    untouched: Tensor | None
 
 
-def split_tail(processors: Sequence[Processor], device_type: str = "cpu") -> int:
-    """How many of `processors` come before what the fused sampler runs: temperature, then keep rules."""
-    first = len(processors)
-    while (
-        first and isinstance(processors[first - 1], Keep) and not processors[first - 1].unfused(device_type)
-    ):
-        first -= 1
-    return first - 1 if first and isinstance(processors[first - 1], Temperature) else first
+def reasons(
+    processors: Sequence[Processor], settings: Sequence[Sequence[dict]], device_type: str = "cpu"
+) -> list[str]:
+    """Why each processor, on beside the others, cannot run in the fused sampler; "" for those that can.
+
+    The sampler takes edits, then a temperature, then truncation rules, and nothing before it may come after it:
+    so what it runs is the longest end of the pipeline in that order.
+
+    settings: of each processor, those of the rows for which it is on.
+    """
+    found, follower, ends = [""] * len(processors), "", len(processors) - 1
+    keeps, sparse = True, ""
+    for i in range(ends, -1, -1):
+        processor = processors[i]
+        own = unfused_alone(processor, settings[i], device_type)
+        if not own and follower:
+            own = f"runs before {follower}, which the sampler cannot follow"
+        elif not own and isinstance(processor, Keep):
+            if not keeps:
+                own = f"runs before {processors[i + 1].name}, and the sampler truncates last"
+            elif i < ends and remembers(processor):
+                own = f"runs before {processors[i + 1].name}, and remembers what it left itself"
+        elif not own and isinstance(processor, Temperature):
+            if not keeps:
+                own = f"runs before {processors[i + 1].name}, and the sampler edits first"
+            keeps = False
+        elif not own:
+            keeps = False
+            if processor.form == "pointwise" and sparse:
+                own = f"runs before {sparse}, and the sampler edits listed tokens first"
+            sparse = processor.name if processor.listed is not None else sparse
+        found[i], follower = own, follower or (processor.name if own else "")
+    return found
+
+
+def unfused_alone(processor: Processor, rows: Sequence[dict] = (), device_type: str = "cpu") -> str:
+    """Why a processor cannot run in the fused sampler, whatever stands beside it; "" if it can.
+
+    rows: settings of the rows for which it is on.
+    """
+    if isinstance(processor, Temperature):
+        return ""
+    return processor.unfused(device_type, rows) if isinstance(processor, Edit | Keep) else "opaque"
+
+
+def remembers(processor: Processor) -> bool:
+    """Whether a processor has memory."""
+    return type(processor).start is not Processor.start
 
 
 class Rows:
@@ -134,7 +180,7 @@ class Rows:
             raise ParameterError(f"row {row} does not exist; rows are 0 to {self.size - 1}")
         self.params[row], self.chains[row], self._plan = params, chain, None
         self._place(row, chain, params)
-        stateful = [m for m in self.members if m.on[row] and type(m.processor).start is not Processor.start]
+        stateful = [m for m in self.members if m.on[row] and remembers(m.processor)]
         if stateful:
             site = self._site_of(params, prompt_ids, seed, stream)
             for member in stateful:
@@ -213,28 +259,72 @@ class Rows:
         """Which active members run where in `sample`; made anew when rows have changed."""
         if self._plan is None:
             chosen = [i for i, member in enumerate(self.members) if any(member.on)]
-            first = split_tail([self.members[i].processor for i in chosen], self.site.device.type)
-            temperature, rules = None, []
-            for i in chosen[first:]:
-                member = self.members[i]
-                values = member.ready(self.site)
-                if isinstance(member.processor, Temperature):
-                    temperature = values.temperature[:, 0]
-                else:
-                    rules.append(member.processor.rule(self.site.view(member.processor, values, None)))
-            if any(self.greedy):
-                temperature = (
-                    torch.ones(self.size, device=self.site.device) if temperature is None else temperature
-                )
-                temperature = torch.where(self.greedy_rows(), 0.0, temperature)
-            self._plan = Plan(chosen[:first], temperature, tuple(rules))
+            members = [self.members[i] for i in chosen]
+            settings = [[s for s, on in zip(m.settings, m.on, strict=True) if on] for m in members]
+            found = reasons([m.processor for m in members], settings, self.site.device.type)
+            fused = [i for i, reason in zip(chosen, found, strict=True) if not reason]
+            keeps = [i for i in fused if isinstance(self.members[i].processor, Keep)]
+            self._plan = Plan(
+                unfused=chosen[: len(chosen) - len(fused)],
+                edits=[i for i in fused if i not in keeps and not self._is_temperature(i)],
+                temperature=self._temperature([i for i in fused if self._is_temperature(i)]),
+                keeps=keeps,
+                rules=tuple(None if remembers(self.members[i].processor) else self._rule(i) for i in keeps),
+                untouched=self._untouched(),
+            )
         return self._plan
+
+    def _is_temperature(self, index: int) -> bool:
+        return isinstance(self.members[index].processor, Temperature)
+
+    def _temperature(self, members: list[int]) -> Tensor | None:
+        """What the sampler divides by, 0 for greedy rows; `members` holds the temperature that is fused, if any."""
+        temperature = None
+        for i in members:
+            temperature = self.members[i].ready(self.site).temperature[:, 0]
+        if any(self.greedy):
+            temperature = (
+                torch.ones(self.size, device=self.site.device) if temperature is None else temperature
+            )
+            temperature = torch.where(self.greedy_rows(), 0.0, temperature)
+        return temperature
+
+    def _rule(self, index: int, context: Context | None = None) -> Rule:
+        """The truncation rule of a member, in a step if it has memory."""
+        member = self.members[index]
+        if context is not None:
+            return member.processor.rule(self._view(member, context))
+        return member.processor.rule(self.site.view(member.processor, member.ready(self.site), None))
+
+    def _untouched(self) -> Tensor | None:
+        rows = [greedy and not any(m.on[i] for m in self.members) for i, greedy in enumerate(self.greedy)]
+        return torch.tensor(rows, device=self.site.device) if any(rows) else None
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
         """Processed logits [B, V] float32; `logits` itself, which is never written to, when all are off."""
-        for member in self.active():
-            logits = guarded(member.processor, logits, self._view(member, context))
+        return self._run([i for i, member in enumerate(self.members) if any(member.on)], logits, context)
+
+    def _run(self, members: Sequence[int], logits: Tensor, context: Context) -> Tensor:
+        """Members one by one; neighbours that can edit in place share one copy of the logits."""
+        buffer = None
+        for i in members:
+            member = self.members[i]
+            processor, view = member.processor, self._view(member, context)
+            if isinstance(processor, Edit) and processor.in_place:
+                if buffer is None:
+                    buffer = torch.nn.functional.pad(logits, (0, 1))
+                    logits = buffer[:, :-1]
+                processor.edit_in_place(buffer, view)
+            else:
+                logits, buffer = guarded(processor, logits, view), None
         return logits
+
+    def edits(self, logits: Tensor, context: Context) -> Edits | None:
+        """The fused edits of a step, for logits [B, V] that the unfused members have processed; None: none."""
+        members = [self.members[i] for i in self.plan().edits]
+        if not members:
+            return None
+        return Edits(logits, [(member.processor, self._view(member, context)) for member in members])
 
     def accept(self, tokens: Tensor, context: Context, *, every_row: bool = False) -> Rows:
         """Rows after `tokens` [B] int64 were committed; give the Context that `apply` or `sample` saw.
@@ -249,7 +339,9 @@ class Rows:
         changed = {}
         for member in stateful:
             view = self._view(member, context)
-            memory = member.processor.accept(member.memory, tokens.clamp(min=0), view)
+            memory = member.processor.accept(
+                member.memory, tokens if every_row else tokens.clamp(min=0), view
+            )
             for row in idle:
                 memory = put_memory(memory, row, select_memory(member.memory, torch.tensor([row])))
             changed[id(member)] = member.copy(memory=memory)
@@ -284,8 +376,9 @@ class Rows:
     def sample(self, logits: Tensor, context: Context) -> Drawn:
         """Process raw `logits` [B, V] float32 and draw one token a row.
 
-        Temperature and the truncation rules at the end of the pipeline run inside `kernels.sample` together
-        with the draw, with the tokens that `apply` and `kernels.draw` would give.
+        Edits, temperature and truncation rules at the end of the pipeline run inside `kernels.sample` together
+        with the draw, with the tokens that `apply` and `kernels.draw` would give. On a CPU, and where all rows
+        are greedy, the edits are made in one copy of the logits instead, which is cheaper there.
         """
         if all(self.greedy):
             processed = self.apply(logits, context)
@@ -294,27 +387,54 @@ class Rows:
             return Drawn(
                 tokens, raw, raw if processed is logits else logprob_of(processed, tokens), processed
             )
-        plan, processed = self.plan(), logits
-        for i in plan.unfused:
-            member = self.members[i]
-            processed = guarded(member.processor, processed, self._view(member, context))
+        plan, kernels = self.plan(), implementation(logits.device)
+        if kernels == "torch":
+            processed, edits = self._run([*plan.unfused, *plan.edits], logits, context), None
+        else:
+            processed = self._run(plan.unfused, logits, context)
+            edits = self.edits(processed, context)
+        rules = (rule or self._rule(i, context) for i, rule in zip(plan.keeps, plan.rules, strict=True))
         drawn = sample(
             processed,
             seeds=context.seeds,
             positions=context.positions,
             streams=context.streams,
             temperature=plan.temperature,
-            rules=plan.rules,
+            rules=tuple(rules),
             logprobs="chosen",
-            kernels=implementation(logits.device),
+            kernels=kernels,
+            **({} if edits is None else edits.arguments()),
         )
-        tokens = drawn.tokens.clamp(
-            min=0
-        )  # -1 marks a row without a drawable token; its log-probabilities are NaN
-        final = drawn.logprob
-        if any(self.greedy):  # by the formula of a batch without sampling rows, to the last bit
+        # -1 marks a row without a drawable token; its log-probabilities are NaN
+        tokens = drawn.tokens.clamp(min=0)
+        self._note(plan, context, tokens, drawn.logprob, processed if edits is None else edits)
+        raw, final = logprob_of(logits, tokens), drawn.logprob
+        if edits is None and any(self.greedy):
+            # by the formula of a batch without sampling rows, to the last bit
             final = torch.where(self.greedy_rows(), logprob_of(processed, tokens), final)
-        return Drawn(tokens, logprob_of(logits, tokens), final, None)
+        elif plan.untouched is not None:
+            final = torch.where(plan.untouched, raw, final)
+        return Drawn(tokens, raw, final, None)
+
+    def _note(
+        self, plan: Plan, context: Context, tokens: Tensor, logprobs: Tensor, edited: Tensor | Edits
+    ) -> None:
+        """Leave for `accept` of a fused rule with memory what probability any token had in what the rules left."""
+
+        def at(ids: Tensor) -> Tensor:
+            values = edited.at(ids) if isinstance(edited, Edits) else edited.gather(1, ids[:, None])[:, 0]
+            return (
+                values
+                if plan.temperature is None
+                else values / torch.where(plan.temperature > 0, plan.temperature, 1.0)
+            )
+
+        def logprob(ids: Tensor) -> Tensor:
+            return logprobs if ids is tokens else logprobs + (at(ids) - at(tokens))
+
+        for i, rule in zip(plan.keeps, plan.rules, strict=True):
+            if rule is None:
+                self._view(self.members[i], context).note(logprob)
 
     def greedy_rows(self) -> Tensor | None:
         """[B] bool: rows that take the argmax; None when there are none."""
@@ -329,7 +449,8 @@ def implementation(device: torch.device) -> str | None:
     """Which kernels `sample` is asked for: on a CPU the interpreter of Triton runs only for those
     who name it.
     """
-    return "torch" if device.type == "cpu" and dispatch.requested() == "auto" else None
+    choice = dispatch.requested()
+    return "torch" if choice == "torch" or (device.type == "cpu" and choice == "auto") else None
 
 
 def logprob_of(logits: Tensor, tokens: Tensor) -> Tensor:

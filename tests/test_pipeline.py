@@ -12,21 +12,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from handloom.errors import ParameterError
 from handloom.kernels.draw import draw
 from handloom.params import SamplingParams
-from handloom.pipeline import Context, Keep, Pipeline, PipelineWarning
+from handloom.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning
 from handloom.processors import (
     DEFAULT_ORDER,
     BannedTokens,
+    LogitBias,
     MinP,
     Mirostat,
     RepetitionPenalty,
+    Smoothing,
     Temperature,
     TopK,
     TopP,
     Typical,
 )
-from handloom.rows import merge, split_tail
+from handloom.rows import merge, reasons
 
 VOCAB = 300
+
+
+class Cap(Edit):
+    """A user's pointwise edit, without a device function."""
+
+    defaults = {"cap": math.inf}
+
+    def point(self, logits, ids, value):
+        return torch.where(logits > value, value, logits)
+
+
 PROMPT = [4, 8, 15, 16, 23, 42]
 
 
@@ -71,6 +84,17 @@ class Count(TorchDispatchMode):
         ({"temperature": 0.7}, 15),
         ({"temperature": 0.7, "top_k": 50, "top_p": 0.9}, 15),
         ({"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05, "top_n_sigma": 0}, 15),
+        (
+            {
+                "temperature": 0.7,
+                "top_k": 50,
+                "repetition_penalty": 1.2,
+                "presence_penalty": 0.1,
+                "frequency_penalty": 0.1,
+            },
+            40,
+        ),
+        ({"temperature": 0.7, "logit_bias": {3: 1.0}, "banned_tokens": (1, 2)}, 12),
     ],
 )
 def test_operations_of_a_step(params, budget):
@@ -155,7 +179,11 @@ def test_a_users_rule_of_eight_lines_is_fused():
     rows = pipeline.bind([None] * 3, [[]] * 3, vocab_size=VOCAB)
     assert rows.plan().unfused == []
     assert "torch on CUDA (it has no device function)" in pipeline.explain()
-    assert split_tail(pipeline, "cuda") == 2
+    assert reasons(pipeline, [[]] * 3, "cuda") == [
+        "runs before WithinSigma, which the sampler cannot follow",
+        "it has no device function",
+        "",
+    ]
     x, ctx = noise(3), context(3)
     assert rows.sample(x, ctx).tokens.tolist() == unfused(rows, x, ctx)[0].tolist()
     kept = rows.apply(x, ctx) > -math.inf
@@ -351,18 +379,53 @@ def test_the_linter_names_orders_that_rarely_mean_what_was_intended():
     assert Pipeline.default().lint() == []
 
 
+def explained(pipeline, params=None):
+    """The line of each member in explain()."""
+    lines = [line for line in pipeline.explain(params).splitlines() if line[:3].strip().isdigit()]
+    return {line.split()[1]: line for line in lines}
+
+
 def test_explain_says_where_each_member_runs_and_why():
-    text = Pipeline([RepetitionPenalty(1.2), Temperature(0.7), TopP(0.9)]).explain()
-    lines = {line.split()[1]: line for line in text.splitlines() if line[:3].strip().isdigit()}
-    assert "fused" in lines["temperature"]
-    assert "fused" in lines["top_p"]
+    lines = explained(Pipeline([RepetitionPenalty(1.2), Temperature(0.7), TopP(0.9)]))
+    for name in ("repetition_penalty", "temperature", "top_p"):
+        assert "fused sampler" in lines[name]
     assert "top_p=0.9" in lines["top_p"]
-    assert "fused" not in lines["repetition_penalty"]
-    text = Pipeline.default().explain(SamplingParams(temperature=0.7, top_k=5, typical_p=0.9))
-    lines = {line.split()[1]: line for line in text.splitlines() if line[:3].strip().isdigit()}
+    assert "sparse edit" in lines["repetition_penalty"]
+    lines = explained(Pipeline.default(), SamplingParams(temperature=0.7, top_k=5, typical_p=0.9))
     assert set(lines) == {"temperature", "top_k", "typical"}
     assert "its key is not the logit" in lines["typical"]
-    assert "runs before typical" in lines["top_k"]
+    assert "torch (runs before typical, which the sampler cannot follow)" in lines["top_k"]
+
+
+def quiet(*rules):
+    return Pipeline(rules, name="quiet")  # without the linter's warnings
+
+
+def test_explain_says_why_an_order_is_not_fused():
+    lines = explained(quiet(Temperature(0.7), BannedTokens([1]), TopK(3)))
+    assert "torch (runs before banned_tokens, and the sampler edits first)" in lines["temperature"]
+    assert "fused sampler" in lines["banned_tokens"]
+    assert "fused sampler" in lines["top_k"]
+    lines = explained(quiet(LogitBias({3: 1.0}), TopK(3), BannedTokens([1]), Temperature(0.7)))
+    assert "torch (runs before banned_tokens, and the sampler truncates last)" in lines["top_k"]
+    assert "torch (runs before top_k, which the sampler cannot follow)" in lines["logit_bias"]
+    lines = explained(quiet(Cap(2.0), RepetitionPenalty(1.2), Cap(1.0), BannedTokens([1])))
+    assert "fused sampler; torch on CUDA (it has no device function)" in lines["Cap"]
+    first = quiet(Cap(2.0), RepetitionPenalty(1.2)).explain().splitlines()[2]
+    assert "torch (runs before repetition_penalty, and the sampler edits listed tokens first)" in first
+    lines = explained(quiet(Mirostat(2), TopK(3)))
+    assert "torch (runs before top_k, and remembers what it left itself)" in lines["mirostat"]
+    assert "version 1 fits the most probable tokens" in explained(quiet(Mirostat(1)))["mirostat"]
+    assert "fused sampler" in explained(quiet(Mirostat(2)))["mirostat"]
+    assert "torch (opaque)" in explained(quiet(lambda logits, context: logits))["<lambda>"]
+    assert "neither sparse, a mask, nor pointwise" in explained(quiet(Smoothing(0.2)))["smoothing"]
+
+
+def test_explain_of_a_whole_pipeline_judges_each_member_alone():
+    text = Pipeline.default().explain()
+    assert "told for each alone" in text
+    torch_only = {name for name, line in explained(Pipeline.default()).items() if "torch (" in line}
+    assert torch_only == {"dynatemp", "edt", "smoothing", "typical", "tfs", "top_h", "xtc", "adaptive_p"}
 
 
 def test_the_same_processor_twice_is_an_error():

@@ -5,15 +5,18 @@ inside `apply`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from handloom.errors import ParameterError
 from handloom.kernels.philox import philox_words_numpy, philox_words_reference
+from handloom.kernels.rules import Statistics
 from handloom.processors.base import NEG_INF, Context, Edit, Keep, committed
 
 LN2 = math.log(2.0)
+SMALLEST = 1e-37  # stands for parameters of 0 and below, which say "off" to the sampler
 XTC_COUNTER = 2**33  # a token id that no vocabulary reaches: its noise is independent of the draw's
 
 
@@ -37,6 +40,7 @@ class Mirostat(Keep):
     name = "mirostat"
     defaults = {"mirostat": 0, "mirostat_tau": 5.0, "mirostat_eta": 0.1}
     speculative_safe = False
+    device = "mirostat_threshold"
     fitted = 100
 
     def pack(self, rows, context):
@@ -46,12 +50,23 @@ class Mirostat(Keep):
     def start(self, context: Context) -> dict[str, Tensor]:
         return {"mu": 2 * context.values.mirostat_tau[:, 0].to(torch.float32)}
 
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        v, mu = context.values, context.memory["mu"][:, None]
-        second = logits.logsumexp(-1, keepdim=True) - mu * LN2
-        if not v.first_version:
+    def unfused(self, device_type: str = "cpu", rows: Sequence[dict] = ()) -> str:
+        return "version 1 fits the most probable tokens" if any(row["mirostat"] == 1 for row in rows) else ""
+
+    def parameter(self, context: Context) -> Tensor:
+        """mu; one that fell to 0 or below keeps the most probable token alone, as the smallest number does."""
+        return context.memory["mu"][:, None].clamp(min=SMALLEST)
+
+    def level(self, statistics: Statistics, mu: Tensor) -> Tensor:
+        return statistics.log_mass - mu * LN2
+
+    def cut(self, logits: Tensor, key: Tensor, context: Context) -> Tensor:
+        mu, top = context.memory["mu"][:, None], logits.amax(-1, keepdim=True)
+        log_mass = top + (logits - top).double().exp().sum(-1, keepdim=True).log()  # as the sampler has it
+        second = torch.minimum(log_mass.float() - self.parameter(context) * LN2, top)
+        if not context.values.first_version:
             return second
-        return torch.where(v.mirostat == 1, self.zipf_cut(logits, mu), second)
+        return torch.where(context.values.mirostat == 1, self.zipf_cut(logits, mu), second)
 
     def zipf_cut(self, logits: Tensor, mu: Tensor) -> Tensor:
         """Version 1: the k-th largest logit, [B, 1]."""
@@ -70,12 +85,11 @@ class Mirostat(Keep):
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
         kept = super().apply(logits, context)
-        context.note((logits, kept))
+        context.note(lambda tokens: token_logprob(logits, tokens, kept))
         return kept
 
     def accept(self, memory: dict[str, Tensor], tokens: Tensor, context: Context) -> dict[str, Tensor]:
-        logits, kept = committed(self, context)
-        surprise = -token_logprob(logits, tokens, kept) / LN2
+        surprise = -committed(self, context)(tokens) / LN2
         v = context.values
         moved = memory["mu"] - v.mirostat_eta[:, 0] * (surprise - v.mirostat_tau[:, 0])
         return {"mu": torch.where(moved.isfinite(), moved, memory["mu"])}

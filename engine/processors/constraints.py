@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +35,13 @@ def check_ids(name: str, ids, vocab_size: int | None) -> list[int]:
     return result
 
 
-def ban_table(logits: Tensor, table: Tensor) -> Tensor:
-    """Copy of `logits` [B, V] with the ids of `table` [B, K] at -inf; entries of V are padding."""
-    spare = torch.nn.functional.pad(logits, (0, 1))
-    return spare.scatter_(1, table, NEG_INF)[:, : logits.shape[-1]]
+def packed_rows(rows: list[Iterable[int]], vocab_size: int, device) -> Tensor:
+    """Lists of ids below `vocab_size` as packed rows [B, ceil(V / 32)] int32: bit id % 32 of word id // 32."""
+    words = np.zeros((len(rows), -(-vocab_size // 32)), dtype=np.uint32)
+    for row, ids in zip(words, rows, strict=True):
+        ids = np.fromiter(ids, dtype=np.int64)
+        np.bitwise_or.at(row, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+    return torch.from_numpy(words.view(np.int32)).to(device)
 
 
 class LogitBias(Edit):
@@ -61,27 +66,50 @@ class LogitBias(Edit):
             "bias": torch.tensor(bias, device=context.device),
         }
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        spare = torch.nn.functional.pad(logits, (0, 1))
-        return spare.scatter_add_(1, context.values.ids, context.values.bias)[:, : logits.shape[-1]]
+    def listed(self, context: Context) -> Tensor:
+        return context.values.ids
+
+    def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
+        return values + context.values.bias
 
 
-class BannedTokens(Edit):
+class Ban(Edit):
+    """Base of the bans: what `ids_of` a row's settings lists is excluded, in the steps in which a row is `banning`."""
+
+    identity_when_off = True
+
+    def ids_of(self, settings: dict[str, Any], context: Context) -> list[int]:
+        """The ids that one row bans."""
+        return check_ids(self.name, settings[self.fields[0]] or (), context.vocab_size)
+
+    def pack(self, rows, context):
+        lists = [self.ids_of(row, context) for row in rows]
+        return {
+            "ids": id_table(lists, context.device, context.vocab_size),
+            "mask": ~packed_rows(lists, context.vocab_size, context.device),
+        }
+
+    def banning(self, context: Context) -> Tensor | None:
+        """[B, 1] bool, rows whose ban is in force now; None: all."""
+        return None
+
+    def mask(self, context: Context) -> Tensor:
+        now = self.banning(context)
+        return context.values.mask if now is None else torch.where(now, context.values.mask, -1)
+
+    def exclude(self, buffer: Tensor, context: Context) -> None:
+        ids, now = context.values.ids, self.banning(context)
+        buffer.scatter_(1, ids if now is None else torch.where(now, ids, buffer.shape[1] - 1), NEG_INF)
+
+
+class BannedTokens(Ban):
     """Never draw these tokens (-inf). Off when empty."""
 
     name = "banned_tokens"
     defaults = {"banned_tokens": ()}
-    identity_when_off = True
 
     def on(self, settings: dict[str, Any]) -> bool:
         return len(settings[self.fields[0]] or ()) > 0
-
-    def pack(self, rows, context):
-        lists = [check_ids(self.name, row[self.fields[0]] or (), context.vocab_size) for row in rows]
-        return {"ids": id_table(lists, context.device, context.vocab_size)}
-
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        return ban_table(logits, context.values.ids)
 
 
 class SuppressFirst(BannedTokens):
@@ -90,9 +118,8 @@ class SuppressFirst(BannedTokens):
     name = "suppress_first"
     defaults = {"suppress_first": ()}
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        first = (context.output_lengths == 0)[:, None]
-        return ban_table(logits, torch.where(first, context.values.ids, logits.shape[-1]))
+    def banning(self, context: Context) -> Tensor:
+        return (context.output_lengths == 0)[:, None]
 
 
 class AllowedTokens(Edit):
@@ -111,33 +138,34 @@ class AllowedTokens(Edit):
                 raise ParameterError(
                     "allowed_tokens is empty: a row must be allowed at least one token, or None"
                 )
-        return {"ids": id_table(lists, context.device, context.vocab_size)}
+        return {
+            "ids": id_table(lists, context.device, context.vocab_size),
+            "mask": packed_rows(lists, context.vocab_size, context.device),
+        }
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        ids = context.values.ids
-        result = logits.new_full((logits.shape[0], logits.shape[1] + 1), NEG_INF)
-        kept = torch.nn.functional.pad(logits, (0, 1), value=NEG_INF).gather(1, ids)
-        return result.scatter_(1, ids, kept)[:, : logits.shape[-1]]
+    def mask(self, context: Context) -> Tensor:
+        return context.values.mask
+
+    def exclude(self, buffer: Tensor, context: Context) -> None:
+        ids, rows_on = context.values.ids, context.values.rows_on
+        kept = buffer.gather(1, ids)
+        buffer.masked_fill_(rows_on, NEG_INF) if rows_on is not None else buffer.fill_(NEG_INF)
+        buffer.scatter_(1, ids, kept)
 
 
-class MinNewTokens(Edit):
+class MinNewTokens(Ban):
     """Mask every end-of-sequence id and every `stop_token_ids` until `min_new_tokens` are out. Off at 0."""
 
     name = "min_new_tokens"
     defaults = {"min_new_tokens": 0, "stop_token_ids": ()}
-    identity_when_off = True
+
+    def ids_of(self, settings: dict[str, Any], context: Context) -> list[int]:
+        eos = [i for i in context.eos_token_ids if i < context.vocab_size]
+        return check_ids("stop_token_ids", [*settings["stop_token_ids"], *eos], context.vocab_size)
 
     def pack(self, rows, context):
-        eos = [i for i in context.eos_token_ids if i < context.vocab_size]
-        stops = [
-            check_ids("stop_token_ids", [*row["stop_token_ids"], *eos], context.vocab_size) for row in rows
-        ]
-        least = [[row["min_new_tokens"]] for row in rows]
-        return {
-            "ids": id_table(stops, context.device, context.vocab_size),
-            "min_new_tokens": torch.tensor(least, device=context.device),
-        }
+        least = torch.tensor([[row["min_new_tokens"]] for row in rows], device=context.device)
+        return super().pack(rows, context) | {"min_new_tokens": least}
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        early = context.output_lengths[:, None] < context.values.min_new_tokens
-        return ban_table(logits, torch.where(early, context.values.ids, logits.shape[-1]))
+    def banning(self, context: Context) -> Tensor:
+        return context.output_lengths[:, None] < context.values.min_new_tokens

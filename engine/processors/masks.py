@@ -13,7 +13,7 @@ from torch import Tensor
 
 from handloom.errors import ParameterError
 from handloom.kernels.philox import philox_words_numpy, philox_words_reference
-from handloom.processors.base import NEG_INF, Context, Edit
+from handloom.processors.base import Context, Edit
 
 WORD_BITS = 32
 
@@ -52,18 +52,18 @@ class Bitmask(Edit):
         sources = {id(row["bitmask"]): row["bitmask"] for row in rows if row["bitmask"] is not None}
         return {"sources": [(f, [row["bitmask"] is f for row in rows]) for f in sources.values()]}
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        vocab = logits.shape[-1]
-        words = -(-vocab // WORD_BITS)
+    def mask(self, context: Context) -> Tensor:
+        whole = None
         for source, mine in context.values.sources:
-            mask = source(context)
-            if mask.dtype != torch.int32 or tuple(mask.shape) != (logits.shape[0], words):
+            mask, shape = source(context), (len(mine), -(-context.vocab_size // WORD_BITS))
+            if mask.dtype != torch.int32 or tuple(mask.shape) != shape:
                 raise ParameterError(
-                    f"bitmask is {mask.dtype} {tuple(mask.shape)}; needed: torch.int32 {(len(logits), words)}"
+                    f"bitmask is {mask.dtype} {tuple(mask.shape)}; needed: torch.int32 {shape}"
                 )
-            free = ~torch.tensor(mine, device=logits.device)[:, None]
-            logits = logits.masked_fill(~(unpack_bitmask(mask, vocab) | free), NEG_INF)
-        return logits
+            if not all(mine):
+                mask = torch.where(torch.tensor(mine, device=mask.device)[:, None], mask, -1)
+            whole = mask if whole is None else whole & mask
+        return whole
 
 
 class BiasHook(Edit):

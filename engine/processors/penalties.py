@@ -9,53 +9,57 @@ from torch import Tensor
 
 from handloom.errors import ParameterError
 from handloom.processors.base import Context, Edit
+from handloom.processors.edits import text_cells, text_ids
 
 SCOPES = ("auto", "prompt", "output", "all")
 
 
 def scope_bounds(scopes: list[str], windows: list[int], default: str, device) -> dict[str, Tensor]:
-    """Packed scope of every row: flags for where it starts and ends, and the window (0 = none),
-    each [B, 1].
+    """Packed scope of every row: flags for where it starts and ends, and the window (0 = none), each [B, 1].
+
+    `shared`: the scope of all rows where it is one and has no window, else None.
     """
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown:
         raise ParameterError(f"penalty_scope={unknown[0]!r} is not one of {', '.join(SCOPES)}")
     scopes = [default if scope == "auto" else scope for scope in scopes]
     return {
+        "shared": scopes[0] if len(set(scopes)) == 1 and not any(windows) else None,
         "skip_prompt": torch.tensor([[scope == "output"] for scope in scopes], device=device),
         "skip_output": torch.tensor([[scope == "prompt"] for scope in scopes], device=device),
         "window": torch.tensor([[window] for window in windows], device=device),
     }
 
 
-def in_scope(context: Context, vocab_size: int) -> Tensor:
-    """Which cells of the history count for the running penalty, [B, T] bool."""
-    v, history = context.values, context.history
-    lengths, prompts = context.lengths[:, None], context.prompt_lengths[:, None]
-    end = torch.where(v.skip_output, prompts, lengths)
-    start = torch.where(v.skip_prompt, prompts, 0)
-    start = torch.where(v.window > 0, torch.maximum(start, lengths - v.window), start)
-    cell = torch.arange(history.shape[1], device=history.device)
-    return (cell >= start) & (cell < end) & (history >= 0) & (history < vocab_size)
-
-
-def edit_seen(logits: Tensor, context: Context, change) -> Tensor:
-    """Replace the logits of tokens in scope by `change(their logits, cell ids, mask)`, all [B, T].
-
-    Cells out of scope write to a spare column, so that equal ids always write equal values and order cannot
-    matter.
-    """
-    vocab = logits.shape[-1]
-    mask = in_scope(context, vocab)
-    ids = torch.where(mask, context.history, vocab)
-    spare = torch.nn.functional.pad(logits, (0, 1))
-    return spare.scatter_(1, ids, change(spare.gather(1, ids), ids, mask))[:, :vocab]
+def scoped_ids(context: Context) -> Tensor:
+    """The ids of the text that count for the running penalty, [B, T] int64; `vocab_size` elsewhere."""
+    v, vocab, ids = context.values, context.vocab_size, text_ids(context)
+    if v.shared == "all":
+        return ids
+    key = "ids of the", v.shared
+    if v.shared is not None and key in context.cache:
+        return context.cache[key]
+    cell, prompts = text_cells(context), context.prompt_lengths[:, None]
+    if v.shared == "output":
+        inside = cell >= prompts
+    elif v.shared == "prompt":
+        inside = cell < prompts
+    else:
+        lengths = context.lengths[:, None]
+        start = torch.where(v.skip_prompt, prompts, 0)
+        start = torch.where(v.window > 0, torch.maximum(start, lengths - v.window), start)
+        inside = (cell >= start) & (cell < torch.where(v.skip_output, prompts, lengths))
+    ids = torch.where(inside, ids, vocab)
+    if v.shared is not None:
+        context.cache[key] = ids
+    return ids
 
 
 def counts_at(ids: Tensor, vocab_size: int) -> Tensor:
     """How often each cell's id occurs among the ids [B, T] of its row, float32 [B, T]."""
-    counts = torch.zeros(ids.shape[0], vocab_size + 1, device=ids.device)
-    return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32)).gather(1, ids)
+    counts = torch.empty(ids.shape[0], vocab_size + 1, device=ids.device)  # only the ids' cells are used
+    counts.scatter_(1, ids, 0.0).scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
+    return counts.gather(1, ids)
 
 
 class Penalty(Edit):
@@ -71,6 +75,13 @@ class Penalty(Edit):
         packed = scope_bounds(scopes, windows, self.auto_scope, context.device)
         return packed | {"strength": torch.tensor(strength, device=context.device)}
 
+    def listed(self, context: Context) -> Tensor:
+        """The whole text, which all penalties share."""
+        return text_ids(context)
+
+    def write(self, buffer: Tensor, ids: Tensor, context: Context) -> None:
+        super().write(buffer, scoped_ids(context), context)
+
 
 class RepetitionPenalty(Penalty):
     """Divide positive and multiply negative logits of seen tokens by r (CTRL, 1909.05858).
@@ -82,9 +93,9 @@ class RepetitionPenalty(Penalty):
     defaults = {"repetition_penalty": 1.0, "penalty_scope": "auto", "penalty_window": 0}
     auto_scope = "all"
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
+    def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
         r = context.values.strength
-        return edit_seen(logits, context, lambda x, ids, mask: torch.where(x < 0, x * r, x / r))
+        return torch.where(values < 0, values * r, values / r)
 
 
 class PresencePenalty(Penalty):
@@ -95,8 +106,8 @@ class PresencePenalty(Penalty):
     name = "presence_penalty"
     defaults = {"presence_penalty": 0.0, "penalty_scope": "auto", "penalty_window": 0}
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        return edit_seen(logits, context, lambda x, ids, mask: x - context.values.strength)
+    def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
+        return values - context.values.strength
 
 
 class FrequencyPenalty(Penalty):
@@ -107,6 +118,5 @@ class FrequencyPenalty(Penalty):
     name = "frequency_penalty"
     defaults = {"frequency_penalty": 0.0, "penalty_scope": "auto", "penalty_window": 0}
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        strength, vocab = context.values.strength, logits.shape[-1]
-        return edit_seen(logits, context, lambda x, ids, mask: x - strength * counts_at(ids, vocab))
+    def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
+        return values - context.values.strength * counts_at(ids, context.vocab_size)

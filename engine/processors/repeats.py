@@ -8,6 +8,7 @@ from torch import Tensor
 from handloom.errors import ParameterError
 from handloom.processors.base import NEG_INF, Context, Edit
 from handloom.processors.constraints import id_table
+from handloom.processors.edits import text_cells, text_ids
 
 
 def recent(context: Context, depth: int) -> Tensor:
@@ -24,19 +25,18 @@ def suffix_match(context: Context, depth: int, stops: Tensor | None = None) -> T
     0 in cells at or beyond the row's last token. `stops` [B, K]: ids (-1 = none) that end a match.
     """
     history, newest = context.history, recent(context, depth)
-    rows, cells = history.shape
-    padded = torch.cat([history.new_full((rows, depth - 1), -3), history], dim=1)
+    padded = torch.nn.functional.pad(history, (depth - 1, 0), value=-3)
     windows = padded.unfold(1, depth, 1).flip(-1)  # [B, T, depth]: the cell itself, the one before it, ...
     agree = (windows == newest[:, None]) & (windows >= 0)
     if stops is not None:
         agree &= ~(newest[:, None, :, None] == stops[:, None, None]).any(-1)
-    before = torch.arange(cells, device=history.device) < context.lengths[:, None] - 1
+    before = text_cells(context) < context.lengths[:, None] - 1
     return agree.long().cumprod(-1).sum(-1) * before
 
 
-def successors(context: Context) -> Tensor:
-    """The token after each cell, [B, T] int64; -1 after the last cell."""
-    return torch.nn.functional.pad(context.history[:, 1:], (0, 1), value=-1)
+def after_each(ids: Tensor, vocab_size: int) -> Tensor:
+    """The id in the cell after each one of ids [B, T]; `vocab_size` after the last one."""
+    return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=vocab_size)
 
 
 class NoRepeatNGram(Edit):
@@ -53,19 +53,19 @@ class NoRepeatNGram(Edit):
         sizes = [row["no_repeat_ngram_size"] for row in rows]
         return {"size": torch.tensor(sizes, device=context.device)[:, None], "depth": max(sizes) - 1}
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        v, vocab, history = context.values, logits.shape[-1], context.history
-        if not history.shape[1]:
-            return logits
-        cells = torch.arange(history.shape[1], device=history.device)
-        seen = (v.size == 1) & (cells < context.lengths[:, None])
-        following = torch.where(seen, history, vocab)
+    def listed(self, context: Context) -> Tensor:
+        """The whole text: a token that repeats an n-gram occurred before."""
+        return text_ids(context)
+
+    def write(self, buffer: Tensor, ids: Tensor, context: Context) -> None:
+        v = context.values
+        if not ids.shape[1]:
+            return
+        following = torch.where(v.size == 1, ids, context.vocab_size)
         if v.depth > 0:
             hit = (v.size > 1) & (suffix_match(context, v.depth) >= v.size - 1)
-            following = torch.where(hit, successors(context), following)
-        following = torch.where((following >= 0) & (following < vocab), following, vocab)
-        spare = torch.nn.functional.pad(logits, (0, 1))
-        return spare.scatter_(1, following, NEG_INF)[:, :vocab]
+            following = torch.where(hit, after_each(ids, context.vocab_size), following)
+        buffer.scatter_(1, following, NEG_INF)
 
 
 class DRY(Edit):
@@ -98,22 +98,24 @@ class DRY(Edit):
         packed["breakers"] = id_table(breakers, context.device, -1)
         return packed
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        v, vocab, history = context.values, logits.shape[-1], context.history
-        if not history.shape[1]:
-            return logits
+    def listed(self, context: Context) -> Tensor:
+        """The whole text: a token that would extend a repeat occurred before."""
+        return text_ids(context)
+
+    def write(self, buffer: Tensor, ids: Tensor, context: Context) -> None:
+        v, vocab = context.values, context.vocab_size
+        if not ids.shape[1]:
+            return
         match = suffix_match(context, self.longest, v.breakers)
-        cells = torch.arange(history.shape[1], device=history.device)
         start = torch.where(v.dry_window > 0, context.lengths[:, None] - v.dry_window, 0).clamp(min=0)
-        match = torch.minimum(match, cells - start + 1)  # a match may not reach back beyond the window
-        following = successors(context)
+        # a match may not reach back beyond the window
+        match = torch.minimum(match, text_cells(context) - start + 1)
+        following = after_each(ids, vocab)
         broken = (following[..., None] == v.breakers[:, None]).any(-1)
         hit = (match >= v.dry_allowed_length) & (match > 0) & (v.dry_multiplier > 0) & ~broken
-        hit &= (following >= 0) & (following < vocab)
         loss = v.dry_multiplier * v.dry_base ** (match - v.dry_allowed_length)
-        ids = torch.where(hit, following, vocab)
-        spare = torch.nn.functional.pad(logits, (0, 1))
-        return spare.scatter_reduce(1, ids, spare.gather(1, ids) - loss, "amin")[:, :vocab]
+        following = torch.where(hit, following, vocab)
+        buffer.scatter_reduce_(1, following, buffer.gather(1, following) - loss, "amin")
 
 
 def breaker_ids(breakers) -> list[int]:

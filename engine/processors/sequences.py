@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from handloom.errors import ParameterError
-from handloom.processors.base import NEG_INF, Context, Edit, Processor
-from handloom.processors.constraints import check_ids, id_table
+from handloom.processors.base import NEG_INF, Context, Edit
+from handloom.processors.constraints import check_ids, id_table, packed_rows
 from handloom.processors.repeats import recent
 
 ANY = -1
@@ -61,14 +61,16 @@ class SequenceBias(Edit):
         packed = {"prefix": prefix, "last": last, "bias": bias}
         return {name: tensor.to(context.device) for name, tensor in packed.items()}
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        v, vocab = context.values, logits.shape[-1]
-        ids = v.last
-        if v.prefix.shape[-1]:
-            newest = recent(context, v.prefix.shape[-1])[:, None]
-            ids = torch.where(((v.prefix == newest) | (v.prefix == ANY)).all(-1), ids, vocab)
-        spare = torch.nn.functional.pad(logits, (0, 1))
-        return spare.scatter_add_(1, ids, v.bias)[:, :vocab]
+    def listed(self, context: Context) -> Tensor:
+        """The last tokens of the sequences whose other tokens the text ends with."""
+        v = context.values
+        if not v.prefix.shape[-1]:
+            return v.last
+        newest = recent(context, v.prefix.shape[-1])[:, None]
+        return torch.where(((v.prefix == newest) | (v.prefix == ANY)).all(-1), v.last, context.vocab_size)
+
+    def write(self, buffer: Tensor, ids: Tensor, context: Context) -> None:
+        buffer.scatter_add_(1, ids, context.values.bias)
 
 
 class BadWords(SequenceBias):
@@ -103,12 +105,25 @@ class ForcedTokens(Edit):
         places = id_table([list(map(int, table)) for table in tables], context.device, -1)
         return {"places": places, "ids": id_table(ids, context.device, 0)}
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
-        v = context.values
-        now = v.places == context.output_lengths[:, None]
-        token = (v.ids * now).sum(-1, keepdim=True)
-        forced = torch.full_like(logits, NEG_INF).scatter_(1, token, 0.0)
-        return torch.where(now.any(-1, keepdim=True), forced, logits)
+    def now(self, context: Context) -> Tensor:
+        """Which of a row's places is the one now drawn, [B, K] bool."""
+        return context.values.places == context.output_lengths[:, None]
+
+    def mask(self, context: Context) -> Tensor:
+        """Nothing where a token is forced, and else everything; `change` puts that token back."""
+        words = -(-context.vocab_size // 32)
+        return torch.where(self.now(context).any(-1, keepdim=True), 0, -1).to(torch.int32).expand(-1, words)
+
+    def exclude(self, buffer: Tensor, context: Context) -> None:
+        buffer.masked_fill_(self.now(context).any(-1, keepdim=True), NEG_INF)
+
+    def listed(self, context: Context) -> Tensor:
+        now = self.now(context)
+        token = (context.values.ids * now).sum(-1, keepdim=True)
+        return torch.where(now.any(-1, keepdim=True), token, context.vocab_size)
+
+    def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
+        return torch.zeros_like(values)
 
 
 class ExponentialDecay(Edit):
@@ -129,15 +144,17 @@ class ExponentialDecay(Edit):
             "eos": torch.tensor(eos, dtype=torch.int64, device=context.device),
         }
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
+    def listed(self, context: Context) -> Tensor:
+        return context.values.eos.expand(len(context.lengths), -1)
+
+    def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
         v = context.values
         beyond = (context.output_lengths[:, None] - v.start).clamp(min=0)
-        old = logits.index_select(1, v.eos)
-        gain = old.abs() * (v.factor**beyond - 1)
-        return logits.index_copy(1, v.eos, torch.where(old.isfinite(), old + gain, old))
+        gain = values.abs() * (v.factor**beyond - 1)
+        return torch.where(values.isfinite(), values + gain, values)
 
 
-class PrefixFunction(Processor):
+class PrefixFunction(Edit):
     """Ask a function which tokens may follow: `prefix_fn(sample index, ids [T] of the text) -> allowed ids`.
 
     The sample index is the row's stream. Called for every row and step on the host. A row for which nothing
@@ -145,27 +162,42 @@ class PrefixFunction(Processor):
     """
 
     name = "prefix_fn"
+    kind = "opaque"  # asks the host at every step
     defaults = {"prefix_fn": None}
     needs_history = True
     speculative_safe = False
+    identity_when_off = True
 
     def pack(self, rows, context):
         return {"functions": [row["prefix_fn"] for row in rows]}
 
-    def apply(self, logits: Tensor, context: Context) -> Tensor:
-        result = logits.clone()
+    def answers(self, context: Context) -> list[list[int] | None]:
+        """The ids that each row's function allows, None for rows without one; none at all where it raised."""
         lengths = context.lengths.tolist()
         streams = [0] * len(lengths) if context.streams is None else context.streams.tolist()
+        found: list[list[int] | None] = []
         for row, function in enumerate(context.values.functions):
             if function is None:
+                found.append(None)
                 continue
-            result[row] = NEG_INF
             try:
                 allowed = function(streams[row], context.history[row, : lengths[row]])
-                allowed = check_ids(self.name, allowed, logits.shape[-1])
+                found.append(check_ids(self.name, allowed, context.vocab_size))
             except Exception as error:  # noqa: BLE001 - one request's function must not take the others with it
                 failures = context.cache.setdefault("failures", {})
                 failures[row] = f"prefix_fn raised {type(error).__name__}: {error}"
-                continue
-            result[row, allowed] = logits[row, allowed]
-        return result
+                found.append([])
+        return found
+
+    def mask(self, context: Context) -> Tensor:
+        answers = self.answers(context)
+        words = packed_rows([ids or () for ids in answers], context.vocab_size, context.lengths.device)
+        free = torch.tensor([[ids is None] for ids in answers], device=words.device)
+        return torch.where(free, -1, words)
+
+    def exclude(self, buffer: Tensor, context: Context) -> None:
+        for row, allowed in enumerate(self.answers(context)):
+            if allowed is not None:
+                kept = buffer[row, allowed]
+                buffer[row] = NEG_INF
+                buffer[row, allowed] = kept

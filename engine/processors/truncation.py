@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from handloom.kernels.philox import log_reference
-from handloom.kernels.rules import Rule, Statistics
+from handloom.kernels.rules import Statistics
 from handloom.processors.base import NEG_INF, Context, Keep
 from handloom.processors.temperature import entropy
 
@@ -201,13 +201,9 @@ class PLess(Keep):
     device = "p_less_threshold"
 
     def pack(self, rows, context):
-        modes = {False: 0.0, True: 1.0, "norm": float(context.vocab_size)}
+        modes = {False: 0.0, True: 1.0, "norm": float(context.vocab_size)}  # what `level` is told
         packed = torch.tensor([[modes[row["p_less"]]] for row in rows], device=context.device)
-        return {"p_less": packed, "plain": all(row["p_less"] != "norm" for row in rows)}
-
-    def rule(self, context: Context) -> Rule:
-        rule = super().rule(context)
-        return rule if context.values.plain else rule._replace(device=None)
+        return {"p_less": packed}
 
     def level(self, statistics: Statistics, vocab: Tensor) -> Tensor:
         least = statistics.collision

@@ -1,0 +1,57 @@
+"""Random programs of pipelines through the Triton kernels in the interpreter; run as a program of its own.
+
+Prints one line a failure and exits with their number.
+"""
+
+import os
+import random
+import sys
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from edit_programs import Cap, Program, compare
+
+from handloom.kernels import dispatch
+
+
+@triton.jit
+def capped(x, token_ids, cap):
+    return tl.where(x > cap, cap, x)
+
+
+class DeviceCap(Cap):
+    """The pointwise edit with its device function."""
+
+    name = "Cap"
+    device = capped
+
+
+def failures(seeds):
+    """What differs in the programs of some seeds."""
+    for seed in seeds:
+        program = Program(random.Random(seed), 70, rows=3, cap=DeviceCap)
+        for step, (drawn, tokens, logprobs, names) in enumerate(program.run(4)):
+            difference = compare(drawn, tokens, logprobs)
+            if difference:
+                yield f"seed {seed}, step {step}, {names}: {difference}"
+
+
+def main():
+    """Run the seeds from ... to ... of the command line; returns the number of failures."""
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    count = 0
+    with dispatch.use("triton"):
+        for text in failures(range(int(sys.argv[1]), int(sys.argv[2]))):
+            count += 1
+            sys.stdout.write(f"{text[:600]}\n")
+    sys.stdout.write(f"{count} failures\n")
+    return min(count, 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
