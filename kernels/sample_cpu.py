@@ -81,7 +81,6 @@ class _Row:
         self.full = self.values = row
         self.ids = None
         self.limit = -np.inf  # candidates are the tokens at or above it
-        self.log_mass = None  # of the candidates, relative to top; set by `statistics`
         if self.bad:
             return
         if self.top > FLOAT_MAX:
@@ -123,23 +122,9 @@ class _Row:
         self.values = self.values[chosen]
 
     def statistics(self):
-        """`Statistics` of the candidates, tensors of one element."""
+        """Statistics of the candidates, each made when it is asked for."""
         values = self.values if self.values.min() > -np.inf else self.values[self.values > -np.inf]
-        shifted = values.astype(np.float64) - self.top
-        weights = np.exp(shifted)
-        mass, count = weights.sum(), len(values)
-        self.log_mass = np.log(mass)
-        mean = shifted.mean()
-        parts = (
-            self.top,
-            self.top + self.log_mass,
-            self.log_mass - weights @ shifted / mass,
-            weights @ weights / mass**2,
-            count,
-            self.top + mean,
-            np.sqrt(((shifted - mean) ** 2).mean()),
-        )
-        return Statistics(*(torch.tensor([part], dtype=torch.float32) for part in parts))
+        return _Statistics(values, self.top)
 
     def logprob(self, token):
         """Log-probability of a token among the candidates; NaN for a row without a drawable token."""
@@ -153,6 +138,57 @@ class _Row:
             ids = contenders(self.full, self.top, self.limit, seed, position, stream)
             return ids, self.full[ids] - self.top
         return np.arange(len(self.values)) if self.ids is None else self.ids, self.values - self.top
+
+
+class _Statistics:
+    """The fields of `Statistics`, tensors of one element, each made when it is asked for."""
+
+    def __init__(self, values, top):
+        self.values, self.top = values, top
+
+    def __getattr__(self, name):
+        """Called the first time a field is asked for."""
+        if name not in Statistics._fields:
+            raise AttributeError(name)
+        field = torch.tensor([getattr(self, "_" + name)()], dtype=torch.float32)
+        setattr(self, name, field)
+        return field
+
+    @functools.cached_property
+    def shifted(self):
+        """Logits minus their maximum, float64."""
+        return self.values.astype(np.float64) - self.top
+
+    @functools.cached_property
+    def weights(self):
+        """Probabilities relative to the largest, float64."""
+        return np.exp(self.shifted)
+
+    @functools.cached_property
+    def mass(self):
+        """Sum of the weights, float64."""
+        return self.weights.sum()
+
+    def _maximum(self):
+        return self.top
+
+    def _log_mass(self):
+        return self.top + np.log(self.mass)
+
+    def _entropy(self):
+        return np.log(self.mass) - self.weights @ self.shifted / self.mass
+
+    def _collision(self):
+        return self.weights @ self.weights / self.mass**2
+
+    def _count(self):
+        return len(self.values)
+
+    def _mean(self):
+        return self.top + self.shifted.mean()
+
+    def _deviation(self):
+        return np.sqrt(((self.shifted - self.shifted.mean()) ** 2).mean())
 
 
 @functools.lru_cache(maxsize=256)
@@ -237,7 +273,7 @@ def _describe(logits, drawn, tokens):
         stats = left.statistics()
         value = left.full[token]
         given = _log_probability(raw[index], token)
-        floats[:, index] = given, (value - left.top) - left.log_mass, stats.entropy[0]
+        floats[:, index] = given, (value - left.top) - np.log(stats.mass), stats.entropy[0]
         counts[:, index] = stats.count[0], 1 + np.count_nonzero(left.full > value)
     floats, counts = torch.from_numpy(floats), torch.from_numpy(counts)
     return Drawn(torch.from_numpy(tokens), floats[0], floats[1], floats[2], counts[0], counts[1])
