@@ -1,5 +1,8 @@
 """Profiles: pipelines with the order, scopes and edge rules of other engines.
 
+Each is tested against the engine itself: `hf` against the installed transformers, the others against results
+that the engine of the version in `tested_against` gave, for the same logits, parameters and texts.
+
 In every profile, tokens that tie with the last kept one are kept too. The other engines cut such ties by the
 order of an unstable sort, so that their set is a subset of ours and the surplus lies at the threshold;
 Hugging Face's and vLLM's top-k keep them as well. Off values are turned into handloom's when parameters are
@@ -9,6 +12,7 @@ dropped; constraints on single tokens are offered under each.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +21,11 @@ from torch import Tensor
 
 from handloom import processors as rules
 from handloom.errors import ParameterError
+from handloom.kernels.rules import MASS_SHARE
 from handloom.pipeline import Pipeline
 from handloom.processors.base import NEG_INF, Context, Processor
+
+HIDDEN = -2  # no token of the history, and not the -1 that pads tables of sequences
 
 
 class ZeroFilledTopNSigma(rules.TopNSigma):
@@ -26,11 +33,62 @@ class ZeroFilledTopNSigma(rules.TopNSigma):
     as logit 0.
     """
 
+    name = "top_n_sigma"
     level = None
 
     def threshold(self, logits: Tensor, context: Context) -> Tensor:
         deviation = torch.where(logits == NEG_INF, 0.0, logits).std(-1, keepdim=True)
         return logits.amax(-1, keepdim=True) - context.values.top_n_sigma * deviation
+
+
+class OutputBadWords(rules.BadWords):
+    """Bad words as vLLM has them: the beginning of a word counts in the output alone, not in the prompt."""
+
+    name = "bad_words"
+
+    def listed(self, context: Context) -> Tensor:
+        output = copy.copy(context)
+        cells = torch.arange(context.history.shape[1], device=context.history.device)
+        output.tokens = context.history.masked_fill(cells < context.prompt_lengths[:, None], HIDDEN)
+        return super().listed(output)
+
+
+class ListedXTC(rules.XTC):
+    """XTC that leaves word of how many candidates it took from the list, see `ListedDynamicTemperature`."""
+
+    name = "xtc"
+
+    def apply(self, logits: Tensor, context: Context) -> Tensor:
+        left = super().apply(logits, context)
+        context.cache["dropped by xtc"] = (left != logits).sum(-1, keepdim=True)
+        return left
+
+
+class ListedDynamicTemperature(rules.DynamicTemperature):
+    """Dynamic temperature as llama.cpp has it: n is the length of its list of candidates.
+
+    Top-k, typical, top-p, min-p and XTC shorten that list; bans and top-n-sigma leave excluded tokens in it.
+    """
+
+    name = "dynatemp"
+    defaults = rules.DynamicTemperature.defaults | {"top_k": 0, "typical_p": 1.0, "top_p": 1.0, "min_p": 0.0}
+
+    def candidates(self, logits: Tensor, context: Context) -> Tensor:
+        v, left = context.values, super().candidates(logits, context)
+        vocab = logits.shape[-1]
+        listed = torch.where(v.top_k > 0, v.top_k, vocab).clamp(max=vocab)
+        listed = listed - context.cache.get("dropped by xtc", 0)
+        shortened = (v.typical_p < 1) | (v.top_p < 1) | (v.min_p > 0)
+        return torch.where(shortened, left, torch.maximum(left, listed))
+
+
+class StrictTypical(rules.Typical):
+    """Typical as llama.cpp has it: a set of exactly the mass asked for is not enough."""
+
+    name = "typical"
+
+    def mass(self, context: Context) -> Tensor:
+        return context.values.typical_p / MASS_SHARE**2
 
 
 def counting_prompt(penalty: Processor) -> Processor:
@@ -75,11 +133,11 @@ def hf(params: Any) -> Pipeline:
 
 
 def vllm(params: Any) -> Pipeline:
-    """vLLM 0.33: min-p before top-k and top-p; presence and frequency count the output alone."""
+    """vLLM 0.33.0: min-p before top-k and top-p; presence, frequency and bad words see the output alone."""
     before = [
         rules.AllowedTokens(),
         rules.BannedTokens(),
-        rules.BadWords(),
+        OutputBadWords(),
         rules.SequenceBias(),
         rules.PrefixFunction(),
         rules.SuppressFirst(),
@@ -97,16 +155,17 @@ def vllm(params: Any) -> Pipeline:
         rules.TopP(),
     ]
     return Pipeline(
-        [*before, *after], name="vllm", tested_against="hand-computed tables of vLLM 0.33's rules",
+        [*before, *after], name="vllm", tested_against="vLLM 0.33.0",
         own_place=len(before), own_all_here=True,
     )  # fmt: skip
 
 
 def llamacpp(params: Any) -> Pipeline:
-    """llama.cpp (late 2025): temperature last, penalties over the whole text, the chain runs for greedy rows
-    too.
+    """llama.cpp b11549: temperature last, penalties over the whole text, the chain runs for greedy rows too.
 
-    With mirostat, only biases and the temperature run before it, as there.
+    With mirostat, only biases and the temperature run before it, as there. Two accidents of its arithmetic
+    are not copied: typical after top-n-sigma (its entropy is NaN there) and the count of mirostat 1 beyond
+    the largest int32.
     """
     before = [
         rules.LogitBias(),
@@ -126,24 +185,26 @@ def llamacpp(params: Any) -> Pipeline:
         rules.DRY(),
         rules.TopNSigma(),
         rules.TopK(),
-        rules.Typical(),
+        StrictTypical(),
         rules.TopP(),
         rules.MinP(),
-        rules.XTC(),
+        ListedXTC(),
         rules.Temperature(),
-        rules.DynamicTemperature(),
+        ListedDynamicTemperature(),
         rules.AdaptiveP(),
     ]
     if getattr(params, "mirostat", 0):
-        chain = [rules.Temperature(), rules.DynamicTemperature(), rules.Mirostat()]
+        chain = [rules.Temperature(), rules.Mirostat()]
     return Pipeline(
-        [*before, *chain], name="llamacpp", tested_against="hand-computed tables of llama.cpp's rules",
-        chain_when_greedy=True,
-    )  # fmt: skip
+        [*before, *chain], name="llamacpp", tested_against="llama.cpp b11549", chain_when_greedy=True
+    )
 
 
 def textgen(params: Any) -> Pipeline:
-    """text-generation-webui, its presets' order: penalties over the whole text, temperature first."""
+    """text-generation-webui 4.7.3, its presets' order: penalties over the whole text, temperature first.
+
+    There, XTC spares the newline token besides the end tokens; here, only a tokenizer could tell which that is.
+    """
     before = [
         rules.LogitBias(),
         rules.SequenceBias(),
@@ -179,8 +240,7 @@ def textgen(params: Any) -> Pipeline:
         rules.NoRepeatNGram(),
     ]
     return Pipeline(
-        [*before, *after], name="textgen",
-        tested_against="hand-computed tables of text-generation-webui's rules",
+        [*before, *after], name="textgen", tested_against="text-generation-webui 4.7.3",
         own_place=len(before), own_all_here=True,
     )  # fmt: skip
 

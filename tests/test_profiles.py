@@ -1,4 +1,7 @@
-"""Profiles against transformers itself, and against hand-computed cases for the other engines."""
+"""Profiles against transformers itself, and against hand-computed cases for the other engines.
+
+What the other engines made of the same logits is in `test_profile_vectors.py`.
+"""
 
 import math
 
@@ -211,9 +214,27 @@ def test_llamacpp_runs_the_chain_for_greedy_rows():
 def test_llamacpp_mirostat_leaves_the_other_rules_out():
     params = SamplingParams(temperature=1, mirostat=2, profile="llamacpp")
     names = [processor.name for processor in Pipeline.default().for_params(params)]
-    assert names[-3:] == ["temperature", "dynatemp", "mirostat"]
+    assert names[-2:] == ["temperature", "mirostat"]
     with pytest.raises(ParameterError, match="top_k=5 has no effect"):
         processed(params.replace(top_k=5), torch.zeros(1, 5), [1], 1)
+
+
+def test_llamacpp_counts_the_length_of_its_list_for_the_dynamic_temperature():
+    # (.5, .25, .25) and one banned: H / ln n is 1.0397 / ln 4 = .75 while the ban stays in the list, .9464 of
+    # the three that top-p leaves; the temperature is .5 + 1 * that
+    row = torch.tensor([[0.5, 0.25, 0.25, 1.0]]).log()
+    params = SamplingParams(temperature=1, dynatemp_range=0.5, banned_tokens=[3], profile="llamacpp")
+    ratio = math.log(2)
+    for top_p, temperature in ((1.0, 0.5 + 0.75), (0.999, 0.5 + 1.0397207708 / math.log(3))):
+        x = processed(params.replace(top_p=top_p), row, [1], 1)[0]
+        assert (x[0] - x[1]).item() == pytest.approx(ratio / temperature, rel=1e-5)
+
+
+def test_vllm_looks_for_bad_words_in_the_output_alone():
+    params = SamplingParams(temperature=1, bad_words=[[3, 1], [4]], profile="vllm")
+    assert kept(params, P, history=(1, 3), prompt=2) == [0, 1, 2, 3]  # 3 belongs to the prompt
+    assert kept(params, P, history=(1, 3), prompt=1) == [0, 2, 3]
+    assert kept(params.replace(profile="hf"), P, history=(1, 3), prompt=2) == [0, 2, 3]
 
 
 def test_textgen_truncates_at_temperature_and_min_p_last():
@@ -245,6 +266,9 @@ def test_textgen_guards_the_end_token_from_xtc():
         ("vllm", {"typical_p": 0.5}),
         ("llamacpp", {"tfs": 0.5}),
         ("textgen", {"top_h": 0.5}),
+        ("hf", {"dynatemp_range": 0.5}),
+        ("vllm", {"edt_theta": 0.5}),
+        ("llamacpp", {"dynatemp_range": 0.5, "mirostat": 2}),
     ],
 )
 def test_rules_that_an_engine_lacks_are_errors(name, field):

@@ -25,6 +25,7 @@ class Temperature(Edit):
 
     name = "temperature"
     defaults = {"temperature": 1.0, "dynatemp_range": 0.0, "edt_theta": 0.0}
+    gives_way_to = ("dynatemp_range", "edt_theta")  # read, but of no effect without the rule that divides
     keeps_argmax = True
     sampling_only = True
     identity_when_off = True
@@ -54,11 +55,15 @@ class DynamicTemperature(Edit):
     keeps_argmax = True
     sampling_only = True
 
+    def candidates(self, logits: Tensor, context: Context) -> Tensor:
+        """n of every row, [B, 1]."""
+        return (logits > NEG_INF).sum(-1, keepdim=True)
+
     def edit(self, logits: Tensor, context: Context) -> Tensor:
         v = context.values
         low = (v.temperature - v.dynatemp_range).clamp(min=0.0)
         high = v.temperature + v.dynatemp_range
-        n = (logits > NEG_INF).sum(-1, keepdim=True)
+        n = self.candidates(logits, context)
         normalised = entropy(logits) / n.clamp(min=2).log()
         return logits / (low + (high - low) * normalised.clamp(0.0, 1.0) ** v.dynatemp_exponent).clamp(
             min=1e-6
