@@ -141,10 +141,13 @@ def test_quantised_models_run_on_a_cpu_and_answer_as_transformers_does(saved, ki
     assert_nothing_leaked(engine)
 
 
-def test_four_bits_with_our_product_draw_the_same_tokens(saved):
+def test_four_bits_with_our_product_give_the_same_logits(saved):
     engine = load(saved, quantization="nf4-triton")
     assert type(engine.model.model.layers[0].mlp.gate_proj).__name__ == "FourBitLinear"
-    assert answers(engine) == answers(load(saved, quantization="nf4"))
+    want = load(saved, quantization="nf4").prefill(PROMPTS).logits
+    error = (engine.prefill(PROMPTS).logits - want).std() / want.std()
+    assert error < 0.1  # where a CPU has bfloat16 products bitsandbytes uses them; weights that are misread give 1.4
+    assert_nothing_leaked(engine)
 
 
 def test_quantisation_in_a_chosen_dtype(saved):
