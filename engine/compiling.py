@@ -109,9 +109,12 @@ class CompiledStep:
         weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
         # A code object of its own: torch counts recompilations for each code object, not for each model.
         forward = types.FunctionType(_forward.__code__.replace(), globals(), f"decode_{self._number}")
-        tuned = backend == "inductor" and model.device.type == "cuda"
+        # Modules stay as they are while an engine runs, so a step need not look at each of them again.
+        options = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        if backend == "inductor" and model.device.type == "cuda":
+            options |= ON_CUDA
         self._forward = torch.compile(
-            forward, fullgraph=True, dynamic=False, backend=backend, options=ON_CUDA if tuned else None
+            forward, fullgraph=True, dynamic=False, backend=backend, options=options
         )
 
     def takes(self, feed: Feed, hidden: bool) -> bool:

@@ -66,6 +66,11 @@ class BlockedLinear(nn.Module):
         """The plain weight [N, K], a copy."""
         return self._blocked.to_dense()
 
+    @property
+    def nbytes(self):
+        """Bytes of the weight, which is neither parameter nor buffer."""
+        return self._blocked.numel() * self._blocked.element_size()
+
     def forward(self, x):
         """x [..., K] in the weight's dtype -> [..., N]."""
         if torch.compiler.is_compiling():

@@ -9,6 +9,7 @@ from helpers import full_logits, tiny_llama
 
 from handloom import Engine, loading
 from handloom.errors import ModelError
+from handloom.kernels.blocked import BlockedLinear, supports
 from handloom.kernels.packed import PackedLinear, unpackable
 from handloom.packing import pack
 
@@ -20,11 +21,14 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 112}
 def test_a_packed_model_decodes_what_its_own_logits_say(tmp_path, kind, bits):
     tiny_llama(**WIDE).save_pretrained(tmp_path)
     engine = Engine.from_pretrained(tmp_path, quantization=kind, device="cpu", slots=2, max_length=64)
-    layers = [m for m in engine.model.modules() if isinstance(m, PackedLinear)]
     output = engine.model.get_output_embeddings()
-    assert len(layers) == 2 * 7 + 1
-    assert output.bits == 8
-    assert {m.bits for m in layers if m is not output} == {bits}
+    inner = [m for m in engine.model.modules() if isinstance(m, PackedLinear) and m is not output]
+    assert [m.bits for m in inner] == [bits] * 2 * 7
+    if kind == "int4-cpu" and supports(torch.bfloat16):
+        assert isinstance(output, BlockedLinear)
+        assert output.weight.dtype == torch.bfloat16
+    else:
+        assert output.bits == 8
     assert engine.dtype == torch.bfloat16
     assert engine.capabilities.path == "attention"
     for prompt, answer in zip(PROMPTS, engine.generate(PROMPTS, max_new_tokens=6), strict=True):
@@ -44,7 +48,8 @@ def test_tied_embeddings_stay_and_the_output_layer_gets_its_own_copy():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
         wanted, got = x.float() @ before.float().T, model.get_output_embeddings()(x).float()
-    assert float((got - wanted).norm() / wanted.norm()) < 0.02
+    bound = 0.004 if supports(torch.bfloat16) else 0.02  # a bfloat16 result, or 8-bit weights
+    assert float((got - wanted).norm() / wanted.norm()) < bound
 
 
 def test_int8_is_refused_where_torch_would_read_past_the_weight():
