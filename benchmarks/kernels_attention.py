@@ -110,12 +110,17 @@ def cells_of(heads: Heads, kind: str, batch: int, context: int, dtype: torch.dty
 
 
 def ours(cells: Cells) -> Run:
-    """Our attention where the cells lie: the CPU path with the step's plan made once, or the Triton kernels."""
-    if cells.q.device.type == "cpu":
-        blocks = (-(-cells.lengths // BLOCK)).tolist()
-        tables = [tuple(row[:n]) for row, n in zip(cells.table.tolist(), blocks, strict=True)]
-        plan = CellPlan(tables, cells.lengths.tolist(), BLOCK, alone=False)
-        return lambda: paged_attention_cpu(cells.q, cells.keys, cells.values, plan=plan)
+    """Our attention where the cells lie; on a CPU with the step's plan, which all layers share, made before."""
+    if cells.q.device.type == "cuda":
+        return triton(cells)
+    blocks = (-(-cells.lengths // BLOCK)).tolist()
+    tables = [tuple(row[:n]) for row, n in zip(cells.table.tolist(), blocks, strict=True)]
+    plan = CellPlan(tables, cells.lengths.tolist(), BLOCK, alone=False)
+    return lambda: paged_attention_cpu(cells.q, cells.keys, cells.values, plan=plan)
+
+
+def triton(cells: Cells) -> Run:
+    """The Triton kernels, with their scratch memory and result made before."""
     batch, _, heads, size = cells.q.shape
     splits = default_splits(batch, cells.keys.shape[2], cells.table.shape[1] * BLOCK, cells.q.device)
     workspace = attention_workspace(batch, 1, heads, size, splits, cells.q.device)
@@ -130,10 +135,8 @@ def ours(cells: Cells) -> Run:
     }
 
     def run():
-        return paged_attention(
-            cells.q, cells.keys, cells.values, cells.table, cells.lengths,
-            kernels="triton", splits=splits, workspace=workspace, out=out,
-        )  # fmt: skip
+        where = cells.q, cells.keys, cells.values, cells.table, cells.lengths
+        return paged_attention(*where, kernels="triton", splits=splits, workspace=workspace, out=out)
 
     return Call(run, exact)
 

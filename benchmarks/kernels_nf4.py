@@ -9,8 +9,9 @@ import typer
 
 from benchmarks import kernels_timing
 from benchmarks.kernels_timing import CACHES, Call, Run
+from handloom.kernels.blocked import BlockedLinear, unblockable
 from handloom.kernels.nf4 import FourBitWeight, four_bit_linear
-from handloom.kernels.packed import PackedLinear
+from handloom.kernels.packed import PackedLinear, unpackable
 
 BLOCKSIZE = 64  # weights that share a scale
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -89,16 +90,20 @@ def four_bit_bytes(shape: tuple[int, int]) -> int:
 
 
 def ours(layer: Layer) -> Run | None:
-    """Our product with the weight read in place: Triton on CUDA; on a CPU the reference, which makes it dense."""
+    """Our product with a weight that stays in 4 bits: Triton on CUDA; on a CPU the reference, which makes it dense."""
     try:
         weight = four_bit(layer.weight)
     except ImportError:
         return None
-    if layer.x.device.type == "cpu":
-        return lambda: four_bit_linear(layer.x, weight, kernels="torch")
-    out = layer.x.new_empty(len(layer.x), weight.shape[0])
-    exact = layer.product_bytes(four_bit_bytes(weight.shape))
-    return Call(lambda: four_bit_linear(layer.x, weight, kernels="triton", out=out), exact)
+    if layer.x.device.type == "cuda":
+        return triton(layer.x, weight, layer.product_bytes(four_bit_bytes(weight.shape)))
+    return lambda: four_bit_linear(layer.x, weight, kernels="torch")
+
+
+def triton(x: torch.Tensor, weight: FourBitWeight, exact: dict) -> Run:
+    """The Triton kernel, with its result's memory made before."""
+    out = x.new_empty(len(x), weight.shape[0])
+    return Call(lambda: four_bit_linear(x, weight, kernels="triton", out=out), exact)
 
 
 def bitsandbytes_linear(layer: Layer) -> Run | None:
@@ -120,14 +125,28 @@ def bitsandbytes_linear(layer: Layer) -> Run | None:
     return Call(lambda: made(layer.x), layer.product_bytes(four_bit_bytes(layer.weight.shape)))
 
 
+def plain(weight: torch.Tensor) -> torch.nn.Linear:
+    """A dense layer of this very weight."""
+    made = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    made.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return made
+
+
+def blocked(layer: Layer) -> Run | None:
+    """Our dense layer for a CPU, its weight in oneDNN's blocked layout."""
+    source = plain(layer.weight)
+    if layer.x.device.type != "cpu" or unblockable(source):
+        return None
+    made, size = BlockedLinear(source), layer.weight.numel() * layer.weight.element_size()
+    return Call(lambda: made(layer.x), layer.product_bytes(size))
+
+
 def packed(bits: int, layer: Layer) -> Run | None:
     """Our packed layer for a CPU, of so many bits."""
-    if layer.x.device.type != "cpu":
+    source = plain(layer.weight)
+    if layer.x.device.type != "cpu" or unpackable(source, bits, 32):
         return None
-    outputs, inputs = layer.weight.shape
-    plain = torch.nn.Linear(inputs, outputs, bias=False, dtype=layer.weight.dtype)
-    plain.weight.data = layer.weight
-    made = PackedLinear(plain, bits)
+    made = PackedLinear(source, bits)
     size = sum(part.numel() * part.element_size() for part in made.buffers())
     return Call(lambda: made(layer.x), layer.product_bytes(size))
 
@@ -141,6 +160,7 @@ SIDES = {
     "handloom": ours,
     "handloom int4": functools.partial(packed, 4),
     "handloom int8": functools.partial(packed, 8),
+    "handloom blocked": blocked,
     "bitsandbytes": bitsandbytes_linear,
     "dense": dense,
 }

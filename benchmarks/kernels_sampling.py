@@ -73,12 +73,18 @@ def settings_of(mode, logits):
 
 
 def ours(mode, logits) -> Run:
-    """Our call for a mode; on CUDA with its buffers kept, as a decode loop keeps them."""
+    """Our call for a mode."""
+    if logits.device.type == "cuda":
+        return fused(mode, logits)
     settings = settings_of(mode, logits)
-    if logits.device.type == "cpu":
-        return Call(lambda: sample(logits, **settings), {})  # its passes run in NumPy, which nothing counts
+    return Call(lambda: sample(logits, **settings), {})  # its passes run in NumPy, which nothing counts
+
+
+def fused(mode, logits) -> Run:
+    """The fused kernels, with their buffers kept as a decode loop keeps them."""
     from handloom.kernels.sample_fused import Plan, sample_fused
 
+    settings = settings_of(mode, logits)
     edits, logprobs = settings.get("edits"), settings.get("logprobs", False)
     plan = Plan(logits, rules=settings["rules"], edits=edits, logprobs=logprobs)
     traffic = fused_traffic(mode, logits, settings)

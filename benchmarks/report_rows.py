@@ -108,7 +108,11 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], list[str]]:
     """
     rows, unknown = [], []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise RowError(f"{path}: no text in UTF-8 ({error.reason} at byte {error.start})") from None
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
@@ -164,6 +168,8 @@ def _check(kind: str, fields: dict, place: str) -> None:
     missing = [name for name in names if fields.get(name) is None]
     if missing:
         raise RowError(f"{place}: a row of kind {kind!r} without {' and '.join(missing)}")
+    if not isinstance(fields.get("side", ""), str):
+        raise RowError(f"{place}: side is {fields['side']!r}, expected a name")
     for name in (*NUMBERS, measurement):
         if fields.get(name) is not None and not is_number(fields[name]):
             raise RowError(f"{place}: {name} is {fields[name]!r}, expected a number")

@@ -215,7 +215,7 @@ def circumstances(rows: list[Row]) -> str:
     versions = [
         f"{'Python' if name == 'python' else name} "
         + " / ".join(
-            _distinct(row.fields["versions"][name] for row in rows if name in row.fields["versions"])
+            _distinct(str(row.fields["versions"][name]) for row in rows if name in row.fields["versions"])
         )
         for name in names
     ]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from benchmarks.kernels_traffic import traffic  # noqa: E402
 from benchmarks.report_rows import newest, read  # noqa: E402
 from benchmarks.report_tables import tables  # noqa: E402
 from handloom.kernels.attention import paged_attention_reference  # noqa: E402
+from handloom.kernels.blocked import supports  # noqa: E402
 from handloom.kernels.sample_reference import apply_edits, scale, truncate  # noqa: E402
 
 FIGURES = {"operations", "bytes_read", "bytes_written", "passes"}
@@ -126,8 +128,9 @@ def test_attention_runs_end_to_end(tmp_path):
 def test_nf4_runs_end_to_end(tmp_path):
     pytest.importorskip("bitsandbytes")
     path = tmp_path / "rows.jsonl"
-    rows = invoke(path, "nf4", "--batch", "1", "--batch", "5", "--layer", "64x128", "--repeats", "1")
-    check(rows, ["handloom", "handloom int4", "handloom int8", "bitsandbytes", "dense"])
+    rows = invoke(path, "nf4", "--batch", "1", "--batch", "5", "--layer", "512x128", "--repeats", "1")
+    blocked = ["handloom blocked"] if supports(torch.bfloat16) else []
+    check(rows, ["handloom", "handloom int4", "handloom int8", *blocked, "bitsandbytes", "dense"])
     assert {(row["batch"], row["cache"]) for row in rows} == {
         (1, "warm"),
         (1, "cold"),
@@ -135,10 +138,10 @@ def test_nf4_runs_end_to_end(tmp_path):
         (5, "cold"),
     }
     read_bytes = {row["side"]: row["bytes_read"] for row in rows if row["batch"] == 5}
-    # 5 x 128 bf16 inputs; 64 * 128 weights of 2 bytes, or of half a byte and a float32 scale for every 64
-    assert read_bytes["dense"] == 5 * 128 * 2 + 64 * 128 * 2
-    assert read_bytes["bitsandbytes"] == 5 * 128 * 2 + 64 * 128 // 2 + 64 * 128 // 64 * 4
-    assert tables(newest(read([path])[0])).count("\n| cpu | 64x128 |") == 4
+    # 5 x 128 bf16 inputs; 512 * 128 weights of 2 bytes, or of half a byte and a float32 scale for every 64
+    assert read_bytes["dense"] == 5 * 128 * 2 + 512 * 128 * 2
+    assert read_bytes["bitsandbytes"] == 5 * 128 * 2 + 512 * 128 // 2 + 512 * 128 // 64 * 4
+    assert tables(newest(read([path])[0])).count("\n| cpu | 512x128 |") == 4
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,7 @@ def test_cells_are_even_or_ragged():
 def test_every_side_of_nf4_computes_its_layer():
     pytest.importorskip("bitsandbytes")
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
-    layer = nf4.Layer(x, nf4.weight_of((64, 256), torch.float32, "cpu"))
+    layer = nf4.Layer(x, nf4.weight_of((512, 256), torch.float32, "cpu"))
     exactly = x.double() @ layer.weight.double().T
     quantised = x.double() @ nf4.four_bit(layer.weight).dense().double().T
 
@@ -298,6 +301,7 @@ def test_every_side_of_nf4_computes_its_layer():
 
     with torch.no_grad():
         assert error("dense", exactly) < 1e-6
+        assert error("handloom blocked", exactly) < 1e-6
         assert error("handloom", quantised) < 1e-5
         assert error("bitsandbytes", quantised) < 1e-2
         assert error("handloom int8", exactly) < 2e-2
@@ -404,3 +408,37 @@ def test_the_timer_takes_a_few_short_calls_or_one_long_one_and_empties_the_cache
     assert CpuTimer(busy)(0) >= 0.06
     assert seen == ["run"]
     assert cache_bytes() >= 2**16
+
+
+def test_what_runs_on_cuda_computes_the_same_in_the_interpreter():
+    pytest.importorskip("triton")
+    pytest.importorskip("bitsandbytes")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["sampling"] * 7 + ["attention"] * 2 + ["nf4"]
+
+
+INTERPRETED = """
+import torch
+from benchmarks import kernels_attention as attention, kernels_nf4 as nf4, kernels_sampling as sampling
+
+for mode in sampling.MODES:
+    logits = sampling.logits_of("typical", 2, 300, torch.float32, "cpu")
+    ours, fused = sampling.ours(mode, logits)(), sampling.fused(mode, logits)()
+    assert ours.tokens.equal(fused.tokens), (mode, ours.tokens, fused.tokens)
+    assert mode != "everything" or torch.allclose(ours.logprob, fused.logprob, atol=1e-5)
+    print("sampling")
+for kind in attention.ROWS:
+    cells = attention.cells_of(attention.parse_heads("4/2x16"), kind, 2, 40, torch.float32, "cpu")
+    call = attention.triton(cells)
+    assert torch.allclose(attention.ours(cells)(), call(), atol=1e-5)
+    assert call.exact["bytes_read"] >= cells.needed
+    print("attention")
+x = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+layer = nf4.Layer(x, nf4.weight_of((64, 128), torch.float32, "cpu"))
+assert torch.allclose(nf4.ours(layer)(), nf4.triton(x, nf4.four_bit(layer.weight), {})(), atol=1e-4)
+print("nf4")
+"""

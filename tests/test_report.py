@@ -246,6 +246,7 @@ def test_sizes_have_units():
         (json.dumps({**call("a", 1.0), "time": "yesterday"}), "time is 'yesterday', expected ISO 8601"),
         (json.dumps(call("handloom", None)), "a row of kind 'sampling' without p50"),
         (json.dumps(call(None, 1.0)), "a row of kind 'sampling' without side"),
+        (json.dumps(call(3, 1.0)), "side is 3, expected a name"),
         (json.dumps(call("handloom", "fast")), "p50 is 'fast', expected a number"),
         (json.dumps(call("handloom", 1.0, batch="8")), "batch is '8', expected a number"),
         (json.dumps(step("handloom", 1, 5.0, mbu="90 %")), "mbu is '90 %', expected a number"),
@@ -429,6 +430,8 @@ def test_the_command_names_what_is_wrong(results, tmp_path):
         assert done.returncode != 0, arguments
         assert message in re.sub(r"\s*[│\n]\s*", " ", done.stderr), done.stderr
         assert "Traceback" not in done.stderr
+    (tmp_path / "noise.jsonl").write_bytes(b"\xff\xfe")
+    assert "noise.jsonl: no text in UTF-8" in report(tmp_path / "noise.jsonl").stderr
     results.write_text(results.read_text() + '{"half')
     assert f"report: {results}:5: not a JSON object" in report(results).stderr
 
