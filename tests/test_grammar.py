@@ -9,7 +9,7 @@ from helpers import assert_nothing_leaked, outcome, spell, text_engine, tiny_lla
 from languages import ASKED, END, A, B, Letters, Nested, V, Word, after, allowed, bound, read, step
 from tiny_tokenizers import byte_fallback, byte_level
 
-from handloom import Engine, SamplingParams, laws
+from handloom import Engine, SamplingParams, draw, laws
 from handloom.pipeline import Context, Pipeline
 from handloom.processors import Grammar, allow
 from handloom.processors.masks import unpack_bitmask
@@ -169,6 +169,38 @@ def test_laws_hold_for_a_grammar():
             return Even(self.count)
 
     laws.check_processor(Grammar(Even()))
+
+
+def test_the_sampler_takes_the_mask_and_draws_what_the_reference_draws():
+    grammar = Grammar(Nested())
+    params = [
+        SamplingParams(
+            temperature=1.3, top_k=9, repetition_penalty=1.2, logit_bias={A: -1.0}, processors=[grammar]
+        ),
+        SamplingParams(temperature=0.8, top_p=0.9),
+        SamplingParams(processors=[grammar]),
+        SamplingParams(temperature=2.0, processors=[grammar], banned_tokens=[B]),
+    ]
+    rows = Pipeline().bind(params, [[3, A]] * 4, vocab_size=V, eos_token_ids=[END])
+    assert rows.plan().unfused == []
+    source, text = torch.Generator().manual_seed(1), [[3, A] for _ in params]
+    for at in range(12):
+        lengths = torch.full((4,), 2 + at)
+        keys = {"seeds": torch.arange(4), "streams": torch.zeros(4, dtype=torch.int64)}
+        context = Context(
+            tokens=torch.tensor(text), lengths=lengths, prompt_lengths=torch.full((4,), 2), **keys
+        )
+        logits = torch.randn(4, V, generator=source) * 3
+        processed = rows.apply(logits, context)
+        want = draw(processed, keys["seeds"], lengths, keys["streams"], rows.greedy_rows())
+        drawn = rows.sample(logits, context)
+        assert torch.equal(drawn.tokens, want)
+        for row in (0, 2, 3):
+            finite = set(processed[row].isfinite().nonzero().flatten().tolist())
+            left = after(tuple(text[row][2:])) if END not in text[row] else {END}
+            assert finite == left - ({B} if row == 3 else set())
+        rows = rows.accept(drawn.tokens, context)
+        text = [[*row, int(token)] for row, token in zip(text, drawn.tokens, strict=True)]
 
 
 # -- the loop

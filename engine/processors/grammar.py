@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from handloom.errors import ParameterError
-from handloom.processors.base import NEG_INF, Context, Processor
-from handloom.processors.masks import WORD_BITS, unpack_bitmask
-from handloom.processors.matchers import METHODS, Matcher, Source, allow, as_matcher, forbid
+from handloom.processors.base import Context, Edit
+from handloom.processors.matchers import (
+    METHODS,
+    WORD_BITS,
+    Matcher,
+    Source,
+    allow,
+    as_matcher,
+    exclude,
+    forbid,
+)
 
 COMPLETE = "the grammar's text is complete, but the request excludes EOS (min_new_tokens, bans)"
 FAR = 16  # tokens that a matcher is rolled back for a row before the row gets a matcher of its own
@@ -116,7 +124,12 @@ class Places:
         return self.cursors[row].matcher, refused
 
 
-class Grammar(Processor):
+def upload(mask: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    return mask.pin_memory().to(device, non_blocking=True)
+
+
+class Grammar(Edit):
     """Allow only tokens that keep the output within a language; end-of-sequence only where it may end.
 
     Make one with `json_schema`, `regex`, `lark`, `ebnf` or `choice`, or from a matcher of your own: an object
@@ -132,7 +145,8 @@ class Grammar(Processor):
     """
 
     name = "grammar"
-    kind = "opaque"
+    kind = "opaque"  # asks the host at every step
+    identity_when_off = True
     defaults = {"stop_token_ids": (), "ignore_eos": False}
     before_temperature = True
 
@@ -244,16 +258,26 @@ class Grammar(Processor):
     def accept(self, memory: Places, tokens: Tensor, context: Context) -> Places:
         return memory.accept(tokens, context.values.flags)
 
-    def apply(self, logits: Tensor, context: Context) -> Tensor:
-        mask = self.mask(logits.shape[1], context)
-        if logits.is_cuda:
-            mask = mask.pin_memory().to(logits.device, non_blocking=True)
-        return logits.masked_fill(~unpack_bitmask(mask, logits.shape[1]), NEG_INF)
+    def mask(self, context: Context) -> Tensor:
+        """Which tokens may come next, packed [B, ceil(V / 32)] int32; all ones in rows that are off."""
+        mask = self._masks(context)
+        return (
+            mask if context.device is None or context.device.type == "cpu" else upload(mask, context.device)
+        )
 
-    def mask(self, vocab_size: int, context: Context) -> Tensor:
-        """Which tokens may come next, packed [B, ceil(V / 32)] int32 on the CPU; all ones in rows that are off."""
+    def exclude(self, buffer: Tensor, context: Context) -> None:
+        if buffer.device.type != "cpu":
+            super().exclude(buffer, context)
+            return
+        mask = self._masks(context)
+        for row, on in enumerate(context.values.flags):
+            if on:
+                exclude(buffer[row, :-1], mask[row])
+
+    def _masks(self, context: Context) -> Tensor:
+        """The mask on the CPU; each matcher is moved to its row's place."""
         flags = context.values.flags
-        mask = torch.full((len(flags), -(-vocab_size // WORD_BITS)), -1, dtype=torch.int32)
+        mask = torch.full((len(flags), -(-context.vocab_size // WORD_BITS)), -1, dtype=torch.int32)
         for row, on in enumerate(flags):
             if on:
                 try:

@@ -62,6 +62,20 @@ def forbid(mask: Tensor, tokens: Iterable[int]) -> None:
             words[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
 
 
+# The largest logit that a byte of a mask lets each of its eight tokens have.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+CEILINGS = np.where(_BITS, np.float32(np.inf), np.float32(-np.inf))
+
+
+def exclude(logits: Tensor, mask: Tensor) -> None:
+    """Set to -inf what a row of a packed mask excludes from `logits` [V] float32, in place on the CPU.
+
+    By a table and a minimum, as a branch for every token is many times slower.
+    """
+    limits = CEILINGS.take(mask.numpy().view(np.uint8), axis=0, mode="clip")
+    torch.minimum(logits, torch.from_numpy(limits).view(-1)[: len(logits)], out=logits)
+
+
 def as_matcher(given: Any) -> Matcher | None:
     """A `Matcher` from one, from an `llguidance.LLMatcher` or an `xgrammar.GrammarMatcher`; None: it is none.
 
