@@ -18,11 +18,13 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import RESULTS, in_turn, median_ratio, record, show
+from benchmarks.quiet import Neighbours
 from handloom import Engine, SamplingParams
 
 # Name of a side -> how handloom loads it; the first one is what the others are compared with in quality.
 OURS = {
     "float32": {"dtype": "float32"},
+    "plain": {"dtype": "float32", "layout": "plain"},
     "bfloat16": {"dtype": "bfloat16"},
     "int8-cpu": {"quantization": "int8-cpu"},
     "int4-cpu": {"quantization": "int4-cpu"},
@@ -38,6 +40,7 @@ COLUMNS = {
     "best": "tokens/s, best",
     "median": "median",
     "cpu_ms": "CPU ms/token",
+    "others": "cores that others took",
     "over_float32": "x generate float32",
     "over_same_dtype": "x generate, same dtype",
     "over_llama_cpp": "x llama.cpp",
@@ -134,12 +137,16 @@ def build(folder: str, names: list[str], steps: int, compiled: list[str]) -> tup
     return sides, models
 
 
-def timed(measure: Measure, rows: int, sample: bool, spent: list[float]) -> Callable[[int], float]:
+def timed(
+    measure: Measure, rows: int, sample: bool, spent: list[float], neighbours: Neighbours
+) -> Callable[[int], float]:
     """One side in one case; the processor time a token goes to `spent` (a loaded machine disturbs it less)."""
 
     def once(turn: int) -> float:
-        before, start = time.process_time(), time.perf_counter()
+        neighbours.wait()
+        begun, before, start = neighbours.start(), time.process_time(), time.perf_counter()
         rate = measure(rows, sample)
+        neighbours.stop(begun)
         tokens = rate * (time.perf_counter() - start)
         spent.append(1e3 * (time.process_time() - before) / tokens)
         return rate
@@ -147,17 +154,20 @@ def timed(measure: Measure, rows: int, sample: bool, spent: list[float]) -> Call
     return once
 
 
-def compare(sides: dict[str, Measure], repeats: int, rows: int, sample: bool) -> list[dict]:
+def compare(sides: dict[str, Measure], repeats: int, rows: int, sample: bool, patience: float) -> list[dict]:
     """All sides in turn; ratios are medians over the rounds, in which every side has run once."""
     spent = {name: [] for name in sides}
-    found = in_turn({n: timed(m, rows, sample, spent[n]) for n, m in sides.items()}, repeats)
+    neighbours = {name: Neighbours(patience) for name in sides}
+    found = in_turn({n: timed(m, rows, sample, spent[n], neighbours[n]) for n, m in sides.items()}, repeats)
     case = f"batch {rows}, {'sampling' if sample else 'greedy'}"
     table = []
     for name, rates in found.items():
         row = {"benchmark": "cpu", "case": case, "side": name, "repeats": repeats, "best": max(rates)}
         row |= {"median": statistics.median(rates), "cpu_ms": min(spent[name])}
+        seen = neighbours[name].seen[-repeats:]  # the rounds that count; those before warm up
+        row["others"] = statistics.median(seen) if seen else None
         row["over_float32"] = median_ratio(rates, found["generate float32"])
-        dtype = name.split()[1] if name.startswith("handloom") else ""
+        dtype = name.split()[1].replace("plain", "float32") if name.startswith("handloom") else ""
         if f"generate {dtype}" in found:
             row["over_same_dtype"] = median_ratio(rates, found[f"generate {dtype}"])
         if "llama.cpp" in found:
@@ -175,6 +185,9 @@ def main(
     steps: Annotated[int, typer.Option(min=2, help="new tokens of every answer")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="rounds in which all sides run in turn")] = 5,
     rows: Annotated[int, typer.Option(min=1, help="rows of the sampling case")] = 8,
+    patience: Annotated[
+        float, typer.Option(min=0, help="seconds to wait before each measurement for other processes to rest")
+    ] = 0.0,
     quality: Annotated[int, typer.Option(help="tokens of text for the perplexity; 0 leaves it out")] = 2048,
     output: Annotated[Path, typer.Option(help="rows are appended here")] = RESULTS / "cpu.jsonl",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON lines in place of a table")] = False,
@@ -197,7 +210,7 @@ def main(
     single = dict(built)
     if gguf is not None:
         single["llama.cpp"] = llama_cpp(gguf, prompt_of(tokenizer), steps, threads)
-    table = compare(single, repeats, 1, False) + compare(built, repeats, rows, True)
+    table = compare(single, repeats, 1, False, patience) + compare(built, repeats, rows, True, patience)
     about = {"model": Path(model).name, "steps": steps}
     table = [row | about | {"perplexity": scores.get(row["side"])} for row in table]
     table = record(table, output)

@@ -1,0 +1,99 @@
+"""benchmarks/cpu.py from end to end on a tiny model, and what it says of other processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import tiny_llama
+from tiny_tokenizers import byte_level
+
+from benchmarks import cpu, quiet
+from benchmarks.quiet import Neighbours, busy_seconds
+
+STAT = "cpu  1000 20 300 9000 700 10 5 15 0 0\ncpu0 1 1 1 1\n"
+
+
+def test_busy_time_leaves_out_idle_and_waiting():
+    assert busy_seconds(STAT, 100) == (1000 + 20 + 300 + 10 + 5 + 15) / 100
+
+
+@pytest.fixture
+def clocks(monkeypatch, tmp_path):
+    """Clocks to be set by hand, and two cores."""
+    stat = tmp_path / "stat"
+    now = {"busy": 0, "own": 0.0, "clock": 0.0}
+
+    class Clock:
+        process_time = staticmethod(lambda: now["own"])
+        perf_counter = staticmethod(lambda: now["clock"])
+        monotonic = staticmethod(lambda: now["clock"])
+
+        @staticmethod
+        def sleep(seconds):
+            now["clock"] += seconds
+            now["busy"] += now.get("per_second", 0) * seconds
+            set_stat()
+
+    def set_stat():
+        stat.write_text(f"cpu  {int(now['busy'])} 0 0 0 0 0 0 0 0 0\n")
+
+    set_stat()
+    now["write"] = set_stat
+    monkeypatch.setattr(quiet, "time", Clock)
+    monkeypatch.setattr(quiet, "STAT", stat)
+    monkeypatch.setattr(quiet.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(quiet.os, "cpu_count", lambda: 2)
+    return now
+
+
+def test_the_share_of_the_others_is_what_this_process_did_not_use(clocks):
+    neighbours = Neighbours()
+    start = neighbours.start()
+    clocks |= {"busy": 350, "own": 2.0, "clock": 3.0}  # 3.5 s of 2 x 3 s were used, 2 s of them here
+    clocks["write"]()
+    neighbours.stop(start)
+    assert neighbours.seen == [pytest.approx(1.5 / 6)]
+
+
+@pytest.mark.parametrize(("per_second", "waited"), [(0, 0.5), (200, 5.0)], ids=["quiet", "busy"])
+def test_waiting_ends_when_the_others_rest_or_patience_does(clocks, per_second, waited):
+    clocks["per_second"] = per_second
+    Neighbours(patience=5.0).wait()
+    assert clocks["clock"] == waited
+
+
+def test_without_a_count_of_the_system_nothing_is_known(monkeypatch):
+    monkeypatch.setattr(quiet, "STAT", Path("/nowhere"))
+    neighbours = Neighbours(patience=100.0)
+    neighbours.wait()
+    neighbours.stop(neighbours.start())
+    assert neighbours.seen == []
+
+
+def test_every_side_is_measured_in_both_cases(tmp_path, capsys):
+    folder, output = tmp_path / "model", tmp_path / "cpu.jsonl"
+    tokenizer = byte_level()
+    tiny_llama(vocab_size=max(len(tokenizer), 64)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    cpu.main(
+        str(folder), sides="float32,plain,bfloat16", steps=3, repeats=2, rows=2, quality=0, threads=1,
+        output=output, as_json=True,
+    )  # fmt: skip
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == [json.loads(line) for line in output.read_text().splitlines()]
+    names = [
+        "handloom float32",
+        "handloom plain",
+        "handloom bfloat16",
+        "generate float32",
+        "generate bfloat16",
+    ]
+    assert [(row["case"], row["side"]) for row in printed] == [
+        (case, name) for case in ("batch 1, greedy", "batch 2, sampling") for name in names
+    ]
+    for row in printed:
+        assert 0 < row["median"] <= row["best"]
+        assert row["others"] is None or 0 <= row["others"] <= 1
+    rates = {row["side"]: row for row in printed[:5]}
+    assert rates["generate float32"]["over_float32"] == 1.0
+    assert rates["handloom plain"]["over_same_dtype"] == rates["handloom plain"]["over_float32"]
