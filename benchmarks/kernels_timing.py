@@ -145,6 +145,7 @@ def rounds(sides: dict, repeats: int, budget: float, clock=time.perf_counter) ->
     """Measurements of sides that take turns, after a round that does not count.
 
     Args:
+        sides: each must have run before.
         repeats: most rounds that count. budget: seconds for all rounds, 0 for no limit. Where one round takes
             more than half of it, that round is the measurement.
     """
@@ -193,11 +194,13 @@ def exact(build: Build, inputs, size: int, device: str) -> dict:
     """What one call of a side does, counted: launches on CUDA, tensor operations, bytes of their operands, passes.
 
     Operands are counted once an operation: a lower bound of what an operation of several passes (a sort) moves.
-    Empty where the work is done outside of torch.
+    Empty where the work is done outside of torch. The side has run once after this.
     """
     run = build(inputs)
     if run is None:
         return {}
+    if isinstance(run, Call):
+        run()  # what a side does at its first call alone (bitsandbytes packs its weight) is not timed
     found = dict(run.exact) if isinstance(run, Call) else traffic(run)
     if "bytes_read" in found:
         found["passes"] = round(found["bytes_read"] / size, 1)

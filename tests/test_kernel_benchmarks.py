@@ -338,6 +338,10 @@ def test_known_costs_are_taken_as_they_are():
     assert exact(lambda x: None, None, 16, "cpu") == {}
     counted = {"operations": 1, "bytes_read": 16, "bytes_written": 16, "passes": 1.0}
     assert exact(lambda x: lambda: x + 1, torch.ones(4), 16, "cpu") == counted
+    seen = []
+    exact(lambda x: Call(lambda: seen.append("known"), {}), None, 16, "cpu")
+    exact(lambda x: lambda: seen.append("counted"), None, 16, "cpu")
+    assert seen == ["known", "counted"]  # every side has run once before it is timed
 
 
 def test_traffic_of_the_fused_kernels_by_hand():
