@@ -11,7 +11,6 @@ from .capture import upload
 from .feed import Feed
 from .kv import TRASH, ZERO
 from .pipeline import Context
-from .processors.huggingface import EXCLUSIVE
 from .request import Request
 from .sequence import Row
 
@@ -203,7 +202,7 @@ class Batch:
             seeds=self.seeds,
             streams=self.streams,
             params=self.sampler.params,
-            cache={EXCLUSIVE: True},
+            exclusive=True,
         )
 
     @torch.no_grad()

@@ -34,6 +34,7 @@ class Context:
     notes: what `apply` leaves for the `accept` of the same step (same Context).
     cache: what several processors of one step share, such as the history once it is built. A processor that
         must give up on a row leaves it without a token and says why in `cache["failures"][row]`.
+    exclusive: nobody goes back to the memory of an earlier step, so that it may be changed where it lies.
     """
 
     tokens: Any = None
@@ -49,6 +50,7 @@ class Context:
     memory: Any = None
     notes: dict = dataclasses.field(default_factory=dict)
     cache: dict = dataclasses.field(default_factory=dict)
+    exclusive: bool = False
     key: Any = None
 
     @property

@@ -14,9 +14,6 @@ from torch import Tensor
 from handloom.errors import ParameterError
 from handloom.processors.base import Context, Processor, committed
 
-EXCLUSIVE = (
-    "exclusive"  # key in a Context's cache: its owner never goes back, so memory may change where it is
-)
 SHARED = ("Tokenizer", "PreTrained", "Config")  # parts of class names of what a copy shares with its original
 
 
@@ -58,7 +55,7 @@ def _share(value: Any, memo: dict[int, Any], depth: int) -> None:
 class Instances:
     """A rule instance per row, and whether it is the row's own; one that is not is copied before it is called.
 
-    Immutable, but for what the loop does to instances that nobody else can reach (`EXCLUSIVE`).
+    Immutable, but for what the loop does to instances that nobody else can reach (`Context.exclusive`).
     """
 
     def __init__(self, rules: Sequence[Any], own: Sequence[bool]):
@@ -106,11 +103,10 @@ class HFProcessor(Processor):
             raise ParameterError(f"{self.name} reads token ids: give a Context with tokens and lengths")
         result, history, memory = logits.clone(), context.history, context.memory
         rules, own = list(memory.rules), list(memory.own)
-        exclusive = context.cache.get(EXCLUSIVE, False)
         for row, length in enumerate(context.lengths.tolist()):
             if not context.values.flags[row]:
                 continue
-            if not (exclusive and own[row]):
+            if not (context.exclusive and own[row]):
                 rules[row], own[row] = fork(rules[row]), True
             ids = history[row, :length]
             scores = rules[row](ids[ids >= 0][None].clone(), logits[row : row + 1].clone())
