@@ -16,7 +16,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def chosen(rows: list[Row], sections: list[str], where: list[str]) -> list[Row]:
-    """Rows of these kinds whose fields have these values; several values of one field are alternatives."""
+    """Rows of these kinds without those that have other values in these fields.
+
+    Several values of one field are alternatives; a row that has no such field is kept.
+    """
     unknown = set(sections) - set(CASES)
     if unknown:
         raise typer.BadParameter(f"--section {', '.join(sorted(unknown))}: expected {', '.join(CASES)}")
@@ -30,7 +33,7 @@ def chosen(rows: list[Row], sections: list[str], where: list[str]) -> list[Row]:
         row
         for row in rows
         if (not sections or row.kind in sections)
-        and all(str(row.fields.get(name)) in values for name, values in wanted.items())
+        and all(name not in row.fields or str(row.fields[name]) in values for name, values in wanted.items())
     ]
 
 
@@ -65,7 +68,8 @@ def main(
     ] = None,
     section: Annotated[list[str] | None, typer.Option(help=f"only {', '.join(CASES)}; repeatable")] = None,
     where: Annotated[
-        list[str] | None, typer.Option(help="only rows with FIELD=VALUE, such as mode=everything; repeatable")
+        list[str] | None,
+        typer.Option(help="FIELD=VALUE, such as mode=p: no rows with another value there; repeatable"),
     ] = None,
     write: Annotated[
         Path | None,
@@ -86,7 +90,9 @@ def main(
             say(f"{len(unknown)} rows of no known kind left out, the first at {unknown[0]}")
         rows = newest(chosen(rows, section or [], where or []), commit)
         if not rows:
-            raise RowError(f"no result rows{f' of commit {commit}' if commit else ''} in {len(paths)} files")
+            asked = f" of commit {commit}" if commit else ""
+            asked += " with these --section and --where" if section or where else ""
+            raise RowError(f"no result rows{asked} in {len(paths)} files")
         text = tables(rows)
         if write is None:
             print(text, end="")

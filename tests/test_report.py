@@ -15,6 +15,7 @@ from matplotlib import image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` is not installed; appended, so that it shadows nothing
 
+from benchmarks.report import chosen  # noqa: E402
 from benchmarks.report_plots import COLOURS, draw, plots  # noqa: E402
 from benchmarks.report_rows import RowError, newest, read  # noqa: E402
 from benchmarks.report_tables import LONG, insert, plain, size, tables  # noqa: E402
@@ -418,9 +419,19 @@ def test_one_command_writes_tables_and_plots(results, tmp_path):
     assert printed.stdout.strip() in text
 
 
+def test_where_keeps_rows_that_lack_the_field(tmp_path):
+    rows = parsed(
+        tmp_path, call("handloom", 1.0), call("handloom", 2.0, mode="k"), row(check="values", failed=0)
+    )
+    assert [r.fields.get("mode") for r in chosen(rows, [], ["mode=k"])] == ["k", None]
+    assert [r.fields.get("mode") for r in chosen(rows, [], ["mode=k", "mode=p", "failed=1"])] == ["p", "k"]
+    assert [r.kind for r in chosen(rows, ["checks"], [])] == ["checks"]
+
+
 def test_the_command_names_what_is_wrong(results, tmp_path):
     for arguments, message in (
         ((results, "--commit", "ffff"), "no result rows of commit ffff in 1 files"),
+        ((results, "--where", "mode=none"), "no result rows with these --section and --where in 1 files"),
         ((tmp_path / "none.jsonl",), f"{tmp_path / 'none.jsonl'}: No such file"),
         ((results, "--section", "samplin"), "expected decode, throughput"),
         ((results, "--where", "mode"), "expected FIELD=VALUE"),
