@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 from . import naive
 from .engine import Engine
 from .errors import ParameterError
+from .kernels import dispatch
 from .kernels.draw import draw
+from .kernels.sample_reference import apply_edits
 from .params import SamplingParams
 from .pipeline import Context, Pipeline, Rows
 from .request import Request
@@ -317,7 +319,9 @@ def check_processor(
 
     Off is identity, beside rows that are on; a row's result does not depend on the others; the same call
     gives the same bits; the input is untouched; exclusions make no NaN; `keeps_argmax` is true where it is
-    declared; forks and rewinds of its memory equal a replay; the fused draw takes the reference's token.
+    declared; forks and rewinds of its memory equal a replay. What the fused sampler makes of it is what its own
+    `apply` gives: the edited logits to the last bit, and the token of the draw, in torch and, where Triton or its
+    interpreter (TRITON_INTERPRET=1) can run, in the kernels.
 
     Args:
         rule: a Processor, a class of them, or a function (logits, context) -> logits.
@@ -358,16 +362,42 @@ def check_processor(
 def _same_as_reference(trial: Trial, rows: Rows, at: int, kernel: Callable | None, atol: float) -> None:
     """At one step of a trial, the fused draw takes the reference's token, and a kernel gives its logits."""
     context, logits = trial.context(range(4), at), trial.inputs[at]
-    reference = rows.apply(logits, context)
+    reference = rows.one_by_one(logits, context)
+
+    def same(law: str, got: Tensor, want: Tensor) -> None:
+        trial.equal(law, [got], [want], first_step=at)
+
+    same("rows.apply", rows.apply(logits, trial.context(range(4), at)), reference)
+    edits = rows.edits(logits, trial.context(range(4), at))
+    if edits is not None:
+        same("the sampler's edits", apply_edits(logits, **edits.arguments()), reference)
+        tokens = torch.tensor([row[at] for row in trial.tokens])
+        same(
+            "the sampler's edits at a token", edits.at(tokens)[:, None], reference.gather(1, tokens[:, None])
+        )
     if not reference.isneginf().all(-1).any():
         tokens = draw(reference, context.seeds, context.positions, context.streams, rows.greedy_rows())
-        fused = rows.sample(logits, trial.context(range(4), at)).tokens
-        trial.equal("the fused draw", [fused[:, None]], [tokens[:, None]])
+        for law, fused in _draws(trial, rows, logits, at):
+            same(law, fused[:, None], tokens[:, None])
     if kernel is not None:
         other = kernel(rows, logits, trial.context(range(4), at))
         trial.equal("the kernel's kept tokens", [other.isneginf()], [reference.isneginf()])
         error = float((other - reference).nan_to_num(0.0).abs().max())
         assert error <= atol, f"check_processor({trial.processor.name}): kernel off by {error:.2e}"
+
+
+def _draws(trial: Trial, rows: Rows, logits: Tensor, at: int) -> Iterator[tuple[str, Tensor]]:
+    """Tokens of one step, by every implementation that can run here."""
+    yield "the fused draw", rows.sample(logits, trial.context(range(4), at)).tokens
+    if dispatch.interpreting() and at == len(trial.inputs) - 1:  # Triton's interpreter is slow: one step
+        try:
+            with dispatch.use("triton"):
+                yield (
+                    "the draw of the Triton kernels",
+                    rows.sample(logits, trial.context(range(4), at)).tokens,
+                )
+        except dispatch.KernelUnavailable:  # no Triton, or no device function
+            return
 
 
 class Trial:
@@ -422,9 +452,11 @@ class Trial:
             rows = rows.accept(torch.tensor([self.tokens[i][at] for i in which]), context)
         return outputs, states
 
-    def equal(self, law: str, got: list[Tensor], want: list[Tensor], first_row: int = 0) -> None:
+    def equal(
+        self, law: str, got: list[Tensor], want: list[Tensor], first_row: int = 0, first_step: int = 0
+    ) -> None:
         """Raise AssertionError at the first value that is not the same."""
-        for step, (a, b) in enumerate(zip(got, want, strict=True)):
+        for step, (a, b) in enumerate(zip(got, want, strict=True), first_step):
             differs = (a != b) & ~((a != a) & (b != b))
             if differs.any():
                 row, token = differs.nonzero()[0].tolist()

@@ -304,6 +304,12 @@ class Rows:
         """Processed logits [B, V] float32; `logits` itself, which is never written to, when all are off."""
         return self._run([i for i, member in enumerate(self.members) if any(member.on)], logits, context)
 
+    def one_by_one(self, logits: Tensor, context: Context) -> Tensor:
+        """Processed logits by every processor's own `apply`, in order: what defines `apply` and `sample`."""
+        for member in self.active():
+            logits = guarded(member.processor, logits, self._view(member, context))
+        return logits
+
     def _run(self, members: Sequence[int], logits: Tensor, context: Context) -> Tensor:
         """Members one by one; neighbours that can edit in place share one copy of the logits."""
         buffer = None

@@ -9,7 +9,6 @@ from handloom.kernels.draw import draw
 from handloom.params import SamplingParams
 from handloom.pipeline import Context, Edit, Keep, Pipeline
 from handloom.processors import DEFAULT_ORDER, Bitmask
-from handloom.processors.base import guarded
 
 EOS = 7
 
@@ -183,7 +182,7 @@ class Program:
                 continue
             x, context, other = self.logits(texts), self.context(texts), self.context(texts)
             drawn = fused.sample(x, context)
-            processed = one_by_one(plain, x, other)
+            processed = plain.one_by_one(x, other)
             tokens = draw(processed, other.seeds, other.positions, other.streams, plain.greedy_rows())
             logprobs = processed.log_softmax(-1).gather(1, tokens.clamp(min=0)[:, None])[:, 0]
             yield drawn, tokens, logprobs, where(fused)
@@ -193,13 +192,6 @@ class Program:
                 (row, [*text, token]) for (row, text), token in zip(texts, committed.tolist(), strict=True)
             ]
             self.values.append((fused, plain, texts))
-
-
-def one_by_one(rows, logits, context) -> torch.Tensor:
-    """Processed logits by the definition: every processor's own `apply`, in order."""
-    for member in rows.active():
-        logits = guarded(member.processor, logits, rows._view(member, context))
-    return logits
 
 
 def where(rows) -> str:

@@ -11,16 +11,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
+from device_edits import capped
 from edit_programs import Cap, Program, compare
 
 from handloom.kernels import dispatch
-
-
-@triton.jit
-def capped(x, token_ids, cap):
-    return tl.where(x > cap, cap, x)
 
 
 class DeviceCap(Cap):

@@ -8,7 +8,8 @@ import torch
 from helpers import tiny_llama
 
 from handloom import Engine, ParameterError, Processor, SamplingParams, laws, naive
-from handloom.processors import DEFAULT_ORDER
+from handloom.kernels import dispatch
+from handloom.processors import DEFAULT_ORDER, Edit
 from handloom.strategies import beam_search, speculative
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
@@ -327,6 +328,73 @@ def test_check_processor_catches(rule, message):
     on = SamplingParams(temperature=1.0, top_a=0.2) if rule is OffButNot else None
     with pytest.raises(AssertionError, match=rf"check_processor\({rule.__name__}\).*({message})"):
         laws.check_processor(rule, on)
+
+
+class Strays(Edit):
+    """Writes to a token that it does not list."""
+
+    identity_when_off = True
+
+    def listed(self, context):
+        return context.lengths[:, None] % 7
+
+    def write(self, buffer, ids, context):
+        buffer.scatter_(1, ids + 1, 2.0)
+
+
+class OwnBits(Edit):
+    """Its way to exclude in torch is not what its mask says."""
+
+    def mask(self, context):
+        return torch.full((4, 2), 0x7FFFFFFF, dtype=torch.int32)
+
+    def exclude(self, buffer, context):
+        buffer[:, 30] = -torch.inf
+
+
+class SpoilsOff(Edit):
+    """Its exclusion reaches rows that are off."""
+
+    defaults = {"top_a": 0.0}
+
+    def mask(self, context):
+        return torch.full((len(context.lengths), 2), 0x0FFFFFFF, dtype=torch.int32)
+
+    def exclude(self, buffer, context):
+        buffer[:, 28:32] = -torch.inf
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Strays, "the sampler's edits: step"),
+        (OwnBits, "the sampler's edits: step 0, row 0, token 30"),
+        (SpoilsOff, "off is identity"),
+    ],
+)
+def test_check_processor_catches_edits_that_the_sampler_would_make_otherwise(rule, message):
+    on = SamplingParams(temperature=1.0, top_a=0.2) if rule is SpoilsOff else None
+    with pytest.raises(AssertionError, match=rf"check_processor\({rule.__name__}\).*{message}"):
+        laws.check_processor(rule, on)
+
+
+def test_check_processor_runs_device_functions():
+    pytest.importorskip("triton")
+    if not dispatch.interpreting():
+        pytest.skip("needs the interpreter")
+    import device_edits
+
+    class Shift(Edit):
+        defaults = {"shift": 0.0}
+        device = device_edits.shifted
+
+        def point(self, logits, ids, value):
+            return logits + value * (ids % 3)
+
+    laws.check_processor(Shift(2.0))
+    Shift.device = device_edits.shifted_wrongly
+    with pytest.raises(AssertionError, match="the draw of the Triton kernels: step 3"):
+        laws.check_processor(Shift(2.0))
 
 
 def test_check_processor_holds_a_kernel_against_the_reference():
