@@ -146,7 +146,7 @@ _BEAM = "beam search is a strategy: see handloom.strategies.beam"
 _SPECULATIVE = "speculative decoding is a strategy: see handloom.strategies.speculative"
 _GUIDANCE = "guidance needs a second forward pass: mix the logits of two States, or pass a processor"
 _ORDER = "the order of the rules belongs to the Pipeline: pass pipeline=Pipeline([...]) to the Engine"
-_GRAMMAR = "a grammar is a processor or a prefix function: pass processors=[...] or prefix_fn="
+_GRAMMAR = "a grammar is a processor: pass processors=[Grammar.json_schema(...)], from handloom.processors"
 _SCORES = (
     "ask for logprobs=<number of alternatives>; raw and processed log-probabilities are then in the result"
 )

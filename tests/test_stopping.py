@@ -3,13 +3,15 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import FIRST_BYTE, byte_fallback, byte_level, metaspace
+from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 from handloom.errors import HandloomError, ParameterError
 from handloom.params import SamplingParams
-from handloom.stopping import Emission, Progress, Stopper, StopSearch
+from handloom.stopping import Emission, Progress, Stopper, StopSearch, is_huggingface_criterion
 
 TOKENIZER = byte_level()
 EOS = TOKENIZER.eos_token_id
@@ -118,6 +120,57 @@ def test_a_criterion_may_return_its_reason():
     s = stopper(criteria=(lambda p: "", lambda p: "said so" if p.text.endswith("b") else False))
     run(s, spell("abc"))
     assert ended(s) == ("stop", "said so", "ab", 2)
+
+
+def test_a_criterion_may_give_every_request_an_instance_of_its_own():
+    class Third:
+        def __init__(self):
+            self.calls = 0
+
+        def for_request(self):
+            return Third()
+
+        def __call__(self, progress):
+            self.calls += 1
+            return self.calls == 3
+
+    rule = Third()
+    first, second = stopper(criteria=(rule,)), stopper(criteria=(rule,))
+    run(first, spell("abcd"))
+    run(second, spell("efgh"))
+    assert (ended(first), ended(second)) == (("stop", "Third", "abc", 3), ("stop", "Third", "efg", 3))
+    assert rule.calls == 0
+
+
+@pytest.mark.parametrize("verdict", [torch.tensor([True]), torch.tensor(True), True, 1])
+def test_transformers_criteria_get_ids_and_may_return_any_truth(verdict):
+    seen = []
+
+    class Theirs(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append((input_ids.dtype, input_ids.tolist(), scores))
+            return verdict if input_ids.shape[1] == 4 else torch.tensor([False])
+
+    s = stopper(prompt=[-1, 7, 8], criteria=(Theirs(),))  # position 0 was an embedding
+    run(s, [20, 21, 22])
+    assert ended(s)[:2] == ("stop", "Theirs")
+    assert seen == [(torch.int64, [[7, 8, 20]], None), (torch.int64, [[7, 8, 20, 21]], None)]
+
+
+@pytest.mark.parametrize(
+    ("criterion", "theirs"),
+    [
+        (MaxLengthCriteria(3), True),
+        (StoppingCriteriaList([MaxLengthCriteria(3)]), True),
+        (lambda input_ids, scores: False, True),
+        (lambda input_ids, scores, **kwargs: False, True),
+        (lambda progress: False, False),
+        (lambda input_ids: False, False),
+        (print, False),
+    ],
+)
+def test_whose_criterion_it_is(criterion, theirs):
+    assert is_huggingface_criterion(criterion) is theirs
 
 
 def test_criteria_cannot_change_the_request():
