@@ -41,6 +41,15 @@ class ZeroFilledTopNSigma(rules.TopNSigma):
         return logits.amax(-1, keepdim=True) - context.values.top_n_sigma * deviation
 
 
+class WarmTemperature(rules.Temperature):
+    """Temperature as vLLM has it: what lies between 0 and .01 counts as .01."""
+
+    name = "temperature"
+
+    def pack(self, rows: list[dict[str, Any]], context: Context) -> dict[str, Any]:
+        return {field: value.clamp(min=0.01) for field, value in super().pack(rows, context).items()}
+
+
 class OutputBadWords(rules.BadWords):
     """Bad words as vLLM has them: the beginning of a word counts in the output alone, not in the prompt."""
 
@@ -149,7 +158,7 @@ def vllm(params: Any) -> Pipeline:
         rules.RepetitionPenalty(),
         rules.FrequencyPenalty(),
         rules.PresencePenalty(),
-        rules.Temperature(),
+        WarmTemperature(),
         rules.MinP(),
         rules.TopK(),
         rules.TopP(),

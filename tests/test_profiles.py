@@ -185,6 +185,13 @@ def test_vllm_biases_before_penalties():
     assert processed(params, torch.ones(1, 5), [1], 1)[0, 1].item() == 2.0
 
 
+def test_vllm_has_no_temperature_between_0_and_a_hundredth():
+    x = torch.tensor([[1.0, 0.5]])
+    for temperature, divisor in ((1e-6, 0.01), (0.01, 0.01), (0.02, 0.02), (0.0, 1.0)):
+        result = processed(SamplingParams(temperature=temperature, profile="vllm"), x, [1], 1)
+        torch.testing.assert_close(result, x / divisor)
+
+
 def test_llamacpp_has_the_temperature_last():
     params = SamplingParams(temperature=0.5, top_p=0.8, profile="llamacpp")
     assert kept(params, P) == [0, 1, 2]  # at temperature 1: .5 + .2 + .15
