@@ -6,13 +6,17 @@ import torch
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 
 from .feed import Feed
+
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # transformers 5.17 gives layers that keep nothing a recurrent cache that stays empty
+    DummyLayer = LinearAttentionLayer
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 RECURRENT = {"conv", "linear_attention"}
@@ -23,6 +27,9 @@ EMPTY = {"dummy"}
 def layer_plan(config) -> list[tuple[str, dict]]:
     """(layer type, cache arguments) of each layer of a model's text configuration."""
     types, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    if isinstance(arguments, dict):  # transformers 5.17: the same for all layers, and no name for empty ones
+        arguments = [arguments] * len(types)
+        types = ["dummy" if kind in ("moe", "mlp") else kind for kind in types]
     return list(zip(types, arguments, strict=True))
 
 
@@ -121,7 +128,11 @@ class PagedCache(Cache):
                 layers.append(DummyLayer())
         super().__init__(layers=layers)
         self._paged = [layer for layer in layers if isinstance(layer, PagedLayer)]
-        self._stateful = [layer for layer in layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        self._stateful = [
+            layer
+            for layer, (kind, _) in zip(layers, plan, strict=True)
+            if isinstance(layer, LinearAttentionCacheLayerMixin) and kind not in EMPTY
+        ]
         self._linear = [layer in self._stateful and layer not in self._paged for layer in layers]
         self.feed: Feed | None = None
 
