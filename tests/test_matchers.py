@@ -96,6 +96,27 @@ def test_kinds_of_grammars(engine, backend):
         assert said["choice"].text in ('say "hi"', "a\\b", "two\nlines")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_schemas_may_be_given_in_several_ways(engine, backend):
+    class Model:
+        """As pydantic's."""
+
+        @staticmethod
+        def model_json_schema():
+            return {"enum": [7]}
+
+    settings = {"max_new_tokens": 40, "temperature": 1.0, "seed": 3, "logit_bias": {1: 8.0}}
+    said = [
+        engine.generate(
+            "x", processors=[Grammar.json_schema(schema, backend=backend, whitespace=False)], **settings
+        )
+        for schema in ({"enum": [7]}, '{"enum": [7]}', Model, True)
+    ]
+    assert [result.text for result in said[:3]] == ["7", "7", "7"]
+    assert said[3].finish_reason == "eos"
+    json.loads(said[3].text)
+
+
 def test_matchers_of_the_backends_are_taken_as_they_are(engine):
     import llguidance.hf
 

@@ -174,7 +174,7 @@ class Grammar(Edit):
         """
         if hasattr(schema, "model_json_schema"):
             schema = schema.model_json_schema()
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        text = schema if isinstance(schema, str) else json.dumps({} if schema is True else schema)
         return cls(Source("json_schema", text, backend, whitespace), tokenizer=tokenizer)
 
     @classmethod
