@@ -245,7 +245,7 @@ def calls(subject: Subject, case: Case, made: Side) -> dict[str, float | None]:
 
     names = ("launches_per_token", "syncs_per_token", "waits_per_token", "operations_per_token")
     found = dict.fromkeys(names)
-    if subject.model.device.type == "cuda":
+    if on_cuda(subject.model):
         for steps in STEPS:
             run(steps)
         counted = per_step(lambda n: device_calls(lambda: run(n)), *STEPS)
@@ -256,3 +256,8 @@ def calls(subject: Subject, case: Case, made: Side) -> dict[str, float | None]:
         counted = per_step(lambda n: operations(made.model, lambda: run(n)), *STEPS)
         found["operations_per_token"] = sum(counted.values())
     return found
+
+
+def on_cuda(model: PreTrainedModel) -> bool:
+    """Whether there are launches to count."""
+    return model.device.type == "cuda"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from benchmark_runs import Ticks, run_decode
 
 from benchmarks import llm_perf
 from benchmarks.common import Progress
-from benchmarks.llm_perf import Contender, Protocol, latency, report
+from benchmarks.llm_perf import Contender, Protocol, latency, memory, report
 from benchmarks.shapes import build, sizes
 from benchmarks.sides import Timeline
 from benchmarks.speed import Subject
@@ -57,6 +58,19 @@ def test_report_by_hand():
     assert found["prefill"]["throughput"] == {"unit": "samples/s", "value": 2 / 1.75}
     assert found["decode"]["throughput"] == {"unit": "tokens/s", "value": 4 / 3.25}
     assert found["per_token"]["throughput"] is None
+
+
+def test_memory_by_hand(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30_000_000, 100_000_000))
+    peak = SimpleNamespace(
+        device=torch.device("cuda"), resident=5_000_000, allocated=1_500_000, reserved=2_000_000
+    )
+    assert memory(peak) == {
+        "unit": "MB", "max_ram": 5.0, "max_global_vram": 70.0, "max_process_vram": None, "max_reserved": 2.0,
+        "max_allocated": 1.5,
+    }  # fmt: skip
+    peak = SimpleNamespace(device=torch.device("cpu"), resident=5_000_000, allocated=None, reserved=None)
+    assert memory(peak) == dict.fromkeys(MEMORY) | {"unit": "MB", "max_ram": 5.0}
 
 
 def test_protocol_runs_every_side_until_it_has_its_iterations_and_seconds(tmp_path):

@@ -1,6 +1,7 @@
 """What the speed benchmark makes of moments, and the moments that every side tells."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -183,6 +184,25 @@ def test_a_case_that_does_not_fit_is_skipped_with_its_reason(subject, capsys):
     rows = list(speed.measure(subject, cases, ["loop"], 1, 2**40, Progress()))
     assert "longest sequence is 2048" in rows[0][0]["skipped"]
     assert rows[1][0]["tokens_per_s"] > 0
+
+
+def test_calls_on_cuda_are_those_of_one_more_step(subject, monkeypatch):
+    """With a profiler that finds three launches a step and four on the way, and one sync a step."""
+    made = BareLoop(subject.model)
+    steps = []
+    monkeypatch.setattr(made, "answer", lambda requests, sampling: steps.append(requests[0].new_tokens))
+
+    def profiled(run):
+        run()
+        return Counter(launches=3 * steps[-1] + 4, syncs=steps[-1])
+
+    monkeypatch.setattr(speed, "device_calls", profiled)
+    monkeypatch.setattr(speed, "on_cuda", lambda model: True)
+    found = speed.calls(subject, Case(2, 8, 4), made)
+    assert steps == [*speed.STEPS] * 2  # the first ones warm up
+    assert found == {
+        "launches_per_token": 3, "syncs_per_token": 1, "waits_per_token": 0, "operations_per_token": None,
+    }  # fmt: skip
 
 
 @pytest.mark.slow
