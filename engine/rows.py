@@ -86,17 +86,19 @@ def put_memory(memory: Any, row: int, fresh: Any) -> Any:
 class Plan:
     """Where the members of a `Rows` run: the first `unfused` members one by one, then the fused sampler.
 
-    edits: members that edit there. temperature: [B] float32, 0 for greedy rows; None: no row needs one. rules: a
-    truncation rule of each member of `keeps`, None where its parameter is in memory and made in every step.
-    untouched: [B] bool, greedy rows for which no member is on; None: none.
+    edits: members that edit there. remembering: truncation rules there that have memory. rules: the truncation
+    rules in order, a member's index where its parameter is in memory, and made in every step. temperature: [B]
+    float32, 0 for greedy rows; None: no row needs one. untouched: [B] bool, greedy rows for which no member is on;
+    None: none. Where all rows are greedy, the last three are not needed: what the sampler truncates by keeps the
+    most probable token.
     """
 
     unfused: list[int]
     edits: list[int]
-    temperature: Tensor | None
-    keeps: list[int]
-    rules: tuple[Rule | None, ...]
-    untouched: Tensor | None
+    remembering: list[int]
+    rules: list[Rule | int] = dataclasses.field(default_factory=list)
+    temperature: Tensor | None = None
+    untouched: Tensor | None = None
 
 
 def reasons(
@@ -267,11 +269,12 @@ class Rows:
             self._plan = Plan(
                 unfused=chosen[: len(chosen) - len(fused)],
                 edits=[i for i in fused if i not in keeps and not self._is_temperature(i)],
-                temperature=self._temperature([i for i in fused if self._is_temperature(i)]),
-                keeps=keeps,
-                rules=tuple(None if remembers(self.members[i].processor) else self._rule(i) for i in keeps),
-                untouched=self._untouched(),
+                remembering=[i for i in keeps if remembers(self.members[i].processor)],
             )
+            if not all(self.greedy):
+                self._plan.temperature = self._temperature([i for i in fused if self._is_temperature(i)])
+                self._plan.rules = [i if i in self._plan.remembering else self._rule(i) for i in keeps]
+                self._plan.untouched = self._untouched()
         return self._plan
 
     def _is_temperature(self, index: int) -> bool:
@@ -386,20 +389,20 @@ class Rows:
         with the draw, with the tokens that `apply` and `kernels.draw` would give. On a CPU, and where all rows
         are greedy, the edits are made in one copy of the logits instead, which is cheaper there.
         """
+        plan, kernels = self.plan(), implementation(logits.device)
         if all(self.greedy):
-            processed = self.apply(logits, context)
+            processed = self._run([*plan.unfused, *plan.edits], logits, context)
             tokens = processed.argmax(-1)
             raw = logprob_of(logits, tokens)
-            return Drawn(
-                tokens, raw, raw if processed is logits else logprob_of(processed, tokens), processed
-            )
-        plan, kernels = self.plan(), implementation(logits.device)
+            final = raw if processed is logits else logprob_of(processed, tokens)
+            self._note(plan, context, tokens, final, processed)
+            return Drawn(tokens, raw, final, processed)
         if kernels == "torch":
             processed, edits = self._run([*plan.unfused, *plan.edits], logits, context), None
         else:
             processed = self._run(plan.unfused, logits, context)
             edits = self.edits(processed, context)
-        rules = (rule or self._rule(i, context) for i, rule in zip(plan.keeps, plan.rules, strict=True))
+        rules = (self._rule(rule, context) if isinstance(rule, int) else rule for rule in plan.rules)
         drawn = sample(
             processed,
             seeds=context.seeds,
@@ -426,21 +429,21 @@ class Rows:
         self, plan: Plan, context: Context, tokens: Tensor, logprobs: Tensor, edited: Tensor | Edits
     ) -> None:
         """Leave for `accept` of a fused rule with memory what probability any token had in what the rules left."""
+        if not plan.remembering:
+            return
+        temperature = (
+            plan.temperature if plan.temperature is None else plan.temperature.where(plan.temperature > 0, 1)
+        )
 
         def at(ids: Tensor) -> Tensor:
             values = edited.at(ids) if isinstance(edited, Edits) else edited.gather(1, ids[:, None])[:, 0]
-            return (
-                values
-                if plan.temperature is None
-                else values / torch.where(plan.temperature > 0, plan.temperature, 1.0)
-            )
+            return values if temperature is None else values / temperature
 
         def logprob(ids: Tensor) -> Tensor:
             return logprobs if ids is tokens else logprobs + (at(ids) - at(tokens))
 
-        for i, rule in zip(plan.keeps, plan.rules, strict=True):
-            if rule is None:
-                self._view(self.members[i], context).note(logprob)
+        for i in plan.remembering:
+            self._view(self.members[i], context).note(logprob)
 
     def greedy_rows(self) -> Tensor | None:
         """[B] bool: rows that take the argmax; None when there are none."""

@@ -130,14 +130,14 @@ def place(rule) -> int:
 class Program:
     """Rows that are advanced through the fused sampler, beside rows that are advanced rule by rule.
 
-    rng: makes every choice. The rows' history is padded to a fixed width, as in a recorded step.
+    rng: makes every choice. chain, requests: where they are not to be chosen.
     """
 
-    def __init__(self, rng: random.Random, vocab: int, rows: int = 4, **options):
+    def __init__(self, rng: random.Random, vocab: int, rows: int = 4, chain=None, requests=None, **options):
         self.rng, self.vocab = rng, vocab
         fusable = rng.random() < 0.7
-        self.chain = pipeline(rng, rows, fusable, **options)
-        requests = [request(rng, vocab, fusable) for _ in range(rows)]
+        self.chain = chain or pipeline(rng, rows, fusable, **options)
+        requests = requests or [request(rng, vocab, fusable) for _ in range(rows)]
         self.prompts = [
             [rng.randrange(min(vocab, 12)) for _ in range(rng.randint(1, 9))] for _ in range(rows)
         ]
@@ -185,6 +185,11 @@ class Program:
             processed = plain.one_by_one(x, other)
             tokens = draw(processed, other.seeds, other.positions, other.streams, plain.greedy_rows())
             logprobs = processed.log_softmax(-1).gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+            for i, (greedy, own) in enumerate(zip(plain.greedy, plain.chains, strict=True)):
+                if (
+                    greedy and own.chain_when_greedy
+                ):  # log-probabilities of greedy rows are without truncation
+                    logprobs[i] = drawn.logprobs[i]
             yield drawn, tokens, logprobs, where(fused)
             committed = tokens.clamp(min=0)
             fused, plain = fused.accept(drawn.tokens, context), plain.accept(committed, other)

@@ -1,5 +1,6 @@
 """Edits in the fused sampler: the tokens of one rule after the other, in any order, and what explain() says of it."""
 
+import math
 import os
 import random
 import subprocess
@@ -8,12 +9,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from edit_programs import Program, compare
+import torch
+from architectures import ARCHITECTURES
+from edit_programs import EOS, Program, compare, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handloom import Engine, SamplingParams
 from handloom import rows as rows_module
-from handloom.processors import DEFAULT_ORDER
+from handloom.kernels.sample_reference import apply_edits
+from handloom.pipeline import Context, Pipeline
+from handloom.processors import DEFAULT_ORDER, BannedTokens, LogitBias, RepetitionPenalty, SequenceBias
 from handloom.rows import unfused_alone
 
 VOCAB = 150
@@ -78,3 +84,120 @@ def test_programs_in_the_kernels():
 def test_more_programs_in_the_kernels():
     pytest.importorskip("triton")
     interpreted(8, 40)
+
+
+REQUESTS = [
+    SamplingParams(temperature=1.0, repetition_penalty=1.4, presence_penalty=0.5, penalty_window=6, top_k=20),
+    SamplingParams(
+        temperature=0.9, logit_bias={5: 2.0, 9: -3.0}, banned_tokens=(3, 4), frequency_penalty=0.4
+    ),
+    SamplingParams(temperature=1.2, mirostat=2, mirostat_tau=2.0, no_repeat_ngram_size=2, min_new_tokens=4),
+    SamplingParams(temperature=1.0, forced_tokens={1: 6, 3: 8}, allowed_tokens=tuple(range(40)), top_p=0.9),
+    SamplingParams(dry_multiplier=0.9, dry_allowed_length=1, suppress_first=(1, 2), repetition_penalty=1.2),
+    SamplingParams(
+        temperature=1.0, sequence_bias={(7,): 2.0, (7, 8): 3.0}, bad_words=[(5, 6), (11,)], p_less="norm"
+    ),
+]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_the_device_program_equals_the_eager_step(everywhere, monkeypatch):
+    if everywhere:
+        fused_everywhere(monkeypatch)
+    model = ARCHITECTURES["llama"]()
+    prompts = [[3, 5, 7, 9, 11], [1] * 7, [4], [2, 3] * 5, [9, 8, 7, 9, 8], [5] * 3]
+    params = [request.replace(seed=i, max_new_tokens=8 + i) for i, request in enumerate(REQUESTS)]
+    eager, program = (
+        Engine(model, graph=graph, slots=3, block_size=4).generate(prompts, params) for graph in (False, True)
+    )
+    for one, other in zip(eager, program, strict=True):
+        assert one.token_ids == other.token_ids
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-5)
+        assert other.raw_logprobs == pytest.approx(one.raw_logprobs, abs=1e-5)
+
+
+def of_profile(profile, rng):
+    """A random request of what a profile has."""
+    alone = SamplingParams(profile=profile)
+    read = {field for rule in Pipeline.default().for_params(alone) for field in rule.fields}
+    given = request(rng, VOCAB, fusable=rng.random() < 0.9).to_dict()
+    return alone.replace(**{name: value for name, value in given.items() if name in read})
+
+
+@pytest.mark.parametrize("profile", ["hf", "vllm", "llamacpp", "textgen"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_profiles_keep_their_order(profile, everywhere, monkeypatch):
+    """Random requests beside one that is greedy and one that samples and uses nothing else."""
+    if everywhere:
+        fused_everywhere(monkeypatch)
+    plain = [SamplingParams(profile=profile), SamplingParams(profile=profile, temperature=1.0)]
+    fused = []
+    for seed in range(12):
+        rng = random.Random(seed)
+        requests = [*plain, *(of_profile(profile, rng) for _ in range(3))]
+        program = Program(rng, VOCAB, rows=5, chain=Pipeline.default(), requests=requests)
+        fused += check(program, 4)
+    assert len(set(fused)) >= 4
+
+
+@torch.no_grad()
+def test_no_operation_of_the_edits_reads_a_value_back():
+    """On the meta device there are no values: whatever asks for one raises."""
+    rows = Pipeline.default().bind(
+        REQUESTS, [[1, 2, 3]] * len(REQUESTS), vocab_size=VOCAB, eos_token_ids={EOS}
+    )
+    rows.site.device = torch.device("meta")
+    rows._greedy_tensor = None
+    for member in rows.members:
+        member.values = None
+        if member.memory is not None:
+            member.memory = {name: tensor.to("meta") for name, tensor in member.memory.items()}
+    plan = rows.plan()
+    assert len(plan.edits) == 13
+    assert not plan.unfused
+
+    def empty(*shape):
+        return torch.zeros(*shape, dtype=torch.int64, device="meta")
+
+    context = Context(empty(6, 20), empty(6), empty(6), empty(6), empty(6))
+    drawn = rows.sample(torch.zeros(6, VOCAB, device="meta"), context)
+    rows.accept(drawn.tokens, context, every_row=True)
+    assert drawn.tokens.device.type == "meta"
+
+
+def test_bad_rows_have_nan_and_disturb_nobody(monkeypatch):
+    """NaN in a listed token, in one that is banned, and elsewhere; nothing left."""
+    x = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(3))
+    bad = x.clone()
+    bad[0, 9], bad[1, 3], bad[2, 77], bad[3] = math.nan, math.nan, math.nan, -math.inf
+    for everywhere in (False, True):
+        if everywhere:
+            fused_everywhere(monkeypatch)
+        rows = Pipeline.default().bind([REQUESTS[1]] * 5, [[1, 9]] * 5, vocab_size=VOCAB)
+        texts = torch.tensor([[1, 9]] * 5)
+        context = Context(
+            texts, *(torch.full((5,), 2) for _ in range(2)), torch.arange(5), torch.zeros(5).long()
+        )
+        good, drawn = rows.sample(x, context), rows.sample(bad, context)
+        assert drawn.raw_logprobs.isnan().tolist() == [True] * 4 + [False]
+        assert drawn.logprobs[[0, 2, 3]].isnan().all()
+        assert drawn.tokens[4] == good.tokens[4]
+        assert ((drawn.tokens >= 0) & (drawn.tokens < VOCAB)).all()
+
+
+def test_edits_of_rows_with_and_without_a_text():
+    """By hand: a bias twice on one token, a ban of a token that a penalty changes, a forced token that is banned."""
+    chain = Pipeline(
+        [LogitBias({1: 1.0, 2: 4.0}), RepetitionPenalty(2.0), BannedTokens((3,)), SequenceBias({(1,): 0.5})],
+        name="by hand",
+    )
+    rows = chain.bind([None] * 2, [[], []], vocab_size=5)
+    x = torch.tensor([[1.0, 2.0, -3.0, 3.0, -1.0], [1.0, 2.0, -3.0, 3.0, -1.0]])
+    texts = torch.tensor([[1, 3, 1, 4], [-1, -1, -1, -1]])
+    lengths = torch.tensor([4, 0])
+    edits = rows.edits(x, Context(texts, lengths, torch.zeros(2).long()))
+    want = [[1.0, 2.0, 1.0, -math.inf, -2.0], [1.0, 3.5, 1.0, -math.inf, -1.0]]
+    assert apply_edits(x, **edits.arguments()).tolist() == want
+    assert edits.at(torch.tensor([3, 1])).tolist() == [-math.inf, 3.5]
+    listed = [sorted(i for i in row if i >= 0) for row in edits.sparse.ids.tolist()]
+    assert listed == [[1, 2, 3, 4], [1, 2]]  # each once; the mask excludes 3 where no edit lists it
