@@ -1,23 +1,30 @@
 """Everything that needs a GPU, in one command of under 9 minutes that may be interrupted at any time.
 
-    python benchmarks/gpu_check.py               # checks, then timings
+    python benchmarks/gpu_check.py               # checks, then a short version of every benchmark
     python benchmarks/gpu_check.py --checks-only
+    python benchmarks/gpu_check.py --only large_steps --only many_rows
 
-First the checks: kernel values against their references on CUDA, bit equality of noise and tokens with the CPU, capture
-and replay in a CUDA graph. Then timings in replayed graphs, cold and warm. Each finished step appends its rows to
-benchmarks/results/gpu_check.jsonl, with commit, GPU and versions. Exit status: 0 all well, 1 a check failed, 2 no GPU.
-
-Other modules take part by adding a function to CHECKS (yields one text a failure) or TIMINGS (yields rows).
+First the checks: kernel values against their references on CUDA, bit equality of noise and tokens with the CPU, steps
+recorded in a CUDA graph against eager ones, no waits in the decode loop. Then timings, and last what was aimed at, what
+was measured and whether it was met. Every row is appended to benchmarks/results/gpu_check.jsonl as soon as it is there,
+with commit, GPU and versions. Each section has its share of the time; what one leaves over the next may use. Exit
+status: 0 all well, 1 a check failed, was interrupted or found no time, 2 no GPU. An aim that was missed is no failure.
 """
 
 import argparse
+import functools
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "0"
+if __name__ == "__main__":  # before Triton is imported; tests import this file into a process with an interpreter
+    os.environ["TRITON_INTERPRET"] = "0"
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: this folder must not be where `import kernels` looks
     sys.path[0] = str(ROOT)
@@ -25,11 +32,13 @@ sys.path.append(str(ROOT / "tests"))
 
 import torch
 
-from benchmarks import kernels as sampling
+from benchmarks import gpu_decode, kernels_attention, kernels_nf4, kernels_sampling, kernels_timing, speed
 from benchmarks.common import RESULTS, record, show
-from benchmarks.gpu_decode import COLUMNS, captured_steps, decode_timings, silent_steps
+from benchmarks.gpu_decode import DRY, FULL, Scale
+from benchmarks.gpu_targets import verdicts
 
-BUDGET = 9 * 60 - 30  # seconds; no step starts that is expected to end later
+BUDGET = 9 * 60 - 30  # seconds for all sections
+LAST_CALL = 9 * 60 - 15  # when a section that does not come back is broken off
 OUTPUT = RESULTS / "gpu_check.jsonl"
 
 
@@ -130,20 +139,166 @@ def graph_replay(device):
         yield "replays allocated memory"
 
 
-def sampling_timings(device):
-    """The settings that the aims are about, worst rows beside typical ones; `benchmarks/kernels.py` has the rest."""
-    for batch, vocab in ((1, 151936), (8, 151936), (64, 151936), (256, 151936), (8, 128256)):
-        for mode in ("greedy", "temperature", "k+p+min-p", "p", "everything"):
-            for kind in ("typical", "flat"):
-                sides = ["handloom", "transformers", "flashinfer"] if kind == "typical" else ["handloom"]
-                yield from sampling.measure(mode, kind, batch, vocab, "bf16", device, sides, 15)
+def attention_values(device):
+    """The attention kernel against an oracle over the rules of attention, as the tests do in the interpreter."""
+    from test_attention import DECODE, RAGGED, RULES, VERIFY, Case
+
+    shapes = [{**DECODE, **rule} for rule in RULES.values()] + [{**RAGGED, **RULES["all"]}]
+    shapes += [{**VERIFY, **RULES[rule], "tree": True} for rule in ("plain", "all")]
+    shapes += [{"dims": (128, 128), "heads": (8, 2), "lengths": (5, 900)}, {"dims": (256, 256), "block": 32}]
+    for change in shapes:
+        for dtype, splits in ((torch.bfloat16, 4), (torch.float32, 1)):
+            case = Case(**change, dtype=dtype)
+            try:
+                case.check(case.triton(splits=splits))
+            except AssertionError as error:
+                yield f"{change} {dtype}, {splits} splits: {str(error).splitlines()[0]}"
+            yield None
 
 
-CHECKS = [kernel_values, full_size_tokens, many_rows, graph_replay, captured_steps, silent_steps]
-TIMINGS = [decode_timings, sampling_timings]
+def nf4_values(device):
+    """Products with 4-bit weights against the dense product, in bitsandbytes' own layout."""
+    from test_nf4 import activations, check, quantized
+
+    for kind, nested in (("nf4", False), ("nf4", True), ("fp4", False)):
+        weight, _ = quantized(512, 4096, kind=kind, nested=nested)
+        for rows in (1, 2, 16, 40):
+            try:
+                check(weight, activations(rows, 4096, dtype=torch.bfloat16))
+            except AssertionError as error:
+                yield f"{kind}, nested {nested}, {rows} rows: {str(error).splitlines()[0]}"
+            yield None
 
 
-def driver():
+def sampling_timings(scale: Scale) -> Iterator[dict]:
+    """The settings that the aims are about, worst rows beside typical ones; `kernels.py` has the rest."""
+    batches = ((1, 151936), (8, 128256), (64, 151936), (256, 151936)) if scale.on_cuda else ((1, 512),)
+    kind = "bf16" if scale.on_cuda else "fp32"
+    for batch, vocab in batches:
+        for mode in ("k+p+min-p", "everything", "temperature"):
+            sides = ["handloom", "transformers", "flashinfer"] if mode == "k+p+min-p" else ["handloom"]
+            caches = ("warm", "cold") if mode == "k+p+min-p" else ("warm",)
+            measure = functools.partial(kernels_sampling.measure, caches=caches, budget=3.0)
+            yield from measure(mode, "typical", batch, vocab, kind, scale.device, sides, 9)
+    yield from measure("k+p+min-p", "flat", batch, vocab, kind, scale.device, ["handloom"], 9)
+    yield from seed_timings(scale)
+
+
+def seed_timings(scale: Scale) -> Iterator[dict]:
+    """One call with a seed of its own for every row, and with one seed for all."""
+    from handloom.kernels.sample import sample
+
+    rows, vocab = (64, 128256) if scale.on_cuda else (2, 512)
+    logits = torch.randn(rows, vocab, device=scale.device).to(scale.dtype)
+    count = torch.arange(rows, device=scale.device)
+    keys = {"handloom": count, "one seed": torch.zeros_like(count)}
+
+    def build(seeds, inputs):
+        return lambda: sample(inputs, seeds=seeds, positions=count)
+
+    builders = {name: functools.partial(build, seeds) for name, seeds in keys.items()}
+    about = {"benchmark": "kernels/seeds", "batch": rows, "vocab": vocab}
+    yield from kernels_timing.measure(
+        builders,
+        logits,
+        logits.nbytes,
+        device=scale.device,
+        caches=("warm",),
+        repeats=15,
+        budget=3.0,
+        about=about,
+    )
+
+
+def attention_timings(scale: Scale) -> Iterator[dict]:
+    """Decode attention of one layer at the shapes of Llama 1B and 8B."""
+    heads = ("32/8x128", "32/8x64") if scale.on_cuda else ("4/2x16",)
+    grid = ((1, 2048), (1, 32768), (64, 2048)) if scale.on_cuda else ((1, 40),)
+    for text in heads:
+        for batch, context in grid:
+            yield from kernels_attention.measure(
+                kernels_attention.parse_heads(text), "ragged" if batch > 1 else "even", batch, context,
+                "bf16" if scale.on_cuda else "fp32", scale.device, list(kernels_attention.SIDES), 9,
+                caches=("cold",), budget=2.0,
+            )  # fmt: skip
+
+
+def nf4_timings(scale: Scale) -> Iterator[dict]:
+    """Single 4-bit layers: our kernel, bitsandbytes', the dense layer."""
+    layers = ("8B gate_proj", "8B down_proj") if scale.on_cuda else ("64x128",)
+    for name in layers:
+        for batch in scale.quantised:
+            yield from kernels_nf4.measure(
+                name, kernels_nf4.parse_layer(name), batch, "bf16" if scale.on_cuda else "fp32", scale.device,
+                ["handloom", "bitsandbytes", "dense"], 9, caches=("cold",), budget=2.0,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the check.
+
+    Args:
+        run: of a device for kernel checks, of a `Scale` else; yields failures (None for a case that is well) or rows.
+        seconds: its share of the time.
+        kind: `kernel` or `engine` checks, or `timing`. cuda: whether there is nothing to run on a CPU.
+    """
+
+    run: Callable
+    seconds: float
+    kind: str
+    cuda: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line."""
+        return self.run.__name__
+
+
+SECTIONS = [
+    Section(gpu_decode.recorded_steps, 50, "engine"),
+    Section(gpu_decode.silent_steps, 20, "engine"),
+    Section(gpu_decode.compiled_steps, 30, "engine"),
+    Section(attention_values, 25, "kernel", cuda=True),
+    Section(graph_replay, 8, "kernel", cuda=True),
+    Section(nf4_values, 8, "kernel", cuda=True),
+    Section(full_size_tokens, 30, "kernel", cuda=True),
+    Section(many_rows, 8, "kernel", cuda=True),
+    Section(kernel_values, 40, "kernel", cuda=True),
+    Section(gpu_decode.large_steps, 110, "timing"),
+    Section(gpu_decode.small_steps, 60, "timing"),
+    Section(gpu_decode.many_rows, 45, "timing"),
+    Section(sampling_timings, 25, "timing"),
+    Section(gpu_decode.four_bits, 25, "timing"),
+    Section(gpu_decode.contexts, 15, "timing"),
+    Section(attention_timings, 12, "timing"),
+    Section(nf4_timings, 12, "timing"),
+    Section(gpu_decode.waits_of_replacement, 5, "timing"),
+]
+
+
+class OutOfTime(Exception):
+    """A section ran past the end of the whole check."""
+
+
+@contextmanager
+def last_call(seconds: float):
+    """Break off whatever runs after so many seconds, a compilation that does not come back included."""
+
+    def ring(number, frame):
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@functools.cache
+def driver() -> str | None:
     """GPU name and driver version as nvidia-smi tells them, or None."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
@@ -152,68 +307,132 @@ def driver():
         return None
 
 
-def run_checks(device, deadline):
-    """Run each check, keep its row; returns the number of checks that failed or found no time."""
-    failed = 0
-    for check in CHECKS:
-        if time.monotonic() > deadline:
-            print(f"{check.__name__}: no time left")
-            failed += 1
-            continue
-        started = time.monotonic()
-        try:
-            failures = list(check(device))
-        except Exception as error:  # noqa: BLE001 - one broken check must not keep the others from running
-            failures = [f"{type(error).__name__}: {error}"]
-        seconds = round(time.monotonic() - started, 1)
-        row = {
-            "check": check.__name__,
-            "failures": failures[:20],
-            "failed": len(failures),
-            "seconds": seconds,
-        }
-        record([row | {"driver": driver()}], OUTPUT)
-        failed += bool(failures)
-        print(f"{'FAILED' if failures else 'ok':7}{check.__name__} ({seconds} s)")
-        for text in failures[:20]:
-            print(f"       {text[:300]}")
-    return failed
-
-
-def run_timings(device, deadline):
-    """Run timings until the time is up; every row is kept as soon as it is there."""
-    rows = []
-    for timing in TIMINGS:
-        for row in timing(device):
-            rows += record([row | {"driver": driver()}], OUTPUT)
-            if time.monotonic() > deadline:
-                print("time is up; what is missing was not measured")
+def run_check(section: Section, scale: Scale, end: float, output: Path) -> bool:
+    """Run a check until it is done or its time is up, and keep its row; whether all is well."""
+    started, failures, cases, done = time.monotonic(), [], 0, False
+    try:
+        for found in section.run(scale.device if section.kind == "kernel" else scale):
+            cases += 1
+            failures += [] if found is None else [found]
+            if time.monotonic() > end:
                 break
-    decoded = [row for row in rows if "ms_per_token" in row]
-    show("decoding, weights at real shapes, bfloat16", COLUMNS, decoded)
-    sampled = [row for row in rows if "vocab" in row]
-    show("sampling, microseconds of device time a call in a replayed graph", sampling.COLUMNS, sampled)
+        else:
+            done = True
+    except OutOfTime:
+        raise
+    except Exception as error:  # noqa: BLE001 - one broken check must not keep the others from running
+        failures.append(f"{type(error).__name__}: {error}")
+        done = True
+    row = {"check": section.name, "failures": failures[:20], "failed": len(failures), "complete": done}
+    record([row | {"seconds": round(time.monotonic() - started, 1), "driver": driver()}], output)
+    word = "FAILED" if failures else "ok" if done else "SHORT"
+    print(
+        f"{word:7}{section.name} ({time.monotonic() - started:.1f} s{'' if done else f', cut off after {cases}'})"
+    )
+    for text in failures[:20]:
+        print(f"       {text[:300]}")
+    return done and not failures
 
 
-def main():
+def run_timing(section: Section, scale: Scale, end: float, output: Path) -> list[dict]:
+    """Run a timing until it is done or its time is up; every row is kept as soon as it is there."""
+    started, rows, note = time.monotonic(), [], ""
+    try:
+        for row in section.run(scale):
+            rows += record([row | {"section": section.name, "driver": driver()}], output)
+            if time.monotonic() > end:
+                note = ", cut off: its time is up"
+                break
+    except OutOfTime:
+        raise
+    except Exception as error:  # noqa: BLE001 - one broken timing must not keep the others from running
+        note = f", BROKEN: {type(error).__name__}: {str(error)[:300]}"
+    print(f"       {section.name}: {len(rows)} rows ({time.monotonic() - started:.1f} s{note})", flush=True)
+    return rows
+
+
+def run(
+    sections: list[Section], scale: Scale, budget: float, output: Path, alarm: bool = True
+) -> tuple[bool, list]:
+    """Run sections in order, each until its share of the time and what was left before it is used up.
+
+    Args:
+        budget: seconds for all. alarm: break off what runs past the end of all.
+
+    Returns:
+        Whether all checks are well, and all rows.
+    """
+    started, share, well, rows = time.monotonic(), budget / sum(s.seconds for s in sections), True, []
+    limit = last_call(budget + LAST_CALL - BUDGET) if alarm else contextmanager(lambda: iter([None]))()
+    end = started
+    try:
+        with limit:
+            for section in sections:
+                end = max(end, started) + share * section.seconds
+                if section.kind == "timing":
+                    rows += run_timing(section, scale, end, output)
+                else:
+                    well &= run_check(section, scale, end, output)
+    except OutOfTime:
+        print("time is up; what is missing was not measured")
+    except KeyboardInterrupt:
+        print(f"interrupted; finished rows are in {output}")
+        well = False
+    return well, rows
+
+
+def tell(rows: list[dict], output: Path) -> None:
+    """The tables, and what was aimed at beside what was measured."""
+    decoded = [row for row in rows if row.get("benchmark", "").startswith("decode/")]
+    show(
+        "decoding, random weights at real shapes",
+        {"model": "model", "mode": "mode", **speed.COLUMNS},
+        decoded,
+    )
+    for name, module in (
+        ("sampling", kernels_sampling),
+        ("attention", kernels_attention),
+        ("nf4", kernels_nf4),
+    ):
+        kernel = [row for row in rows if row.get("benchmark") == f"kernels/{name}"]
+        show(f"{name}, microseconds of device time a call in a replayed graph", module.COLUMNS, kernel)
+    figures = [row for row in rows if "figure" in row]
+    show("figures", {"figure": "figure", "value": "value", "greedy_ms": "greedy ms"}, figures)
+    aims = verdicts(rows)
+    record([aim | {"driver": driver()} for aim in aims], output)
+    show("aims", {"target": "target", "wanted": "wanted", "measured": "measured", "met": "met"}, aims)
+
+
+def chosen(names: list[str] | None, checks_only: bool, on_cuda: bool = True) -> list[Section]:
+    """The sections that were asked for."""
+    known = {s.name: s for s in SECTIONS if on_cuda or not s.cuda}
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise SystemExit(f"--only {', '.join(unknown)}: expected {', '.join(known)}")
+    kept = [known[name] for name in names] if names else list(known.values())
+    return [s for s in kept if s.kind != "timing" or not checks_only]
+
+
+def main() -> int:
     """Run what the command line asks for; see the module's text."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checks-only", action="store_true")
+    parser.add_argument("--checks-only", action="store_true", help="no timings")
+    parser.add_argument("--only", action="append", metavar="SECTION", help="this section; may be repeated")
+    parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)  # tiny, on a CPU: for the tests
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all sections")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="rows are appended here")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not options.dry and not torch.cuda.is_available():
         print("gpu_check: no CUDA device here; nothing was checked", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + BUDGET
-    try:
-        failed = run_checks("cuda", deadline)
-        if not options.checks_only:
-            run_timings("cuda", deadline)
-    except KeyboardInterrupt:
-        print(f"interrupted; finished steps are in {OUTPUT}")
-        return 1
-    return 1 if failed else 0
+    scale = DRY if options.dry else FULL
+    well, rows = run(
+        chosen(options.only, options.checks_only, scale.on_cuda), scale, options.budget, options.output
+    )
+    tell(rows, options.output)
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

@@ -1,18 +1,31 @@
-"""The engine's part of the GPU check: captured steps against eager ones, syncs, and decode speed at real shapes."""
+"""The engine's part of the GPU check: recorded steps against eager ones, waits for the device, speed at real shapes.
 
+Every function takes a `Scale`; `DRY` is small enough for a CPU, so that tests run every line of what CUDA runs.
+"""
+
+import gc
+import statistics
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks import speed
+from benchmarks.bandwidth import read_bandwidth
+from benchmarks.rivals import COMPILED, side
+from benchmarks.shapes import build, config_of, sizes
+from benchmarks.sides import Sampling, twin
+from benchmarks.speed import Case, Subject
 from handloom import Engine, SamplingParams
 
-ARCHITECTURES = ("llama", "gemma2", "gpt_oss", "mixtral", "bloom", "deepseek_v3", "jamba")
 PROMPTS = [[3, 5, 7, 9, 11], [1] * 17, [4], [2, 3] * 20, [9, 8, 7, 6, 5, 4, 3, 2, 1], [5] * 23]
 EVERYTHING = {
     "temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1,
-    "presence_penalty": 0.1, "frequency_penalty": 0.1, "seed": 1,
+    "presence_penalty": 0.1, "frequency_penalty": 0.1, "seed": 1, "logprobs": 1,
 }  # fmt: skip
 MIXED = [
     SamplingParams(max_new_tokens=12),
@@ -22,152 +35,300 @@ MIXED = [
     SamplingParams(temperature=1.2, mirostat=2, max_new_tokens=11, seed=5),
     SamplingParams(stop_token_ids=tuple(range(40)), temperature=1.0, seed=6, max_new_tokens=40),
 ]
-COLUMNS = ("shape", "batch", "mode", "side", "ms_per_token", "tokens_per_s", "share_of_ceiling")
+CHAIN = Sampling(temperature=0.8, top_k=50, top_p=0.95)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Llama's sizes; weights are random."""
+class Scale:
+    """How large everything is.
 
-    name: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    inner: int
-    vocab: int = 128256
-    tied: bool = False
+    Args:
+        small, large: shapes, see `shapes.SHAPES`. architectures: of the tests, whose recorded steps are compared.
+        prompt, new: tokens of a prompt and its answer. few: of an answer of a slow side.
+        contexts: lengths before the answer. rows: of a large batch; requests: ragged ones that share it.
+        quantised: batches at which 4 bits are compared.
+    """
 
-    def build(self, device, dtype=torch.bfloat16):
-        """The model, in evaluation mode, made on the device."""
-        config = AutoConfig.for_model(
-            "llama", hidden_size=self.hidden, num_hidden_layers=self.layers, num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads, intermediate_size=self.inner, vocab_size=self.vocab,
-            tie_word_embeddings=self.tied, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    device: str
+    small: str
+    large: str
+    dtype: torch.dtype
+    architectures: tuple[str, ...]
+    prompt: int = 128
+    new: int = 96
+    few: int = 24
+    contexts: tuple[int, ...] = (256, 2048, 8192, 32768)
+    rows: int = 64
+    requests: int = 192
+    quantised: tuple[int, ...] = (1, 4, 16, 64)
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether there is a device to wait for."""
+        return self.device == "cuda"
 
 
-SHAPES = [
-    Shape("Llama-3.2-1B", 2048, 16, 32, 8, 8192, tied=True),
-    Shape("Llama-3.1-8B", 4096, 32, 32, 8, 14336),
-]
+FULL = Scale(
+    "cuda", "Llama-3.2-1B", "Llama-3.1-8B", torch.bfloat16,
+    ("llama", "gemma2", "gpt_oss", "mixtral", "bloom", "deepseek_v3", "jamba"),
+)  # fmt: skip
+DRY = Scale(
+    "cpu", "tiny", "tiny", torch.float32, ("llama",),
+    prompt=8, new=6, few=3, contexts=(16,), rows=2, requests=4, quantised=(1, 3),
+)  # fmt: skip
 
 
-def captured_steps(device):
-    """Tokens of captured steps equal those of eager steps on the same device, over architectures and processors."""
-    from architectures import ARCHITECTURES as BUILDERS
+# -- checks: each yields one text a failure
 
-    for name in ARCHITECTURES:
-        model = BUILDERS[name]().to(device)
-        eager = Engine(model, slots=3, graph=False).generate(PROMPTS, MIXED)
+
+def recorded_steps(scale: Scale) -> Iterator[str]:
+    """Tokens of recorded steps equal those of eager steps on the same device, over architectures and processors."""
+    from architectures import ARCHITECTURES
+
+    for name in scale.architectures:
+        model = ARCHITECTURES[name]().to(scale.device)
+        if type(model)._can_set_experts_implementation():
+            model.set_experts_implementation("batched_mm")  # the default reads sizes on the host in float32
+        eager = Engine(model, slots=3, graph=False).generate(PROMPTS, MIXED, progress=False)
         engine = Engine(model, slots=3, graph=True)
         for turn in range(2):
-            for want, got in zip(eager, engine.generate(PROMPTS, MIXED), strict=True):
-                if (want.token_ids, want.finish_reason) != (got.token_ids, got.finish_reason):
-                    yield f"{name}, turn {turn}, request {got.request}: {want.token_ids} != {got.token_ids}"
+            got = engine.generate(PROMPTS, MIXED, progress=False)
+            for want, have in zip(eager, got, strict=True):
+                if (want.token_ids, want.finish_reason) != (have.token_ids, have.finish_reason):
+                    where = f"{name}, turn {turn}, request {have.request}"
+                    yield f"{where}: {want.token_ids} {want.finish_reason} != {have.token_ids} {have.finish_reason}"
         for batch in engine._batches.values():
-            if batch.refused:
-                yield f"{name}: {len(batch.refused)} of the steps could not be captured"
+            yield from (f"{name}: a step was not recorded: {reason}" for reason in batch.refused.values())
         engine.pool.check()
 
 
-def silent_steps(device):
-    """No host sync in the decode loop: the steps between two admissions run with syncs made errors."""
-    model = SHAPES[0].build(device) if device == "cuda" else None
-    engine = Engine(model, slots=4, graph=True)
-    events = engine.stream(PROMPTS[:4], max_new_tokens=64, ignore_eos=True, **EVERYTHING)
-    for _ in range(40):  # admission, warm-up and capture
-        next(events)
-    torch.cuda.set_sync_debug_mode("error")
+def compiled_steps(scale: Scale) -> Iterator[str]:
+    """A compiled and recorded step draws what the eager one draws, in float32, and is compiled once a batch size."""
+    from architectures import ARCHITECTURES
+
+    model = ARCHITECTURES["llama"]().to(scale.device)
+    want = Engine(model, slots=2, graph=False).generate(PROMPTS, MIXED, progress=False)
+    engine = Engine(model, slots=2, graph=scale.on_cuda, compile=True)
+    if engine.runner.compiled is None:
+        yield "the step was not compiled"
+        return
+    for turn in range(2):
+        for a, b in zip(want, engine.generate(PROMPTS, MIXED, progress=False), strict=True):
+            if a.token_ids != b.token_ids:
+                yield f"turn {turn}, request {b.request}: {a.token_ids} != {b.token_ids}"
+    if engine.runner.compiled.refused:
+        yield engine.runner.compiled.refused
+
+
+@contextmanager
+def waits_are(mode: str, on_cuda: bool):
+    """What torch does where the host waits for the device: nothing on a CPU."""
+    if not on_cuda:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode(mode)
     try:
-        for _ in range(4 * 20):
-            next(events)
-    except RuntimeError as error:
-        yield f"the decode loop waits for the device: {error}"
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        events.close()
 
 
-def bandwidth(device) -> float:
-    """Bytes a second of a large copy, reads and writes counted: the ceiling that shares are taken of."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * source.numel() / min(times)
+def silent_steps(scale: Scale) -> Iterator[str]:
+    """No host sync in the decode loop: the steps between two admissions run with syncs made errors."""
+    engine = Engine(build(scale.small, scale.dtype, scale.device), slots=4, graph=True)
+    rows, steps = PROMPTS[:4], 3 * scale.few
+    for _ in range(2):  # the second time blocks are reused, which have to be cleared
+        events = engine.stream(rows, max_new_tokens=16 + steps, ignore_eos=True, **EVERYTHING)
+        for _ in range(4 * 12):  # admission, warm-up and recording
+            next(events)
+        try:
+            with waits_are("error", scale.on_cuda):
+                for _ in range(4 * steps):
+                    next(events)
+        except RuntimeError as error:
+            yield f"the decode loop waits for the device: {error}"
+        finally:
+            events.close()
 
 
-def weight_bytes(model) -> int:
-    """Bytes that one token reads of the weights: everything but an input embedding that is only looked up."""
-    words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    return total if words is head else total - words.numel() * words.element_size()
+def waits_of_replacement(scale: Scale) -> Iterator[dict]:
+    """How often the host waits for the device in a run in which every slot is taken over twice: a figure, no check."""
+    engine = Engine(build(scale.small, scale.dtype, scale.device), slots=4, graph=True)
+    prompts = [[*p, n] for n in range(2) for p in PROMPTS]
 
-
-def per_token(run, short: int = 16, long: int = 80) -> float:
-    """Seconds a token takes, prompt and set-up taken out: the difference of two answer lengths."""
-    run(short)
-    run(long)
-    times = []
-    for length in (short, long):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run(length)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return (times[1] - times[0]) / (long - short)
-
-
-def sides(model, batch: int, mode: str):
-    """(name, function of an answer length) of everything that is compared."""
-    vocab = model.config.vocab_size
-    prompts = [[(7 * i + 13 * b) % vocab for i in range(128)] for b in range(batch)]
-    ids = torch.tensor(prompts, device=model.device)
-    params = {} if mode == "greedy" else EVERYTHING
-    hf = {"do_sample": False} if mode == "greedy" else {
-        "do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1,
-    }  # fmt: skip
-    engine = Engine(model, slots=batch, graph=True)
-
-    def generate(length, **options):
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=length,
-            min_new_tokens=length,
-            **hf,
-            **options,
+    def run():
+        engine.generate(
+            prompts, max_new_tokens=scale.few, ignore_eos=True, progress=False, temperature=1.0, seed=0
         )
 
-    yield "handloom", lambda n: engine.generate(prompts, max_new_tokens=n, ignore_eos=True, **params)
-    yield "generate", generate
-    if mode == "greedy":
-        yield "generate, static cache + compile", lambda n: generate(n, cache_implementation="static")
+    run()
+    with warnings.catch_warnings(record=True) as heard, waits_are("warn", scale.on_cuda):
+        warnings.simplefilter("always")
+        run()
+    waits = sum("synchroniz" in str(w.message).lower() for w in heard)
+    yield {"figure": "waits an admission", "value": waits / len(prompts), "requests": len(prompts)}
 
 
-def decode_timings(device):
-    """Time per token and share of the bandwidth ceiling, ours and transformers', one model in one run."""
-    ceiling = bandwidth(device)
-    yield {"shape": "copy", "side": "device", "bytes_per_s": ceiling}
-    for shape in SHAPES:
-        model = shape.build(device)
-        read = weight_bytes(model)
-        for batch, mode in ((1, "greedy"), (1, "everything"), (64, "everything")):
-            for side, run in sides(model, batch, mode):
-                seconds = per_token(run)
-                yield {
-                    "shape": shape.name, "batch": batch, "mode": mode, "side": side,
-                    "ms_per_token": 1e3 * seconds, "tokens_per_s": batch / seconds,
-                    "share_of_ceiling": read / ceiling / seconds, "weight_bytes": read,
-                }  # fmt: skip
+# -- timings: each yields rows
+
+
+@contextmanager
+def subject(scale: Scale, name: str):
+    """A model with random weights, on the device while the block runs."""
+    model = build(name, scale.dtype, scale.device)
+    try:
+        yield Subject(name, model, sizes(config_of(name), scale.dtype))
+    finally:
         del model
-        torch.cuda.empty_cache()
+        gc.collect()
+        if scale.on_cuda:
+            torch.cuda.empty_cache()
+
+
+def row_of(
+    about: Subject, case: Case, name: str, repeats: int = 1, sampling=None, counted: bool = False
+) -> dict:
+    """One side on one case; what it cannot do says why in `skipped`."""
+    row = {
+        "benchmark": "decode/ragged" if case.requests else "decode/speed",
+        "case": case.name,
+        **about.about(),
+    }
+    row |= {"batch": case.batch, "context": case.context, "new_tokens": case.new, "side": name}
+    row |= {} if sampling is None else {"mode": "sampling"}
+    started, made = time.monotonic(), None
+    try:
+        made = side(name, about.model, case.batch, case.context + case.new)
+        made.timeline(case.workload(about, -1), sampling)
+        row["first_run_s"] = time.monotonic() - started
+        lines = [made.timeline(case.workload(about, turn), sampling) for turn in range(1, repeats + 1)]
+        row |= speed.summary(lines)
+        row |= speed.share(row["tpot_p50_ms"], about.sized, case, bandwidth(about.model.device.type))
+        row |= speed.calls(about, case, made) if counted else {}
+    except speed.FAILURES as error:
+        row["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+    finally:
+        if made is not None:
+            made.close()
+        if name in COMPILED:
+            torch.compiler.reset()
+    return row
+
+
+_measured: dict[str, float] = {}
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that the device reads, measured once a run."""
+    if device not in _measured:
+        _measured[device] = read_bandwidth(device)
+    return _measured[device]
+
+
+def gaps(engine: Engine, prompts, new: int, **params) -> float:
+    """Median time between two tokens of a request, in milliseconds."""
+    moments: dict[int, list[float]] = {}
+    for event in engine.stream(prompts, max_new_tokens=new, ignore_eos=True, **params):
+        if event.finish == "error":
+            raise RuntimeError(event.generation.error)
+        moments.setdefault(event.request, []).append(time.perf_counter())
+    return 1e3 * float(np.median(np.concatenate([np.diff(m) for m in moments.values()])))
+
+
+def overhead(scale: Scale, about: Subject, batch: int) -> dict:
+    """What everything switched on adds to the greedy step of one engine, in turns."""
+    engine = Engine(twin(about.model), slots=batch)
+    prompts = [[(7 * i + 13 * b) % 500 + 3 for i in range(scale.prompt)] for b in range(batch)]
+    times: dict[str, list[float]] = {"greedy": [], "everything": []}
+    for turn in range(4):
+        for mode, params in (("greedy", {}), ("everything", EVERYTHING)):
+            taken = gaps(engine, prompts, scale.new, **params)
+            if turn:  # the first round records the steps
+                times[mode].append(taken)
+    added = statistics.median(b / a - 1 for a, b in zip(times["greedy"], times["everything"], strict=True))
+    return {
+        "figure": f"everything on, {about.name}, batch {batch}", "model": about.name, "batch": batch,
+        "greedy_ms": min(times["greedy"]), "everything_ms": min(times["everything"]), "value": added,
+    }  # fmt: skip
+
+
+def steps(scale: Scale, name: str) -> Iterator[dict]:
+    """One row: this engine, compiled and not, the hand-written loop, `generate` in both its forms; then sampling."""
+    with subject(scale, name) as about:
+        short, slow = Case(1, scale.prompt, scale.new), Case(1, scale.prompt, scale.few)
+        yield row_of(about, short, "handloom", repeats=2, counted=name == scale.small)
+        yield overhead(scale, about, 1)
+        yield row_of(about, slow, "generate")
+        yield row_of(about, slow, "loop")
+        yield row_of(about, short, "handloom compile", repeats=2)
+        yield row_of(about, short, "generate static+compile", repeats=2)
+        yield row_of(about, short, "handloom", sampling=CHAIN)
+        yield row_of(about, slow, "generate", sampling=CHAIN)
+
+
+def small_steps(scale: Scale) -> Iterator[dict]:
+    """The small model."""
+    yield from steps(scale, scale.small)
+
+
+def large_steps(scale: Scale) -> Iterator[dict]:
+    """The large model."""
+    yield from steps(scale, scale.large)
+
+
+def many_rows(scale: Scale) -> Iterator[dict]:
+    """A large batch, and ragged requests that replace each other in it, against continuous batching."""
+    with subject(scale, scale.small) as about:
+        yield overhead(scale, about, scale.rows)
+        ragged = Case(scale.rows, 4 * scale.prompt, scale.new, requests=scale.requests)
+        for name in ("handloom", "generate_batch"):
+            yield row_of(about, ragged, name)
+        yield row_of(about, Case(scale.rows, scale.prompt, scale.few), "generate")
+
+
+def contexts(scale: Scale) -> Iterator[dict]:
+    """Time per token over the length of the context."""
+    with subject(scale, scale.large) as about:
+        for context in scale.contexts:
+            yield row_of(about, Case(1, context, scale.few), "handloom")
+
+
+def four_bits(scale: Scale) -> Iterator[dict]:
+    """Steps of the small model in its own dtype, in bitsandbytes' nf4, and in nf4 with our product."""
+    variants: dict[str, Callable] = {"dense": lambda m: m, "nf4": quantised, "nf4-triton": with_our_products}
+    for name, change in variants.items():
+        with subject(scale, scale.small) as about:
+            engine_of = change(about.model)
+            for batch in scale.quantised:
+                engine = Engine(engine_of, slots=batch)
+                prompts = [[(7 * i + b) % 500 + 3 for i in range(scale.prompt)] for b in range(batch)]
+                gaps(engine, prompts, scale.few)
+                yield {
+                    "figure": f"{name}, batch {batch}", "model": about.name, "batch": batch, "weights": name,
+                    "value": gaps(engine, prompts, scale.few), "recorded": sum(
+                        len(b.programs) for b in engine._batches.values()),
+                }  # fmt: skip
+
+
+def quantised(model):
+    """The model's linear layers but the output in bitsandbytes' nf4."""
+    import bitsandbytes
+
+    for name, layer in list(model.named_modules()):
+        if type(layer) is torch.nn.Linear and layer is not model.get_output_embeddings():
+            shape = layer.in_features, layer.out_features
+            made = bitsandbytes.nn.Linear4bit(
+                *shape, bias=False, compute_dtype=layer.weight.dtype, quant_type="nf4"
+            )
+            made.load_state_dict({"weight": layer.weight.cpu()})
+            model.set_submodule(name, made.to(layer.weight.device).eval())
+    model.is_quantized = True
+    return model
+
+
+def with_our_products(model):
+    """The same with our product."""
+    from handloom.fourbit import own_products
+
+    own_products(quantised(model))
+    return model
