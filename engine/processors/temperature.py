@@ -84,6 +84,9 @@ class EDT(Edit):
         return logits / temperature.clamp(min=1e-6)
 
 
+FARTHEST = -1e12  # its cube is a float32, which that of a finite mask such as finfo.min is not
+
+
 class Smoothing(Edit):
     """Quadratic smoothing (kalomaze; text-generation-webui): with d = logit - max, k = (3-c)/2, s = (c-1)/2,
     logit' = max - k*f*d^2 + s*f*d^3. f = smoothing_factor, c = smoothing_curve. Off at factor 0.
@@ -99,6 +102,6 @@ class Smoothing(Edit):
     def edit(self, logits: Tensor, context: Context) -> Tensor:
         factor, curve = context.values.smoothing_factor, context.values.smoothing_curve
         top = logits.amax(-1, keepdim=True)
-        d = (logits - top).masked_fill(logits == NEG_INF, 0.0)
+        d = (logits - top).clamp(min=FARTHEST)
         smoothed = top - (3 - curve) / 2 * factor * d**2 + (curve - 1) / 2 * factor * d**3
         return smoothed.masked_fill(logits == NEG_INF, NEG_INF)
