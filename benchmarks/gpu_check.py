@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # before Triton is imported; tests import this file into a process with an interpreter
+if __name__ == "__main__":  # before Triton is imported; tests import this file, and have an interpreter
     os.environ["TRITON_INTERPRET"] = "0"
 ROOT = Path(__file__).resolve().parent.parent
 if not __package__:  # run as a file: this folder must not be where `import kernels` looks
