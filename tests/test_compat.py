@@ -23,12 +23,13 @@ from transformers import (
     TextStreamer,
 )
 
-from handloom import compat
+from handloom import compat, laws
 from handloom.engine import Engine
 from handloom.errors import CapabilityError, ParameterError
 from handloom.params import SamplingParams
 from handloom.pipeline import Context, Pipeline
 from handloom.processors import zoo
+from handloom.strategies import speculative
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +209,26 @@ def test_any_program_of_forks_and_rewinds_equals_replay():
             (rows.accept(tokens, context), [[*t, int(x)] for t, x in zip(texts, tokens, strict=True)])
         )
     assert max(len(text) for _, texts in states for text in texts) > 12
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_state_in_the_loop_is_that_of_strategies_which_copy(engine, temperature):
+    asked = {
+        "max_new_tokens": 8,
+        "temperature": temperature,
+        "seed": 1,
+        "ignore_eos": True,
+        "processors": [Remembers()],
+    }
+    plain = engine.generate(PROMPTS, **asked)
+    assert all(len(set(result.token_ids)) > 4 for result in plain)
+    laws.batch_equals_solo(Engine.generate, engine, PROMPTS, **asked)
+    laws.cached_equals_naive(engine, PROMPTS, **asked)
+    drafted = speculative(engine, PROMPTS, rule="coupled", num_draft=3, **asked)
+    assert [result.token_ids for result in drafted] == [result.token_ids for result in plain]
+    again = speculative(engine, PROMPTS, draft=engine, num_draft=2, rule="coupled", **asked)
+    assert [result.token_ids for result in again] == [result.token_ids for result in plain]
+    assert sum(result.accepted for result in again) > 0
 
 
 def test_it_is_called_only_for_its_own_rows_and_runs_before_the_temperature(engine):
