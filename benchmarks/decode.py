@@ -352,6 +352,18 @@ def chosen_sides(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """The device of a name, or the best there is."""
+    there = torch.cuda.is_available()
+    name = name or ("cuda" if there else "cpu")
+    kind = name.partition(":")[0]
+    if kind not in GRIDS or (kind == "cuda" and not there):
+        raise typer.BadParameter(
+            f"device {name!r}: expected {' or '.join(GRIDS) if there else 'cpu, no GPU is found'}"
+        )
+    return torch.device(name)
+
+
 def main(
     sections: Annotated[
         list[str] | None, typer.Argument(help=f"{', '.join(SECTIONS)}; default: all of them")
@@ -399,7 +411,7 @@ def main(
         wanted = "none with --preset llm-perf" if perf else ", ".join(SECTIONS)
         raise typer.BadParameter(f"{', '.join(sections)}: sections are {wanted}")
     work = PRESETS["standard" if perf else preset]
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = chosen_device(device)
     batches, contexts, new = work.grid or GRIDS[place.type]
     options = Options(
         work=work,

@@ -22,12 +22,12 @@ import psutil
 import torch
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.common import Progress, cpu_name, git_commit
+from benchmarks.common import Progress, cpu_name, git_commit, median_ratio
 from benchmarks.peak import Peak
 from benchmarks.rivals import side
 from benchmarks.shapes import build, config_of
 from benchmarks.sides import Clock, Request, Side, Timeline
-from benchmarks.speed import Case, Subject, share, summary
+from benchmarks.speed import Case, Subject, rates, share, summary
 
 TARGETS = ("load_model", "first_generate", "generate", "prefill", "decode", "per_token")
 LIBRARIES = ("optimum-benchmark", "transformers", "accelerate", "diffusers", "optimum", "timm", "peft")
@@ -222,6 +222,7 @@ def measure(
     """
     bandwidth = read_bandwidth(subject.model.device)
     contenders = [enter(protocol, subject, name, loaded, progress, clock) for name in names]
+    ours = next((c for c in contenders if c.side.name == "handloom"), None)
     rounds(protocol, subject, contenders, progress, clock)
     bandwidth = max(bandwidth, read_bandwidth(subject.model.device))
     for contender in contenders:
@@ -232,6 +233,8 @@ def measure(
         about = {"benchmark": "decode/llm-perf", "case": case.name, "side": contender.side.name}
         about |= subject.about() | {"batch": case.batch, "context": case.context, "new_tokens": case.new}
         found |= share(found["tpot_p50_ms"], subject.sized, case, bandwidth)
+        if contender is not ours and ours is not None:
+            found["ratio"] = median_ratio(rates(ours.runs), rates(contender.runs))
         yield [
             about
             | {"repeats": len(contender.runs), "protocol": asdict(protocol)}

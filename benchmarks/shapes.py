@@ -94,14 +94,17 @@ def build(
     device: torch.device | str = "cpu",
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """A model in evaluation mode; random weights are the same at every call.
+    """A model in evaluation mode, all of it in memory; random weights are the same at every call.
 
     Args:
         name: one of `SHAPES`, `demo`, a folder, or a hub name.
         config: another configuration, for one of `SHAPES`.
     """
     if name not in SHAPES:
-        return AutoModelForCausalLM.from_pretrained(place(name), dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(place(name), dtype=dtype).to(device).eval()
+        with torch.no_grad():  # files are mapped, and whoever reads first would seem to take the memory
+            torch.stack([p.sum(dtype=torch.float64) for p in model.parameters()])
+        return model
     config = config_of(name) if config is None else config
     devices = [] if torch.device(device).type != "cuda" else [torch.cuda.current_device()]
     with torch.random.fork_rng(devices=devices), torch.device(device):

@@ -18,7 +18,7 @@ from benchmarks.bandwidth import read_bandwidth
 from benchmarks.common import Progress, in_turn, median_ratio
 from benchmarks.counting import device_calls, operations, per_step
 from benchmarks.peak import Peak
-from benchmarks.rivals import COMPILED, UNIFORM, caches, side
+from benchmarks.rivals import COMPILED, UNIFORM, BareLoop, caches, side
 from benchmarks.shapes import SHAPES, Sizes, refusal
 from benchmarks.sides import Request, Sampling, Side, Timeline
 
@@ -133,6 +133,8 @@ def measure(
     Args:
         names: sides, see `rivals.SIDES`. available: bytes for all of them, weights included.
     """
+    prompt = subject.prompt(random.Random(0), 8)
+    BareLoop(subject.model).timeline([Request(prompt, 2)])  # what libraries keep from their first call on
     for number, case in enumerate(cases, 1):
         where = f"[{number}/{len(cases)}] {subject.name}, {case.name}"
         about = {"benchmark": "decode/ragged" if case.requests else "decode/speed", "case": case.name}

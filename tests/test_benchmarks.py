@@ -281,9 +281,12 @@ def test_what_cannot_fit_is_refused_before_anything_is_built(tmp_path, monkeypat
     assert "131072" in said
 
 
-def test_command_line_names_what_would_be_valid(tmp_path):
+def test_command_line_names_what_would_be_valid(tmp_path, monkeypatch):
     assert "generate_batch" in refused(tmp_path, sections=["speed"], model="tiny", sides="handlom")
     assert "counts, throughput" in refused(tmp_path, sections=["sped"], model="tiny")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU is found" in refused(tmp_path, sections=["speed"], model="tiny", device="cuda")
+    assert "expected cpu" in refused(tmp_path, sections=["speed"], model="tiny", device="mps")
     assert "none with --preset llm-perf" in refused(tmp_path, sections=["speed"], preset="llm-perf")
 
 

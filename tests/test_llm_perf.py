@@ -95,6 +95,8 @@ def test_protocol_runs_every_side_until_it_has_its_iterations_and_seconds(tmp_pa
 def test_both_sides_leave_a_row_and_a_report(perf):
     rows, folder = perf
     assert [row["side"] for row in rows] == ["handloom", "generate"]
+    # One round, so the ratio is that of its two speeds.
+    assert rows[1]["ratio"] == pytest.approx(rows[0]["tokens_per_s"] / rows[1]["tokens_per_s"])
     for row in rows:
         assert row["benchmark"] == "decode/llm-perf"
         assert (row["batch"], row["context"], row["new_tokens"]) == (1, 256, 64)
