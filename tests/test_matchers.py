@@ -206,6 +206,18 @@ def test_a_missing_or_unreadable_tokenizer_is_named():
         bound(Grammar.regex("a", tokenizer=metaspace(), backend="llguidance"))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("xgrammar") is None, reason="xgrammar is optional")
+def test_a_tokenizer_that_one_backend_cannot_read_goes_to_the_next():
+    tokenizer = metaspace()
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    grammar = Grammar.regex("ab", tokenizer=tokenizer)
+    rows = Pipeline([grammar], name="g").bind([None], [[0]], vocab_size=len(tokenizer), eos_token_ids=[2])
+    rows = rows.accept(torch.tensor([a]), step(rows))
+    assert allowed(rows, len(tokenizer)) == [{b}]
+    with pytest.raises(ParameterError, match="invalid regex"):  # and a grammar that one rejects does not
+        bound(Grammar.regex("a(", tokenizer=byte_level()))
+
+
 def test_what_is_no_grammar_is_refused():
     with pytest.raises(ParameterError, match=r"3 is no grammar: .*fill, accept, may_end, rollback, fork"):
         Grammar(3)

@@ -169,8 +169,8 @@ class Grammar(Edit):
 
         schema: a dict, its JSON as a string, True for any JSON, or a pydantic model. whitespace: allow blanks
         and newlines between JSON's tokens; small models may go on with those for ever. backend: "llguidance",
-        "xgrammar" or "auto", the first of them that is installed. Keywords that the backend does not know are
-        an error with llguidance; xgrammar ignores some.
+        "xgrammar" or "auto", the first of them that is installed and reads the tokenizer. Keywords that the
+        backend does not know are an error with llguidance; xgrammar ignores some.
         """
         if hasattr(schema, "model_json_schema"):
             schema = schema.model_json_schema()

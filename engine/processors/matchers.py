@@ -180,15 +180,20 @@ class Source:
     def __call__(self, tokenizer: Any) -> Matcher:
         if tokenizer is None:
             raise ParameterError(f"a grammar needs the tokenizer: Grammar.{self.kind}(..., tokenizer=...)")
-        backend = choose_backend() if self.backend == "auto" else self.backend
-        return (with_llguidance if backend == "llguidance" else with_xgrammar)(self, tokenizer)
+        problem = None
+        for backend in installed() if self.backend == "auto" else [self.backend]:
+            try:
+                return (with_llguidance if backend == "llguidance" else with_xgrammar)(self, tokenizer)
+            except CapabilityError as error:  # one may read a tokenizer that another does not
+                problem = problem or error
+        raise problem
 
 
-def choose_backend() -> str:
-    """The first backend that is installed."""
+def installed() -> list[str]:
+    """The backends that can be imported, the best first; where there is none, the one to install."""
     from importlib.util import find_spec
 
-    return next((name for name in ("llguidance", "xgrammar") if find_spec(name)), "llguidance")
+    return [name for name in BACKENDS[1:] if find_spec(name)] or ["llguidance"]
 
 
 def missing(error: ImportError) -> CapabilityError:
