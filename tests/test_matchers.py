@@ -242,7 +242,8 @@ def test_results_can_be_pickled(engine):
 def test_it_prints_itself():
     assert repr(Grammar.regex("a+")) == "Grammar.regex('a+')"
     assert repr(Grammar(Nested())) == "Grammar(Nested)"
-    assert "grammar" in Pipeline.default().explain(SamplingParams(processors=[Grammar.regex("a+")]))
+    table = Pipeline.default().explain(SamplingParams(temperature=1.0, processors=[Grammar.regex("a+")]))
+    assert re.search(r"grammar +mask edit +fused sampler +grammar=Grammar\.regex\('a\+'\)", table)
 
 
 # -- a real model

@@ -147,7 +147,7 @@ class Grammar(Edit):
     name = "grammar"
     kind = "opaque"  # asks the host at every step
     identity_when_off = True
-    defaults = {"stop_token_ids": (), "ignore_eos": False}
+    defaults = {"grammar": None, "stop_token_ids": (), "ignore_eos": False}
     before_temperature = True
 
     def __init__(self, matcher: Matcher | Callable[[Any], Any], *, tokenizer: Any = None):
@@ -158,6 +158,7 @@ class Grammar(Edit):
                 "a GrammarMatcher, or a function tokenizer -> one of these"
             )
         self.source, self.tokenizer = matcher, tokenizer
+        self.explicit = {"grammar": self}  # what `Pipeline.explain` prints
         self._start: Cursor | None = None
         self._resolved: list[tuple[Any, Grammar]] = []
 
