@@ -69,47 +69,56 @@ ALIGNED = (
 def sampling_cases():
     """Yield (name, kernel, argument types, constants, launch options) of the sampling kernels."""
     from handloom.kernels import sample_fused, triton_noise, triton_sample
-    from handloom.kernels import triton_rules as devices
 
     noise_types = dict.fromkeys(("seeds", "positions", "streams", "token_ids", "words"), "*i64")
     noise_types |= {"noise": "*fp32", "columns": "i32"}
     yield "noise", triton_noise.gumbel_kernel, noise_types, {"BLOCK": 1024}, {"num_warps": 4}
-    rules = {"open": (), "k+p+min-p": (0, 1, 2), "all": (0, 1, 2, 2, 2)}
-    value = {"open": (), "k+p+min-p": (devices.min_p_threshold,) * 3}
-    value["all"] = (*value["k+p+min-p"], devices.eta_threshold, devices.top_n_sigma_threshold)
-    for name, kinds in rules.items():
-        full = name == "all"
-        needs = tuple(i > 2 for i in range(len(kinds)))
-        shared = {"KINDS": kinds, "MOMENTS": full, "PLANES": 10 if full else 3}
+    for name, rules, full in pipelines():
+        steps, owners = sample_fused.steps_of(rules)
+        device = tuple(sample_fused.device_function(rule) for rule in owners)
+        needs = tuple(rule.kind == "value" and rule.needs_statistics for rule in owners)
+        moments = full or any(kind >= 5 for kind, _, _ in steps)
+        shared = {"STEPS": steps, "MOMENTS": moments, "PLANES": 10 if moments else 3}
         for dtype in ("bf16",) if name != "k+p+min-p" else ("bf16", "fp32"):
-            warps = sample_fused.first_warps(full, full, 4 if dtype == "fp32" else 2)
             types = {"logits": f"*{dtype}", **ROW_TYPES}
-            first = {**shared, "VARIANT": (sample_fused.FIRST_GROUPS, full, full, ()), "RAW": full}
+            groups = sample_fused.FIRST_GROUPS, sample_fused.second_groups(full, full)
+            first, second = (
+                {**shared, "VARIANT": sample_fused.variant(size, full, full, (), steps, any(needs))}
+                for size in groups
+            )
+            warps = sample_fused.first_warps(full, full, 4 if dtype == "fp32" else 2)
             yield (
                 f"statistics {name} {dtype}",
                 triton_sample.group_statistics_kernel,
                 types,
-                first,
+                {**first, "RAW": full},
                 {"num_warps": warps},
             )
             if dtype == "fp32":
                 continue  # the second launch reads few logits; one dtype is enough
-            second = {
-                **shared,
-                "VARIANT": (sample_fused.second_groups(full, full), full, full, ()),
-                "DEVICES": value[name],
-                "NEEDS": needs,
-                "LOGPROBS": full,
-                "WIDTH": 2048,
-                "CAPACITY": sample_fused.CAPACITY,
-            }
+            second |= {"DEVICES": device, "NEEDS": needs, "LOGPROBS": full, "WIDTH": 2048}
             yield (
                 f"sample {name} {dtype}",
                 triton_sample.sample_kernel,
                 types,
-                second,
+                {**second, "CAPACITY": sample_fused.CAPACITY},
                 sample_fused.second_options(),
             )
+
+
+def pipelines():
+    """Yield (name, rules, whether edits, mask and log-probabilities are on) of the samplers to compile."""
+    import torch
+
+    from handloom.kernels import rules
+
+    one = torch.ones(1)
+    short = (rules.top_k(one), rules.top_p(one), rules.min_p(one))
+    yield "open", (), False
+    yield "k+p+min-p", short, False
+    yield "exact k+p", (rules.top_k(one, ties="lowest"), rules.top_p(one)), False
+    yield "typical+top-h+xtc", (rules.typical(one), rules.top_h(one), rules.xtc(one, one)), False
+    yield "all", (*short, rules.eta(one), rules.top_n_sigma(one)), True
 
 
 CASES = (sampling_cases,)  # other modules add a function that yields the same five things

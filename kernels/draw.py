@@ -17,6 +17,7 @@ PIECE = 16384  # tokens taken at a time, a multiple of 4
 SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score
 SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of the noise and of the score
 NO_TOKEN = -1
+COIN_ID = 2**33  # the coin of a row is the noise of this token id, which no vocabulary reaches
 
 
 def draw(logits, seeds, positions, streams=None, greedy=None, kernels=None):
@@ -61,6 +62,17 @@ def draw_reference(logits, seeds, positions, streams=None, greedy=None):
     wins = scores == scores.amax(dim=1, keepdim=True)
     tokens = torch.where(wins, ids, logits.shape[1]).amin(dim=1)
     return torch.where(best[:, 0] > -torch.inf, tokens, NO_TOKEN)  # False for NaN too
+
+
+def coin(seeds, positions, streams):
+    """Uniform float32 [B] in [0, 1) of int64 [B] keys, the same bits on every path, independent of the draw."""
+    ids = torch.full((1,), COIN_ID, device=seeds.device)
+    if seeds.device.type == "cpu":
+        key = (part.numpy() for part in (seeds, positions, streams))
+        words = torch.from_numpy(philox.philox_words_numpy(*key, ids.numpy()).astype(np.int64))
+    else:
+        words = philox.philox_words_reference(seeds, positions, streams, ids)
+    return (words[:, 0] >> 8).to(torch.float32) * 2.0**-24
 
 
 def _draw_numpy(rows, seeds, positions, streams, greedy):

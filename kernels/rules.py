@@ -1,11 +1,18 @@
 """What a sampling call is asked for: truncation rules, sparse edits, and what it returns.
 
 A truncation rule keeps the tokens of a row whose logit is at or above a threshold. The threshold is given
-* by a count: keep the k largest, ties at the k-th kept;
+* by a count: keep the k largest, ties at the k-th kept, or exactly k, the lowest ids of the ties kept;
 * by a mass: keep the smallest set of largest tokens with at least the share p of what the rules before left,
   ties at the boundary kept;
-* directly, as a function of row statistics over the tokens that the rules before left.
-Rules act in the order given; a row's largest token is always kept.
+* directly, as a function of row statistics over the tokens that the rules before left;
+* by entropy: the longest prefix of the sorted tokens whose entropy stays within a share of the whole's.
+Two rules may drop the largest tokens: "xtc", and "typical", which ranks by distance from the mean logit. All
+others keep a row's largest token. Rules act in the order given.
+
+Where float rounding decides: sums of weights differ by about 1e-6 of themselves between the paths. So sets
+may differ only by tokens at whose place a mass is within that of its limit, an entropy within 1e-5 of its,
+an XTC probability within 1e-6 of the threshold, or by two tokens on either side of the mean logit whose
+distances from it differ by less than 1e-5.
 """
 
 from collections.abc import Callable
@@ -18,6 +25,12 @@ from . import philox
 MASS_SHARE = (
     1 - 2.0**-21
 )  # a mass limit counts as reached this close to it: float32 cannot tell .3 + .5 from .8
+
+
+ENTROPY_SHARE = 1 + 2.0**-20  # an entropy limit counts as kept this close to it
+HEAD_TOKENS = 100  # tokens that the "code" form of top-H looks at
+LIGHTEST = 24.25  # top-H leaves out tokens this far below the maximum: 2**-35 of its weight
+TIES = {"keep": "count", "lowest": "exact_count"}  # what becomes of ties at the k-th -> kind of rule
 
 
 class Drawn(NamedTuple):
@@ -53,8 +66,9 @@ class Rule(NamedTuple):
     """A truncation rule with one parameter a row.
 
     Args:
-        kind: "count", "mass" or "value".
-        parameter: float32 [B]; off is k <= 0 or k >= V for a count, p >= 1 for a mass; <= 0 for a value rule.
+        kind: "count", "exact_count", "mass", "value", "xtc", "typical" or "top_h".
+        parameter: float32 [B]; off is k <= 0 or k >= V for a count, p >= 1 for a mass and for typical; <= 0
+            for a value rule and top_h.
         threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B].
         device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy,
             collision, count, mean, deviation, parameter) -> threshold, or the name of one in
@@ -66,6 +80,7 @@ class Rule(NamedTuple):
     threshold: Callable | None = None
     device: object | None = None
     needs_statistics: bool = True  # False: `threshold` uses the maximum alone
+    second: torch.Tensor | None = None  # float32 [B], the second parameter of a kind that has two
 
 
 class SparseEdits(NamedTuple):
@@ -160,14 +175,52 @@ def count_tokens(tokens, starts, ends, capacity=None):
     return tuple(result)
 
 
-def top_k(k):
-    """Keep the k largest logits and all ties of the k-th; k int or float [B], <= 0 or >= V is off."""
-    return Rule("count", k.to(torch.float32))
+def top_k(k, ties="keep"):
+    """Keep the k largest logits; k int or float [B], <= 0 or >= V is off.
+
+    Args:
+        ties: "keep" keeps all ties of the k-th; "lowest" keeps exactly k tokens, of the ties those with the
+            lowest ids.
+
+    Raises:
+        ValueError: ties is neither.
+    """
+    if ties not in TIES:
+        raise ValueError(f"ties={ties!r}: expected one of {', '.join(map(repr, TIES))}")
+    return Rule(TIES[ties], k.to(torch.float32))
 
 
 def top_p(p):
     """Keep the smallest set of largest tokens of mass >= p, ties kept; p [B], >= 1 is off (1904.09751)."""
     return Rule("mass", p.to(torch.float32))
+
+
+def typical(p):
+    """Keep the tokens nearest to the mean logit, in surprise to the entropy, until their mass is >= p; ties
+    kept; p [B], >= 1 is off (arXiv 2202.00666)."""
+    return Rule("typical", p.to(torch.float32))
+
+
+def xtc(threshold, chance):
+    """With a chance, drop all tokens with p >= threshold but the least likely of them and its ties.
+
+    threshold, chance [B]; chance <= 0 is off. A row's coin is `draw.coin`, independent of its draw
+    (p-e-w, 2024).
+    """
+    return Rule("xtc", threshold.to(torch.float32), second=chance.to(torch.float32))
+
+
+def top_h(alpha, code=None):
+    """Keep the longest prefix of the sorted tokens with entropy <= alpha times the row's (arXiv 2509.02510).
+
+    Args:
+        alpha: [B]; <= 0 is off, >= 1 too unless `code`.
+        code: [B] or None, > 0 for the form of the authors' code: the prefix's part of the entropy of the 100
+            most likely tokens, against alpha times that entropy. Otherwise the entropy of the prefix
+            renormalised. Ties of the last token are kept in both.
+    """
+    code = torch.zeros_like(alpha) if code is None else code
+    return Rule("top_h", alpha.to(torch.float32), second=code.to(torch.float32))
 
 
 def min_p(p):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from . import philox
-from .draw import FLOAT_MAX, NO_TOKEN, contenders, draw_ragged
+from .draw import FLOAT_MAX, NO_TOKEN, coin, contenders, draw_ragged
+from .keep_cpu import KEEPS, keep_exactly
 from .rules import MASS_SHARE, Drawn, Statistics
 from .sample_reference import apply_edits, with_top
 
@@ -47,14 +48,20 @@ def sample_cpu(
     streams = torch.zeros_like(seeds) if streams is None else streams
     key = seeds.numpy(), positions.numpy(), streams.numpy()
     parameters = [rule.parameter.numpy() for rule in rules]
+    seconds = [rule.parameter.numpy() if rule.second is None else rule.second.numpy() for rule in rules]
+    tossed = any(rule.kind == "xtc" for rule in rules)
+    coins = coin(seeds, positions, streams).numpy() if tossed else None
     drawn = [None] * len(rows)
     pending = []
     for index, row in enumerate(rows):
         drawn[index] = left = _Row(row, temperature[index])
         if left.bad or left.greedy:
             continue
-        for rule, values in zip(rules, parameters, strict=True):
-            left.apply(rule, values[index])
+        for rule, values, others in zip(rules, parameters, seconds, strict=True):
+            if rule.kind in KEEPS:
+                left.choose(KEEPS[rule.kind], values[index], others[index], coins[index] if tossed else None)
+            else:
+                left.apply(rule, values[index])
         pending.append((index, *left.candidates(*(part[index : index + 1] for part in key))))
     tokens = np.array([left.token for left in drawn], dtype=np.int64)
     if pending:
@@ -81,6 +88,7 @@ class _Row:
         self.full = self.values = row
         self.ids = None
         self.limit = -np.inf  # candidates are the tokens at or above it
+        self.whole = True  # all of them
         if self.bad:
             return
         if self.top > FLOAT_MAX:
@@ -110,6 +118,21 @@ class _Row:
         if k < len(self.values):
             self.keep(np.partition(self.values, -k)[-k])
 
+    def choose(self, keep, parameter, second, coin):
+        """Narrow the candidates by a rule of `keep_cpu`; what it drops need not be the lowest."""
+        if keep is keep_exactly:  # the fast way to few candidates; then ties are cut
+            if not 0 < parameter < len(self.full):
+                return
+            self._count(int(parameter))
+        kept = keep(self.values, self.top, parameter, second, coin)
+        if kept is None or kept.all():
+            return
+        chosen = kept.nonzero()[0]
+        self.ids = chosen if self.ids is None else self.ids[chosen]
+        self.values = self.values[chosen]
+        self.top = self.values.max()
+        self.whole = False
+
     def keep(self, limit):
         """Keep candidates at or above a limit."""
         if not limit > -np.inf:
@@ -135,8 +158,12 @@ class _Row:
     def candidates(self, seed, position, stream):
         """(ids ascending, logits minus their maximum) of the tokens that may win the draw."""
         if len(self.values) > max(len(self.full) // 16, 64):
-            ids = contenders(self.full, self.top, self.limit, seed, position, stream)
-            return ids, self.full[ids] - self.top
+            pool = self.full
+            if not self.whole:
+                pool = np.full_like(self.full, -np.inf)
+                pool[self.ids] = self.values
+            ids = contenders(pool, self.top, self.limit, seed, position, stream)
+            return ids, pool[ids] - self.top
         return np.arange(len(self.values)) if self.ids is None else self.ids, self.values - self.top
 
 

@@ -11,14 +11,38 @@ from .triton_sample import group_statistics_kernel, sample_kernel
 GROUP = 128
 FIRST_GROUPS = 16  # groups a program of the first launch
 CAPACITY = 1024  # candidates held in registers; more are read again in every step
-KINDS = {"count": 0, "mass": 1, "value": 2}
+KINDS = {  # the steps of each kind of rule, numbered as in triton_steps
+    "count": (0,),
+    "exact_count": (0, 3),
+    "mass": (1,),
+    "value": (2,),
+    "xtc": (4,),
+    "typical": (5,),
+    "top_h": (6, 7),
+}
 
 
-def fill(table, members):
-    """Copy each member's parameter into its row of the table, unless it lives there."""
-    for target, member in zip(table, members, strict=False):
-        if member.parameter.data_ptr() != target.data_ptr():
-            target.copy_(member.parameter)
+def steps_of(rules):
+    """(kind, row of the parameter, row of the second parameter) of every step, and the rule of each."""
+    steps, owners, seconds = [], [], len(rules)
+    for place, rule in enumerate(rules):
+        second = place if rule.second is None else seconds
+        seconds += rule.second is not None
+        steps += [(kind, place, second) for kind in KINDS[rule.kind]]
+        owners += [rule] * len(KINDS[rule.kind])
+    return tuple(steps), tuple(owners)
+
+
+def parameters_of(rules):
+    """Parameters of the rules, then the second ones of those that have one: the rows of the limits."""
+    return [rule.parameter for rule in rules] + [rule.second for rule in rules if rule.second is not None]
+
+
+def fill(table, values):
+    """Copy each value into its row of the table, unless it lives there."""
+    for target, value in zip(table, values, strict=False):
+        if value.data_ptr() != target.data_ptr():
+            target.copy_(value)
 
 
 class Plan:
@@ -34,11 +58,12 @@ class Plan:
         rows, vocab = logits.shape
         device = logits.device
         self.rows, self.vocab, self.logprobs = rows, vocab, bool(logprobs)
-        self.kinds = tuple(KINDS[rule.kind] for rule in rules)
-        self.devices = tuple(_device_function(rule) for rule in rules)
-        self.needs = tuple(bool(rule.kind == "value" and rule.needs_statistics) for rule in rules)
+        self.steps, owners = steps_of(rules)
+        self.devices = tuple(device_function(rule) for rule in owners)
+        self.needs = tuple(bool(rule.kind == "value" and rule.needs_statistics) for rule in owners)
         self.points = tuple(point.device for point in pointwise)
-        self.moments = self.logprobs or any(self.needs)
+        entropy = any(rule.kind in ("typical", "top_h") for rule in rules)
+        self.moments = self.logprobs or entropy or any(self.needs)
         self.planes = 10 if self.moments else 3
         self.vocab_groups = triton.cdiv(vocab, GROUP)
         self.groups = self.vocab_groups + (0 if edits is None else triton.cdiv(edits.ids.shape[1], GROUP))
@@ -53,11 +78,15 @@ class Plan:
         self.counts = torch.empty(2, rows, device=device, dtype=torch.int64)
         self.ones = torch.ones(rows, **empty)
         self.zeros = torch.zeros(rows, device=device, dtype=torch.int64)
-        self.limits = torch.empty(max(len(rules), 1), rows, **empty)
+        self.limits = torch.empty(max(len(parameters_of(rules)), 1), rows, **empty)
         self.point_values = torch.empty(max(len(pointwise), 1), rows, **empty)
-        fill(self.limits, rules)
-        fill(self.point_values, pointwise)
-        self.rules = tuple(rule._replace(parameter=at) for rule, at in zip(rules, self.limits, strict=False))
+        fill(self.limits, parameters_of(rules))
+        fill(self.point_values, [point.parameter for point in pointwise])
+        rest = iter(self.limits[len(rules) :])
+        self.rules = tuple(
+            rule._replace(parameter=at, second=None if rule.second is None else next(rest))
+            for rule, at in zip(rules, self.limits, strict=False)
+        )
         self.pointwise = tuple(
             point._replace(parameter=at) for point, at in zip(pointwise, self.point_values, strict=False)
         )
@@ -65,8 +94,10 @@ class Plan:
     def constants(self, groups, edits, bitmask):
         """Compile-time arguments that both launches share."""
         return {
-            "KINDS": self.kinds,
-            "VARIANT": (groups, sparse_form(edits), bitmask is not None, self.points),
+            "STEPS": self.steps,
+            "VARIANT": variant(
+                groups, sparse_form(edits), bitmask is not None, self.points, self.steps, any(self.needs)
+            ),
             "MOMENTS": self.moments,
             "PLANES": self.planes,
             "enable_fp_fusion": False,
@@ -76,6 +107,15 @@ class Plan:
 def sparse_form(edits):
     """How the kernels read the edit list: 0 none, 1 edits of the logits (`SparseEdits`), 2 new logits (`Replaced`)."""
     return 0 if edits is None else 2 if isinstance(edits, Replaced) else 1
+
+
+def variant(groups, sparse, masked, points, steps, full):
+    """What is compiled in; see `triton_search`."""
+    kinds = {kind for kind, _, _ in steps}
+    return (
+        *(groups, int(sparse), masked, points),
+        *(bool(kinds & {4, 5}), 3 in kinds, 5 in kinds, 7 in kinds, full),
+    )
 
 
 def first_warps(moments, sparse, bytes_each):
@@ -93,8 +133,8 @@ def second_options():
     return {"num_warps": 8} | ({} if torch.version.hip else {"maxnreg": 255})
 
 
-def _device_function(rule):
-    """The Triton function of a value rule; counts and masses have a place holder."""
+def device_function(rule):
+    """The Triton function of a value rule; other kinds have a place holder."""
     if rule.kind != "value":
         return triton_rules.min_p_threshold
     return getattr(triton_rules, rule.device) if isinstance(rule.device, str) else rule.device
@@ -129,8 +169,8 @@ def sample_fused(
         plan = Plan(logits, rules=rules, edits=edits, pointwise=pointwise, logprobs=logprobs)
     if plan.rows == 0:
         return _result(plan, plan.tokens if out is None else out, logits, n_top)
-    fill(plan.limits, rules)
-    fill(plan.point_values, pointwise)
+    fill(plan.limits, parameters_of(rules))
+    fill(plan.point_values, [point.parameter for point in pointwise])
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     tokens = plan.tokens if out is None else out
     sparse, mask, mask_stride = _edit_arguments(logits, plan, edits, bitmask)

@@ -2,8 +2,17 @@
 
 import torch
 
-from .draw import FLOAT_MAX, NO_TOKEN, draw_reference
-from .rules import MASS_SHARE, Drawn, Replaced, Statistics, unpack_mask
+from .draw import FLOAT_MAX, NO_TOKEN, coin, draw_reference
+from .rules import (
+    ENTROPY_SHARE,
+    HEAD_TOKENS,
+    LIGHTEST,
+    MASS_SHARE,
+    Drawn,
+    Replaced,
+    Statistics,
+    unpack_mask,
+)
 
 
 def apply_edits(logits, *, edits=None, bitmask=None, pointwise=()):
@@ -53,7 +62,7 @@ def statistics(x):
     """`Statistics` of the tokens above -inf in rows of float32 [B, V]; sums are float64."""
     kept = x > -torch.inf
     top = x.amax(dim=1, keepdim=True)
-    shifted = torch.where(kept, x - top, -torch.inf).double()
+    shifted = torch.where(kept, (x - top).clamp(min=-FLOAT_MAX), -torch.inf).double()
     weights = shifted.exp()
     finite = torch.where(kept, shifted, 0.0)
     mass = weights.sum(dim=1)
@@ -98,10 +107,78 @@ def _mass_threshold(x, p):
     return torch.where(p < 1, ordered.gather(1, last[:, None])[:, 0], -torch.inf)
 
 
-def truncate(x, rules):
-    """Apply rules in order: float32 [B, V] -> float32 [B, V] with dropped tokens at -inf."""
+def _keep_exactly(x, rule, key):
+    """The k largest; of ties at the k-th the lowest ids."""
+    k = rule.parameter[:, None]
+    order = x.sort(dim=1, descending=True, stable=True).indices
+    place = torch.empty_like(order).scatter_(1, order, torch.arange(x.shape[1], device=x.device).expand_as(x))
+    return (place < k) | (k <= 0)
+
+
+def _keep_xtc(x, rule, key):
+    """All but the tokens above the least likely one whose probability reaches the threshold."""
+    if key is None:
+        raise ValueError("an xtc rule tosses a coin a row: give key=(seeds, positions, streams)")
+    stats = statistics(x)
+    level = torch.minimum(stats.log_mass + torch.log(rule.parameter.clamp(min=1e-37)), stats.maximum)
+    least = torch.where(x >= level[:, None], x, torch.inf).amin(dim=1)
+    return (x <= least[:, None]) | ~(coin(*key) < rule.second)[:, None]
+
+
+def _keep_typical(x, rule, key):
+    """The smallest set of tokens nearest to the mean logit that has this share of the mass."""
+    shift = x - x.amax(dim=1, keepdim=True)
+    weights = shift.double().exp()
+    mass = weights.sum(dim=1, keepdim=True)
+    centre = (weights * torch.where(weights > 0, shift, 0.0)).sum(dim=1, keepdim=True) / mass
+    rank = torch.where(x > -torch.inf, -(shift - centre.float()).abs(), -torch.inf)
+    ordered, order = rank.sort(dim=1, descending=True)
+    weights = weights.gather(1, order)
+    above = weights.cumsum(dim=1) - weights
+    needed = above < (rule.parameter.double() * MASS_SHARE)[:, None] * mass
+    last = (needed.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    return (rank >= ordered.gather(1, last)) | (rule.parameter >= 1)[:, None]
+
+
+def _keep_top_h(x, rule, key):
+    """The longest prefix of the sorted tokens whose entropy stays within a share of the whole's."""
+    ordered = x.sort(dim=1, descending=True).values
+    heavy = ordered >= ordered[:, :1] - LIGHTEST
+    code = rule.second[:, None] > 0
+    looked_at = ~code | (torch.arange(x.shape[1], device=x.device) < HEAD_TOKENS)
+    shift = (ordered - ordered[:, :1]).double()
+    weights = torch.where(looked_at, shift.exp(), 0.0)
+    parts = torch.where(weights > 0, -weights * shift, 0.0)
+    mass, part = weights.cumsum(dim=1), parts.cumsum(dim=1)
+    whole, log_whole = mass[:, -1:], mass[:, -1:].log()
+    partial = (mass * log_whole + part) / whole
+    entropy = torch.where(code, partial, mass.log() + part / mass)
+    limit = rule.parameter.double()[:, None] * ENTROPY_SHARE * (log_whole + part[:, -1:] / whole)
+    inside = (entropy <= limit) & heavy & looked_at
+    last = (inside.long().cumprod(dim=1).sum(dim=1, keepdim=True) - 1).clamp(min=0)
+    on = (rule.parameter > 0)[:, None] & (code | (rule.parameter < 1)[:, None])
+    return (x >= ordered.gather(1, last)) | ~on
+
+
+KEEPS = {
+    "exact_count": _keep_exactly,
+    "xtc": _keep_xtc,
+    "typical": _keep_typical,
+    "top_h": _keep_top_h,
+}
+
+
+def truncate(x, rules, key=None):
+    """Apply rules in order: float32 [B, V] -> float32 [B, V] with dropped tokens at -inf.
+
+    key: (seeds, positions, streams), int64 [B] each, for rules that toss a coin.
+    """
     for rule in rules:
-        x = torch.where(x >= threshold(x, rule)[:, None], x, -torch.inf)
+        if rule.kind in KEEPS:
+            kept = KEEPS[rule.kind](x, rule, key)
+        else:
+            kept = x >= threshold(x, rule)[:, None]
+        x = torch.where(kept, x, -torch.inf)
     return x
 
 
@@ -126,7 +203,8 @@ def sample_reference(
     bad = ~(edited.amax(dim=1) > -torch.inf) | logits.isnan().any(dim=1)
     scaled = scale(edited, temperature)
     usable = torch.where(bad[:, None], 0.0, scaled)
-    left = torch.where(greedy[:, None], usable, truncate(usable, rules))
+    key = seeds, positions, torch.zeros_like(seeds) if streams is None else streams
+    left = torch.where(greedy[:, None], usable, truncate(usable, rules, key))
     tokens = draw_reference(left, seeds, positions, streams, greedy)
     tokens = torch.where(bad, NO_TOKEN, tokens)
     return describe(logits, usable, left, tokens, logprobs, n_top)

@@ -52,11 +52,82 @@ def test_reference_keeps_what_the_oracle_keeps(name):
         (lambda: rules.top_a(values(1, 0.5)), [0.6, 0.2, 0.17, 0.03], [1, 1, 0, 0]),  # limit .5 * .36 = .18
         (lambda: rules.p_less(values(1, 1.0)), [0.5, 0.34, 0.16], [1, 0, 0]),  # sum of squares .3912
         (lambda: rules.top_n_sigma(values(1, 1.0)), [1 / math.e**2, 1, 1 / math.e], [0, 1, 0]),  # sigma .816
+        (lambda: rules.top_k(values(1, 2), ties="lowest"), [0.2, 0.4, 0.2, 0.2], [1, 1, 0, 0]),
+        (lambda: rules.top_k(values(1, 3), ties="lowest"), [0.1, 0.2, 0.2, 0.2, 0.3], [0, 1, 1, 0, 1]),
+        (lambda: rules.typical(values(1, 0.5)), [0.97, 0.01, 0.01, 0.01], [1, 0, 0, 0]),
+        (
+            lambda: rules.typical(values(1, 0.5)),
+            [0.4, 0.2, 0.2, 0.2],
+            [0, 1, 1, 1],
+        ),  # H 1.33: .28 against .42
+        (lambda: rules.typical(values(1, 0.7)), [0.4, 0.2, 0.2, 0.2], [1, 1, 1, 1]),
+        (lambda: rules.xtc(values(1, 0.1), values(1, 1)), [0.3, 0.15, 0.05, 0.5], [0, 1, 1, 0]),
+        (lambda: rules.xtc(values(1, 0.1), values(1, 1)), [0.5, 0.2, 0.2, 0.1], [0, 0, 0, 1]),
+        (lambda: rules.xtc(values(1, 0.2), values(1, 1)), [0.4, 0.25, 0.25, 0.1], [0, 1, 1, 1]),
+        (lambda: rules.xtc(values(1, 0.6), values(1, 1)), [0.5, 0.3, 0.2], [1, 1, 1]),
+        (lambda: rules.xtc(values(1, 0.1), values(1, 0)), [0.5, 0.3, 0.2], [1, 1, 1]),
+        (lambda: rules.top_h(values(1, 0.5)), [0.5, 0.25, 0.15, 0.1], [1, 0, 0, 0]),  # H 1.208, 0, .637
+        (lambda: rules.top_h(values(1, 0.6)), [0.5, 0.25, 0.125, 0.125], [1, 1, 0, 0]),  # 1.213, .637, .956
+        (lambda: rules.top_h(values(1, 0.8)), [0.5, 0.25, 0.125, 0.125], [1, 1, 1, 1]),  # a tie comes along
+        (lambda: rules.top_h(values(1, 0.5), values(1, 1)), [0.25, 0.5, 0.125, 0.125], [0, 1, 0, 0]),
+        (lambda: rules.top_h(values(1, 0.6), values(1, 1)), [0.25, 0.5, 0.125, 0.125], [1, 1, 0, 0]),
     ],
 )
 def test_hand_computed_tables(rule, probabilities, expected):
-    left = truncate(torch.tensor([probabilities]).log(), (rule(),))
-    assert (left > -torch.inf).long().tolist() == [expected]
+    x = torch.tensor([probabilities]).log()
+    for vocab in (x.shape[1], 300):  # tokens at -inf change nothing
+        wide = torch.full((1, vocab), -torch.inf)
+        wide[:, : x.shape[1]] = x
+        coin = tuple(key(1).values())
+        left = truncate(wide, (rule(),), coin)
+        assert (left > -torch.inf).long().tolist() == [expected + [0] * (vocab - x.shape[1])]
+        drawn = sample(wide, **key(1), rules=(rule(),), logprobs=True, kernels="torch")
+        assert int(drawn.kept) == sum(expected)
+        assert expected[int(drawn.tokens)] == 1
+
+
+@pytest.mark.parametrize("name", FINITE)
+def test_exact_counts_keep_the_lowest_ids_of_the_ties(name):
+    x = dict(rows(2, 400))[name]
+    for k in (1, 2, 50, 399):
+        left = truncate(x, (rules.top_k(values(2, k), ties="lowest"),)) > -torch.inf
+        for row, kept in zip(x.numpy().astype(np.float64), left.numpy(), strict=True):
+            order = np.lexsort((np.arange(400), -row))
+            expected = sorted(i for i in order[:k] if row[i] > -np.inf)
+            assert kept.nonzero()[0].tolist() == expected, k
+        drawn = sample(x, **key(2), rules=(rules.top_k(values(2, k), ties="lowest"),), logprobs=True)
+        assert drawn.kept.tolist() == left.sum(dim=1).tolist()
+        assert left[torch.arange(2), drawn.tokens].all()
+
+
+def test_rules_after_a_cut_see_exactly_what_is_left():
+    """Of five equal tokens the exact count leaves two; half their mass is one token with its tie."""
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, -1.0]])
+    chain = (rules.top_k(values(1, 2), ties="lowest"), rules.top_p(values(1, 0.5)))
+    assert (truncate(x, chain) > -torch.inf).tolist() == [[True, True, False, False, False, False]]
+    drawn = sample(x, **key(1), rules=chain, logprobs=True)
+    assert drawn.kept.tolist() == [2]
+    assert math.isclose(float(drawn.logprob), -math.log(2), rel_tol=1e-6)
+
+
+def test_unknown_ties_are_named():
+    with pytest.raises(ValueError, match="ties='first': expected one of 'keep', 'lowest'"):
+        rules.top_k(values(1, 2), ties="first")
+    with pytest.raises(ValueError, match="tosses a coin"):
+        truncate(torch.zeros(1, 5), (rules.xtc(values(1, 0.1), values(1, 1)),))
+
+
+def test_the_coin_falls_as_often_as_it_should():
+    """20,000 coins at chance .3: 6,000 expected; 5,700 ... 6,300 is missed with probability 4e-6."""
+    count = 20_000
+    x = torch.tensor([[2.0, 1.0, 0.0]]).expand(count, -1)
+    chosen = (rules.xtc(values(count, 0.2), values(count, 0.3)),)
+    drawn = sample(
+        x, seeds=torch.full((count,), 9), positions=torch.arange(count), rules=chosen, logprobs=True
+    )
+    assert 5700 < int((drawn.kept == 2).sum()) < 6300  # .665 and .245 reach the threshold: one is dropped
+    assert int((drawn.kept == 3).sum()) + int((drawn.kept == 2).sum()) == count
+    assert drawn.rank[(drawn.kept == 2)].min() == 2  # the rank is among all tokens, dropped ones too
 
 
 @pytest.mark.parametrize("name", [name for name in FINITE if name != "signed zeros"])
@@ -102,6 +173,12 @@ def test_fast_path_is_the_reference(name, vocab):
         if case % 3 == 1:
             more = (rules.eta(pick(0, 1e-3)), rules.top_a(pick(0, 0.2)), rules.p_less(pick(0, 1)))
             chosen = (*more, chosen[0], rules.top_n_sigma(pick(0, 1.5)), rules.epsilon(pick(0, 1e-3)))
+        if case in (2, 3, 5, 6, 8):
+            exact = rules.top_k(pick(0, 1, 50, vocab // 2), ties="lowest")
+            typical, xtc = rules.typical(pick(0.1, 0.5, 0.9, 1)), rules.xtc(pick(0.02, 0.1), pick(0, 0.5, 1))
+            top_h = rules.top_h(pick(0, 0.3, 0.8, 1), pick(0, 1))
+            orders = {2: (exact, xtc), 3: (xtc, exact), 5: (typical, top_h), 6: (top_h, xtc), 8: (typical,)}
+            chosen = (*orders[case], *chosen[1:])
         if case % 2:
             settings["edits"] = edits(4, vocab, case)
         if case % 4 == 3:
