@@ -19,7 +19,16 @@ from handloom import Engine, SamplingParams
 from handloom import rows as rows_module
 from handloom.kernels.sample_reference import apply_edits
 from handloom.pipeline import Context, Pipeline
-from handloom.processors import DEFAULT_ORDER, BannedTokens, LogitBias, RepetitionPenalty, SequenceBias
+from handloom.processors import (
+    DEFAULT_ORDER,
+    BannedTokens,
+    LogitBias,
+    Mirostat,
+    RepetitionPenalty,
+    SequenceBias,
+    Temperature,
+    TopK,
+)
 from handloom.rows import unfused_alone
 
 VOCAB = 150
@@ -199,5 +208,34 @@ def test_edits_of_rows_with_and_without_a_text():
     want = [[1.0, 2.0, 1.0, -math.inf, -2.0], [1.0, 3.5, 1.0, -math.inf, -1.0]]
     assert apply_edits(x, **edits.arguments()).tolist() == want
     assert edits.at(torch.tensor([3, 1])).tolist() == [-math.inf, 3.5]
+    assert edits.at(torch.tensor([4, 3])).tolist() == [-2.0, -math.inf]
     listed = [sorted(i for i in row if i >= 0) for row in edits.sparse.ids.tolist()]
     assert listed == [[1, 2, 3, 4], [1, 2]]  # each once; the mask excludes 3 where no edit lists it
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("last", [Temperature(0.7), TopK(3)])
+def test_mirostat_learns_from_any_token_as_its_own_apply_does(everywhere, last, monkeypatch):
+    """The drawn token, one that was forced from outside, and one that is excluded, which teaches nothing."""
+    if everywhere:
+        fused_everywhere(monkeypatch)
+    rules = [LogitBias({9: 2.0}), BannedTokens((3,)), RepetitionPenalty(1.5)]
+    after = [last, Mirostat(2, 1.5, 0.4)] if isinstance(last, Temperature) else [Mirostat(2, 1.5, 0.4), last]
+    rows = Pipeline([*rules, *after], name="mirostat").bind([None] * 4, [[1, 9]] * 4, vocab_size=VOCAB)
+    x = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(3)) * 2
+
+    def context():
+        lengths = torch.full((4,), 2)
+        return Context(torch.tensor([[1, 9]] * 4), lengths, lengths, torch.arange(4), torch.zeros(4).long())
+
+    fused, plain = context(), context()
+    drawn = rows.sample(x, fused)
+    rows.one_by_one(x, plain)
+    committed = torch.cat([drawn.tokens[:1], torch.tensor([9, 100, 3])])
+    got, want = (
+        r.members[-1 if isinstance(last, Temperature) else -2].memory["mu"]
+        for r in (rows.accept(committed, fused), rows.accept(committed, plain))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert want[3] == 3.0
+    assert len(set(want.tolist())) == 4
