@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
 from .batch import Batch, Step
 from .errors import HandloomError, PoolExhausted
 from .generation import Event
+from .prefill import prefill, prefill_together
 from .request import Request
 
 
@@ -47,7 +49,8 @@ def run(engine, requests: list[Request]) -> Iterator[Event]:
 
 
 def admit(engine, batch: Batch, waiting: deque[Request]) -> Iterator[Event]:
-    """Prefill waiting requests into free slots, one at a time; the samples of one prompt share its prefill."""
+    """Prefill waiting requests into free slots; short prompts share a pass, the samples of a prompt its prefill."""
+    prefill_together(batch.model, next_in(batch, waiting))
     while waiting and (slot := batch.free()) is not None:
         if batch.running and not fits(batch, waiting[0]):
             return
@@ -61,34 +64,22 @@ def admit(engine, batch: Batch, waiting: deque[Request]) -> Iterator[Event]:
             yield request.end("error", f"request {request.index}: {error}")
 
 
-def fits(batch: Batch, request: Request) -> bool:
-    """Whether the pool can serve a request to its end beside those that run."""
+def next_in(batch: Batch, waiting: deque[Request]) -> Iterator[Request]:
+    """The waiting requests for which there is a free slot, and memory to their end."""
+    free, promised = batch.size - len(batch.running), 0
+    for request in islice(waiting, free):
+        if not fits(batch, request, promised):
+            return
+        promised += -(-request.room // batch.block)
+        yield request
+
+
+def fits(batch: Batch, request: Request, more: int = 0) -> bool:
+    """Whether the pool can serve a request to its end beside those that run, and `more` blocks."""
     promised = sum(
         -(-batch.requests[i].room // batch.block) - len(batch.rows[i].table or ()) for i in batch.running
     )
-    return batch.pool.obtainable() - promised >= -(-request.room // batch.block)
-
-
-@torch.no_grad()
-def prefill(model, request: Request) -> None:
-    """Compute the prompt, unless a sibling already has."""
-    ready, prompt = request.prefilled, request.prompt
-    if ready.row is None:
-        every = request.params.prompt_logprobs is not None
-        room = -(-request.room // getattr(getattr(model, "pool", None), "block_size", 1))
-        ready.row, out = model.prefill(prompt.ids, prompt.embeddings, every=every, room=room)
-        ready.logits, ready.states = out.logits[0, -1], out.states
-        if every:
-            ready.prompt_logprobs = prompt_logprobs(prompt.ids, out.logits[0])
-    request.prefill_done()
-
-
-def prompt_logprobs(ids: list[int], logits: torch.Tensor) -> list[float | None]:
-    """Log-probability of each prompt token after those before it, from `logits [T, V]`; None for the first."""
-    if len(ids) < 2 or min(ids) < 0:
-        return [None] * len(ids)
-    targets = torch.tensor(ids[1:], device=logits.device)[:, None]
-    return [None, *logits[:-1].log_softmax(-1).gather(-1, targets)[:, 0].tolist()]
+    return batch.pool.obtainable() - promised - more >= -(-request.room // batch.block)
 
 
 def prepare(batch: Batch) -> Iterator[Event]:

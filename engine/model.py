@@ -6,7 +6,7 @@ import inspect
 import itertools
 import logging
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,11 @@ class Model:
         return self.paged and not self.recurrent and not self._ropes
 
     @property
+    def takes_prompts_together(self) -> bool:
+        """Whether several prompts may share a pass; not where a row's bits must not depend on its neighbours."""
+        return self.path == "attention" and self.shares_prefixes and not self.restart and not self.alone
+
+    @property
     def device(self) -> torch.device:
         """Where input ids go."""
         return self.module.get_input_embeddings().weight.device
@@ -98,14 +103,14 @@ class Model:
             feed: the new tokens of each row.
             cache: a cache that holds recurrent states, updated in place; None for models without.
             hidden: return hidden states as well.
-            last_only: logits of the last token only, `[B, 1, V]`.
+            last_only: logits of each row's last token only, `[B, 1, V]`.
         """
         if self.path == "rows" and len(feed.tables) > 1:
             return self._forward_rows(feed, hidden, last_only)
         cache = self.cache if cache is None else cache
         cache.bind(feed)
         self._aim(feed)
-        if self.compiled is not None and self.compiled.takes(feed, hidden):
+        if self.compiled is not None and not last_only and self.compiled.takes(feed, hidden):
             return Output(self.compiled(feed))
         arguments = {"use_cache": True}
         arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
@@ -115,13 +120,16 @@ class Model:
             arguments["inputs_embeds"] = feed.embeddings
         if "position_ids" in self._arguments:
             arguments["position_ids"] = feed.positions
-        if last_only and "logits_to_keep" in self._arguments:
+        ragged = last_only and feed.counts is not None
+        if last_only and not ragged and "logits_to_keep" in self._arguments:
             arguments["logits_to_keep"] = 1
         if hidden:
             arguments["output_hidden_states"] = True
-        with self._ours():
+        with self._ours(), self._last_of_each(feed) if ragged else nullcontext():
             out = self.module(**arguments)
-        logits = out.logits[:, -1:] if last_only else out.logits
+        logits = out.logits
+        if last_only:
+            logits = logits[:, -1:] if logits.shape[1] == 1 or not ragged else _last(logits, feed.counts)
         states = tuple(out.hidden_states) if hidden else None
         return Output(logits.float(), states, cache.states() if self.recurrent else ())
 
@@ -158,6 +166,29 @@ class Model:
             settings["_attn_implementation_internal"] = theirs
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def _last_of_each(self, feed: Feed):
+        """The output layer sees each row's last token alone, for the length of one pass.
+
+        A model that calls it in another way computes all logits, from which they are picked afterwards.
+        """
+        output = self.module.get_output_embeddings()
+        if output is None:
+            yield
+            return
+
+        def pick(layer, inputs):
+            states = inputs[0] if inputs else None
+            if torch.is_tensor(states) and states.shape[:2] == feed.positions.shape:
+                return _last(states, feed.counts), *inputs[1:]
+            return None
+
+        handle = output.register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def attend(
         self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
@@ -211,6 +242,31 @@ class Model:
             self.pool.register(table, tokens)
         history = History(tokens if embeddings is None else [EMBEDDING] * len(tokens))
         return Row(table, history, len(tokens)), _joined(outputs, every, hidden)
+
+    def prefill_together(self, prompts, rooms) -> tuple[list[Row], torch.Tensor]:
+        """New rows that hold prompts, computed in one ragged pass.
+
+        Args:
+            prompts: the ids of each, at least one.
+            rooms: blocks that each row may grow to.
+
+        Returns:
+            The rows, and the logits `[B, V]` after each prompt.
+
+        Raises:
+            PoolExhausted: there are not enough blocks for all of them; none is kept.
+        """
+        block = self.pool.block_size
+        tables = [self.pool.table(self.pool.match(ids)) for ids in prompts]
+        starts = [len(table) * block for table in tables]
+        parts = [list(ids[start:]) for ids, start in zip(prompts, starts, strict=True)]
+        wanted = zip(tables, starts, parts, rooms, strict=True)
+        tables = [self._writable(table, start, len(part), room) for table, start, part, room in wanted]
+        logits = self.forward(Feed.build(parts, starts, tables, block, self.device), last_only=True).logits
+        for table, ids in zip(tables, prompts, strict=True):
+            self.pool.register(table, ids)
+        rows = [Row(t, History(ids), len(ids)) for t, ids in zip(tables, prompts, strict=True)]
+        return rows, logits[:, 0]
 
     def extend(self, rows, tokens, states=(), *, hidden=False) -> tuple[tuple[Row, ...], Output]:
         """Feed each row its own number of tokens.
@@ -349,6 +405,12 @@ def _joined(outputs, every, hidden) -> Output:
         tuple(torch.cat(h, 1) for h in zip(*(o.hidden for o in outputs), strict=True)) if hidden else None
     )
     return Output(logits, layers, last.states)
+
+
+def _last(part, counts):
+    """`[B, Q, ...]` -> `[B, 1, ...]`: the last real entry of each row."""
+    rows = torch.arange(len(counts), device=part.device)
+    return part[rows, torch.tensor(counts, device=part.device) - 1][:, None]
 
 
 def _scattered(part, where, rows):

@@ -34,7 +34,7 @@ class SoloModel:
     """
 
     path, restart, recurrent, paged, shares_prefixes, alone = "solo", None, False, False, False, True
-    compiled = None
+    compiled, takes_prompts_together = None, False
 
     def __init__(self, module, reason: str, exclusive: bool = False):
         self.module, self.reason, self.exclusive = module, reason, exclusive

@@ -16,7 +16,8 @@ from torch._dynamo.utils import counters
 from handloom import CapabilityError, Engine, SamplingParams
 from handloom.compiling import CompiledStep
 from handloom.graph import GraphBatch
-from handloom.kv import Store
+from handloom.kernels import dispatch
+from handloom.kv import BlockPool, Store
 from handloom.loop import prefill
 from handloom.model import uncapturable
 from handloom.processors.base import Edit
@@ -231,7 +232,22 @@ def test_every_rule_replays(name, recorders):
     assert not recorders or used(recorders)[1] >= 5
 
 
-def test_a_pool_that_moves_is_recorded_anew(recorders):
+def test_the_pool_is_large_enough_from_the_start(recorders):
+    _, program = engines("llama", block_size=2, slots=2)
+    events = program.stream(PROMPTS[:2], max_new_tokens=80)
+    next(events)
+    capacity = program.pool.capacity
+    assert capacity >= 2 * (17 + 80) // 2
+    for _ in events:
+        pass
+    assert program.pool.capacity == capacity
+    assert not recorders or used(recorders)[0] <= 2  # one row may end before the other
+    small = Engine(program.model, graph=True, block_size=2, slots=2, max_blocks=60)
+    assert [len(g.token_ids) for g in small.generate([[3], [4]], max_new_tokens=50)] == [50, 50]
+
+
+def test_a_pool_that_moves_is_recorded_anew(recorders, monkeypatch):
+    monkeypatch.setattr(BlockPool, "reserve", lambda pool, count: None)
     eager, program = engines("llama", block_size=2, slots=2)
     capacity = program.pool.capacity
     for turn in range(2):
@@ -257,9 +273,36 @@ def test_a_compiled_forward_is_recorded_with_the_rest(backend, recorders):
         assert [g.token_ids for g in got] == [g.token_ids for g in want]
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1]  # rows came and went without another compilation
-    assert set(program.runner.compiled.compiled) == {1, 3}
+    assert set(program.runner.compiled.compiled) == {3}  # prompts of one token are no steps
     no_refusals(program)
     assert not recorders or used(recorders)[1] >= 30
+
+
+KERNELS = {
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3, "top_k": 30},
+    "filters": {"top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    "edits": {"logit_bias": {3: 4.0}, "banned_tokens": (5, 6), "min_new_tokens": 4, "stop_token_ids": (12,)},
+    "memory": {"mirostat": 2, "mirostat_tau": 3.0, "dry_multiplier": 0.8, "dry_allowed_length": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["penalties", *(pytest.param(n, marks=pytest.mark.slow) for n in list(KERNELS)[1:])]
+)
+def test_launches_of_triton_kernels_are_recorded(name, recorders):
+    """The kernels that CUDA runs, in the interpreter; attention and sampling read everything from device memory."""
+    model = tiny_llama(num_hidden_layers=1)
+    with dispatch.use("triton"):
+        eager, program = Engine(model, slots=2, graph=False), Engine(model, slots=2, graph=True)
+        for seed in (1, 9):
+            params = [
+                SamplingParams(temperature=0.9, seed=seed + i, max_new_tokens=5 + i, **KERNELS[name])
+                for i in range(3)
+            ]
+            want, got = eager.generate(PROMPTS[:3], params), program.generate(PROMPTS[:3], params)
+            assert [g.token_ids for g in got] == [g.token_ids for g in want]
+    no_refusals(program)
+    assert not recorders or used(recorders)[1] >= 5
 
 
 class CountingProcessor:

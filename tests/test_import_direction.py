@@ -22,7 +22,7 @@ LAYERS = [
         *{"text", "stopping", "generation"},
     },
     {"cache", "model", "solo", "probe", "loading", "packing", "fourbit", "parallel", "compiling"},
-    {"request", "batch", "graph", "loop"},
+    {"request", "prefill", "batch", "graph", "loop"},
     {"engine"},
     {"joint", "strategies", "laws", "naive", "compat", "demo", "records", "options", "terminal", "cli"},
     {"benchmarks"},

@@ -38,7 +38,8 @@ def test_a_finished_row_is_replaced_at_once(engine):
         results = engine.generate(prompts, params)
     assert [g.n_new for g in results] == budgets
     assert ids_of(results) == greedy_reference(engine.model, prompts, budgets)
-    assert passes.prompts == [len(p) for p in prompts]
+    assert passes.shapes[0] == (3, 17)  # the first three prompts in one pass, the others as slots become free
+    assert passes.prompts == [17, 40, 9, 23, 16, 33]
     # A slot's requests draw in turn: 0 0 3 3 3 3 3 6 6 6 | 1 1 1 1 1 1 1 1 1 7 | 2 2 2 2 4 5 5 5 5 5 5. After
     # the tenth draw request 5 is alone, with one token to come.
     assert passes.steps == [3] * 9 + [1]
@@ -47,7 +48,7 @@ def test_a_finished_row_is_replaced_at_once(engine):
 def test_the_batch_shrinks_when_nobody_waits(engine):
     with recorded(engine.model) as passes:
         engine.generate(PROMPTS[:3], [SamplingParams(max_new_tokens=n) for n in (2, 4, 6)])
-    assert passes.steps == [1, 3, 2, 2, 1, 1]  # the first is the prompt of one token
+    assert passes.steps == [3, 2, 2, 1, 1]
 
 
 def test_fixed_slots_always_decode_all_of_them(model):
