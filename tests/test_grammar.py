@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import assert_nothing_leaked, outcome, spell, text_engine, tiny_llama
 from languages import ASKED, END, A, B, Letters, Nested, V, Word, after, allowed, bound, read, step
+from recorded_graph import install
 from tiny_tokenizers import byte_fallback, byte_level
 
 from handloom import Engine, SamplingParams, draw, laws
@@ -241,17 +242,22 @@ def test_batch_equals_solo_with_grammars_of_several_kinds(engine, temperature):
     laws.cached_equals_naive(engine, ASKED, params)
 
 
-def test_the_device_program_gives_the_same_texts():
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_device_program_gives_the_same_texts(monkeypatch, recorded):
     model, tokenizer = tiny_llama(vocab_size=len(byte_level())), byte_level()
-    eager, program = (Engine(model, tokenizer, slots=2, graph=graph) for graph in (False, True))
+    eager = Engine(model, tokenizer, slots=2, graph=False)
+    recorders = install(monkeypatch) if recorded else []
+    program = Engine(model, tokenizer, slots=2, graph=True)
     own = [[Grammar(Letters())], [Grammar.choice(["the fox", "a dog"])], [], [Grammar.regex("ab+c")]]
     params = [
-        SamplingParams(temperature=1.0, seed=i, max_new_tokens=8, processors=p) for i, p in enumerate(own)
+        SamplingParams(temperature=1.0, seed=i, max_new_tokens=12, processors=p) for i, p in enumerate(own)
     ]
     for _ in range(2):
         want, got = eager.generate(ASKED, params), program.generate(ASKED, params)
         assert [outcome(one)[:4] for one in got] == [outcome(one)[:4] for one in want]
     assert want[1].text in ("the fox", "a dog")
+    replays = sum(recorder.replays for recorder in recorders)
+    assert replays > 10 or not recorded  # of the forward: the grammar runs before it
     assert_nothing_leaked(program)
 
 
