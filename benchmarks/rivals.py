@@ -3,6 +3,7 @@
 import importlib.util
 import time
 from collections.abc import Callable, Collection
+from dataclasses import fields
 
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
@@ -78,15 +79,17 @@ class ContinuousBatching:
     def __init__(self, model: PreTrainedModel, slots: int, longest: int):
         self.model = model
         flash = any(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn_interface"))
-        self.config = ContinuousBatchingConfig(
-            page_size=PAGE,
-            num_blocks=-(-5 * slots * -(-longest // PAGE) // 4)
-            + 1,  # it admits nobody while 15 % or less are free
-            max_batch_tokens=max(slots, min(2048, slots * longest)),
-            max_requests_per_batch=slots,
-            drop_unsupported_processors=False,
-            auto_switch_to_flash=flash,  # it would fetch a kernel from the hub otherwise
-        )
+        known = {f.name for f in fields(ContinuousBatchingConfig)}
+        wanted = {
+            "page_size" if "page_size" in known else "block_size": PAGE,  # the latter in transformers 5.17
+            # It admits nobody while 15 % or less are free.
+            "num_blocks": -(-5 * slots * -(-longest // PAGE) // 4) + 1,
+            "max_batch_tokens": max(slots, min(2048, slots * longest)),
+            "max_requests_per_batch": slots,
+            "drop_unsupported_processors": False,
+            "auto_switch_to_flash": flash,  # it would fetch a kernel from the hub otherwise
+        }
+        self.config = ContinuousBatchingConfig(**{k: v for k, v in wanted.items() if k in known})
         self._sampling: object = self  # no manager yet
 
     def _ready(self, sampling: Sampling | None) -> None:

@@ -246,6 +246,7 @@ class Engine:
         size = self.bucket(requests)
         if not self.graphs:
             return Batch(self, size, width)
+        self.pool.reserve(size * -(-width // self.pool.block_size))  # a pool that moves is recorded anew
         width = min(max(2048, 1 << (width - 1).bit_length()), self.max_length)
         kept = self._batches.pop((size, width), None)
         return GraphBatch(self, size, width) if kept is None else kept

@@ -210,6 +210,22 @@ class BlockPool:
                 store.values[:, where] = 0
         return tuple(int(b) for b in blocks)
 
+    def reserve(self, count: int) -> None:
+        """Grow now, so that `count` blocks can be handed out without moving the pool in the middle of a run.
+
+        As far as `max_blocks` and half of the device's free memory allow; beyond that the pool grows when it must.
+        """
+        target = self.capacity + count - int(self._free.sum()) - len(self._idle)
+        if self.max_blocks is not None:
+            target = min(target, self.max_blocks + RESERVED)
+        if target > self.capacity and target * self.block_bytes <= self._spare() // 2:
+            self._resize(target)
+
+    def _spare(self) -> int:
+        """Bytes that are free where the cells lie; a CPU gives memory when it is written, so there is no limit."""
+        device = self.stores[0].keys.device if self.stores else torch.device("cpu")
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 62
+
     def claim(self, start: int, count: int) -> tuple[int, int]:
         """Ask other sequences to stay out of `[start, start + count)` while there is space elsewhere."""
         end = min(start + count, self.capacity)

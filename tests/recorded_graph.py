@@ -65,9 +65,10 @@ class Recording(TorchDispatchMode):
     def launch(self, executor, args, kwargs):
         """A Triton kernel in the interpreter: its arguments are pointers and constants, as in a graph."""
         given = tensors_of((args, kwargs))
-        for tensor in given:
-            self._save(tensor)
-        executor(*args, **kwargs)
+        with torch.utils._python_dispatch._disable_current_modes():
+            for tensor in given:
+                self._save(tensor)
+            executor(*args, **kwargs)
         self._note(lambda: executor(*args, **kwargs), None, given)
 
     def whole(self, call, given):
@@ -156,7 +157,7 @@ def record_launches(patch, recording):
 
     def call(executor, *args, **kwargs):
         def run(*args, **kwargs):
-            with pytest.MonkeyPatch.context() as host, torch.utils._python_dispatch._disable_current_modes():
+            with pytest.MonkeyPatch.context() as host:
                 for name, method in HOST.items():
                     host.setattr(torch.Tensor, name, method)
                 original(executor, *args, **kwargs)

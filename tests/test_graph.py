@@ -296,13 +296,13 @@ def test_launches_of_triton_kernels_are_recorded(name, recorders):
         eager, program = Engine(model, slots=2, graph=False), Engine(model, slots=2, graph=True)
         for seed in (1, 9):
             params = [
-                SamplingParams(temperature=0.9, seed=seed + i, max_new_tokens=5 + i, **KERNELS[name])
-                for i in range(3)
+                SamplingParams(temperature=0.9, seed=seed + i, max_new_tokens=4, **KERNELS[name])
+                for i in (0, 1)
             ]
-            want, got = eager.generate(PROMPTS[:3], params), program.generate(PROMPTS[:3], params)
+            want, got = eager.generate(PROMPTS[:2], params), program.generate(PROMPTS[:2], params)
             assert [g.token_ids for g in got] == [g.token_ids for g in want]
     no_refusals(program)
-    assert not recorders or used(recorders)[1] >= 5
+    assert not recorders or used(recorders)[1] >= 4
 
 
 class CountingProcessor:
