@@ -14,7 +14,10 @@ from sampling_rows import generator, key
 from test_acceptance_sets import KINDS, row_of
 
 from handloom import SamplingParams
+from handloom.kernels import rules
 from handloom.kernels.draw import draw
+from handloom.kernels.sample import sample, sample_reference
+from handloom.kernels.sample_reference import truncate
 from handloom.pipeline import Context, Pipeline
 from handloom.processors import (
     XTC,
@@ -186,6 +189,42 @@ def test_every_rule_keeps_what_its_definition_keeps(name):
             assert not (kept[row] & ~most).any(), (*label, (kept[row] & ~most).nonzero()[0][:5])
             exact += (least == most).all()
     assert exact > 0.6 * len(laws) * len(parameters)
+
+
+ON = torch.ones(1)
+KERNELS = {  # the same rules as the sampling kernels take them, one parameter a row
+    "epsilon": rules.epsilon,
+    "eta": rules.eta,
+    "min-p": rules.min_p,
+    "top-a": rules.top_a,
+    "top-n-sigma": rules.top_n_sigma,
+    "top-k": rules.top_k,
+    "top-p": rules.top_p,
+    "typical": rules.typical,
+    "top-h, paper": rules.top_h,
+    "top-h, code": lambda alpha: rules.top_h(alpha, ON.expand(len(alpha))),
+    "xtc": lambda threshold: rules.xtc(threshold, ON.expand(len(threshold))),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_rule_of_the_kernels_keeps_what_its_definition_keeps(name):
+    """Reference by its set, CPU path by the size of its set and its token, for the same rows and parameters."""
+    define, _, parameters = RULES[name]
+    x = torch.stack([row_of(kind, VOCAB, seed) for kind in FINITE for seed in range(2)])
+    laws, parts = [Law(row) for row in x.numpy()], key(len(x))
+    for parameter in parameters:
+        chain = (KERNELS[name](torch.full((len(x),), float(parameter))),)
+        kept = (truncate(x, chain, tuple(parts.values())) > -torch.inf).numpy()
+        drawn = sample(x, rules=chain, logprobs=True, kernels="torch", **parts)
+        for row, law in enumerate(laws):
+            least, most = define(law, parameter, -1.0), define(law, parameter, 1.0)
+            label = FINITE[row // 2], parameter
+            assert not (least & ~kept[row]).any(), label
+            assert not (kept[row] & ~most).any(), label
+            assert least.sum() <= drawn.kept[row] <= most.sum(), label
+            assert most[drawn.tokens[row]], label
+        assert torch.equal(sample_reference(x, rules=chain, **parts).tokens, drawn.tokens)
 
 
 CHAINS = [

@@ -306,3 +306,31 @@ def test_kept_sets_of_a_real_model(smollm2_engine):
     for seed, order in enumerate(ORDERS.values()):
         for turn in range(4):
             check(x, mixed(len(texts), x.shape[1], 10 * seed + turn), order, least_exact=0.7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exactly_k_are_kept_of_ties_the_lowest_ids(kind):
+    """The other tie mode of top-k, alone and before top-p: what a stable sort by logit puts first."""
+    vocab = 67
+    ks = np.repeat([0, -1, 1, 2, 5, 50, vocab - 1, vocab, vocab + 1, 2**31 - 1], 2)
+    p = np.tile([1.0, 0.6], len(ks) // 2).astype(np.float32)
+    x = row_of(kind, vocab).expand(len(ks), -1)
+    chain = (rules.top_k(torch.from_numpy(ks), ties="lowest"), rules.top_p(torch.from_numpy(p)))
+    left = (truncate(x.clamp(max=float(FLOAT_MAX)), chain) > -torch.inf).numpy()
+    row = np.minimum(x[0].double().numpy(), FLOAT_MAX)
+    order = np.argsort(-row, kind="stable")
+    for k, share, kept in zip(ks, p, left, strict=True):
+        first = order[:k] if 0 < k < vocab else order
+        first = first[row[first] > -np.inf]
+        weights = np.exp(row[first] - row.max())
+        above = (np.cumsum(weights) - weights) / weights.sum()
+        sets = []
+        for limit in (share - EPS, share + EPS):
+            count = max(int((above < limit).sum()), 1) if share < 1 else len(first)
+            sets.append({int(token) for token in first if row[token] >= row[first[count - 1]]})
+        assert sets[0] <= set(kept.nonzero()[0].tolist()) <= sets[1], (k, share)
+    parts = key(len(ks), 3)
+    drawn = sample(x, rules=chain, logprobs=True, kernels="torch", **parts)
+    assert (drawn.kept.numpy() == left.sum(axis=1)).all()
+    assert left[np.arange(len(ks)), drawn.tokens.numpy()].all()
+    assert torch.equal(sample_reference(x, rules=chain, **parts).tokens, drawn.tokens)
