@@ -63,6 +63,24 @@ def test_an_end_token_is_allowed_only_where_the_text_may_end():
     assert allowed(rows) == [{A}, {A, B}, {END}]
 
 
+def test_tokens_that_the_model_lacks_do_not_keep_a_text_open():
+    class Beyond(Nested):
+        def next(self):
+            return [A, 38] if not self.text else [38]
+
+        def may_end(self):
+            return True
+
+        def fork(self):
+            return Beyond(self.text)
+
+    pipeline, params = Pipeline([Grammar(Beyond())], name="grammar"), SamplingParams(ignore_eos=True)
+    rows = pipeline.bind([params], [[0]], vocab_size=38, eos_token_ids=[5])
+    assert allowed(rows, 38) == [{A}]
+    rows = rows.accept(torch.tensor([A]), step(rows))
+    assert allowed(rows, 38) == [{5}]  # as nothing else may follow
+
+
 @pytest.mark.parametrize(
     ("params", "ends"),
     [

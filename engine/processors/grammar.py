@@ -261,10 +261,8 @@ class Grammar(Edit):
 
     def mask(self, context: Context) -> Tensor:
         """Which tokens may come next, packed [B, ceil(V / 32)] int32; all ones in rows that are off."""
-        mask = self._masks(context)
-        return (
-            mask if context.device is None or context.device.type == "cpu" else upload(mask, context.device)
-        )
+        mask, device = self._masks(context), context.device
+        return mask if device is None or device.type == "cpu" else upload(mask, device)
 
     def exclude(self, buffer: Tensor, context: Context) -> None:
         if buffer.device.type != "cpu":
@@ -301,6 +299,8 @@ class Grammar(Edit):
             return f"the grammar does not accept token {refused}, which was chosen in spite of it"
         matcher.fill(mask)
         forbid(mask, context.eos_token_ids)
+        if spare := context.vocab_size % WORD_BITS:
+            mask[-1] &= (1 << spare) - 1
         goes_on, may_end = bool(mask.any()), matcher.may_end()
         if may_end:
             allow(mask, values.ends[row] if goes_on else values.fill[row])
