@@ -400,7 +400,19 @@ def main(
     output: Annotated[Path, typer.Option(help="rows are appended here")] = RESULTS / "decode.jsonl",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON lines in place of tables")] = False,
 ) -> None:
-    """Measure handloom's decoding next to other ways to decode the same model, in one run."""
+    """Measure handloom's decoding next to other ways to decode the same model, in one run.
+
+    counts: operations, calls and time of a step and of a call, outside the model's forward.
+
+    throughput: tokens per second of a lone prompt and of ragged requests, first tokens of a shared prompt.
+
+    memory: what the block pool holds, and that serving does not grow it.
+
+    speed: every side over batches and contexts: time to first token and per token, tokens per second, share of
+    the read bandwidth measured in the same run, peak memory, launches and syncs per token.
+
+    ragged: the same for requests of different length that take over each other's slots.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if threads:
@@ -410,6 +422,8 @@ def main(
     if unknown or (perf and sections):
         wanted = "none with --preset llm-perf" if perf else ", ".join(SECTIONS)
         raise typer.BadParameter(f"{', '.join(sections)}: sections are {wanted}")
+    if perf and (batch or context or new_tokens or sampling):
+        raise typer.BadParameter("--preset llm-perf fixes batch, context, new tokens and greedy choice")
     work = PRESETS["standard" if perf else preset]
     place = chosen_device(device)
     batches, contexts, new = work.grid or GRIDS[place.type]
@@ -434,6 +448,8 @@ def main(
     progress = Progress()
     measure = measurements(options, progress)
     for section in wanted:
+        if section not in ("speed", "ragged", "llm-perf"):  # those tell of every case
+            progress(section)
         complete = run(section, measure[section](), output, as_json, {"preset": preset})
         progress.clear()
         if not complete:

@@ -288,6 +288,7 @@ def test_command_line_names_what_would_be_valid(tmp_path, monkeypatch):
     assert "no GPU is found" in refused(tmp_path, sections=["speed"], model="tiny", device="cuda")
     assert "expected cpu" in refused(tmp_path, sections=["speed"], model="tiny", device="mps")
     assert "none with --preset llm-perf" in refused(tmp_path, sections=["speed"], preset="llm-perf")
+    assert "fixes batch, context" in refused(tmp_path, preset="llm-perf", batch=[2])
 
 
 def test_help_names_sections_sides_and_shapes():
