@@ -222,6 +222,8 @@ def _attend(q, k, v, plan, row, window, scale):
         q = q.transpose(0, 1)[None]
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
         return out[0].transpose(0, 1)
+    if q.device.type == "cuda" and window is None and plan.tree is None:
+        return _attend_tail(q, k, v, scale)
     if queries * group * length > _FOLDED_MASK_ENTRIES:
         mask = plan.mask(row, queries, length, window, 1, q)
         out = scaled_dot_product_attention(
@@ -232,6 +234,21 @@ def _attend(q, k, v, plan, row, window, scale):
     q = q.view(queries, kv_heads, group, dim).transpose(0, 1).reshape(1, kv_heads, queries * group, dim)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.view(kv_heads, queries, group, -1).transpose(0, 1).reshape(queries, heads, -1)
+
+
+def _attend_tail(q, k, v, scale):
+    """A later piece of a prompt on CUDA: the last n of L positions, causal, no mask in memory; as `_attend`.
+
+    torch's flash kernel takes no groups behind such a bias, so keys and values are repeated for their query heads.
+    """
+    from torch.nn.attention.bias import causal_lower_right
+
+    group = q.shape[1] // k.shape[1]
+    k, v = (part.repeat_interleave(group, 1) for part in (k, v))
+    bias = causal_lower_right(len(q), k.shape[2])
+    return scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=bias, scale=scale)[
+        0
+    ].transpose(0, 1)
 
 
 def _attend_explicitly(q, k, v, plan, row, window, scale, softcap, sinks):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from handloom.kernels import attention, dispatch
+from handloom.kernels import attention, attention_cpu, dispatch
 from handloom.kernels.attention import attention_workspace, paged_attention, paged_attention_reference
 from handloom.kernels.attention_cpu import CellPlan, paged_attention_cpu
 
@@ -249,6 +249,14 @@ def test_reference_against_oracle(change, dtype):
 def test_cpu_against_oracle(change, dtype):
     case = Case(**change, dtype=dtype)
     case.check(case.cpu())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_tail_of_a_prompt_against_oracle(dtype):
+    """What CUDA takes for the later pieces of a long prompt."""
+    case = Case(lengths=(90,), queries=40, heads=(6, 2), dtype=dtype)
+    k, v = (part.transpose(0, 1)[None].to(DEVICE) for part in case.row_cells[0])
+    case.check(attention_cpu._attend_tail(case.q[0].to(DEVICE), k, v, case.dims[0] ** -0.5)[None].cpu())
 
 
 @pytest.mark.parametrize("change", MATRIX)
