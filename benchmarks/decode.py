@@ -292,7 +292,8 @@ class Options:
     @functools.cached_property
     def subject(self) -> speed.Subject:
         """The model with what belongs to it."""
-        return speed.Subject(self.model, self.loaded[0], self.sized, self.sampling)
+        name = Path(self.model).name if Path(self.model).is_dir() else self.model
+        return speed.Subject(name, self.loaded[0], self.sized, self.sampling, self.model in SHAPES)
 
 
 def measurements(options: Options, progress: Progress) -> dict[str, Callable[[], Iterator[list[dict]]]]:

@@ -185,7 +185,9 @@ def _chosen(config) -> float:
 
 def _cells(config, itemsize: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Bytes of one token's keys and values: in layers that keep all tokens, and by window in those that do not."""
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:  # a state-space model
+        return 0, ()
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     layer = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width * itemsize
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

@@ -19,7 +19,7 @@ from benchmarks.common import Progress, in_turn, median_ratio
 from benchmarks.counting import device_calls, operations, per_step
 from benchmarks.peak import Peak
 from benchmarks.rivals import COMPILED, UNIFORM, BareLoop, caches, side
-from benchmarks.shapes import SHAPES, Sizes, refusal
+from benchmarks.shapes import Sizes, refusal
 from benchmarks.sides import Request, Sampling, Side, Timeline
 
 STEPS = (9, 25)  # answer lengths between which calls are counted: one block of the pool apart
@@ -58,17 +58,14 @@ class Subject:
         name: of the model, for the rows.
         model: whose weights every side takes. sized: its sizes.
         sampling: how to draw; None is greedy.
+        random_weights: whether nothing was trained.
     """
 
     name: str
     model: PreTrainedModel
     sized: Sizes
     sampling: Sampling | None = None
-
-    @property
-    def random_weights(self) -> bool:
-        """Whether nothing was trained."""
-        return self.name in SHAPES
+    random_weights: bool = True
 
     def about(self) -> dict:
         """What every row says."""

@@ -66,6 +66,20 @@ def test_windows_bound_what_is_read():
     assert sized.kept(100) == (100 + 2 * 10) * layer
 
 
+def test_a_model_without_attention_keeps_nothing_for_a_token():
+    config = AutoConfig.for_model("mamba", vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
+    assert sizes(config, torch.float32).kept(100) == 0
+
+
+def test_a_folder_is_loaded_with_its_own_weights(tmp_path):
+    model = build("tiny-moe", torch.float32)
+    model.save_pretrained(tmp_path)
+    again = build(str(tmp_path), torch.float32)
+    assert type(again) is type(model)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert sizes(config_of(str(tmp_path)), torch.float32) == sizes(model.config, torch.float32)
+
+
 def test_refusal_begins_where_memory_ends():
     sized = Sizes(1000, 1000, 0, 0.0, 10, (), longest=50)
     needed = int(1.1 * (1000 + 2 * 3 * 10 * 40))
