@@ -41,6 +41,9 @@ ROW_TYPES = {
     "tokens": "*i64",
     "floats": "*fp32",
     "counts": "*i64",
+    "top_ids": "*i64",
+    "top_logprobs": "*fp32",
+    "n_top": "i32",
     "seeds": "*i64",
     "positions": "*i64",
     "streams": "*i64",
@@ -96,7 +99,8 @@ def sampling_cases():
             )
             if dtype == "fp32":
                 continue  # the second launch reads few logits; one dtype is enough
-            second |= {"DEVICES": device, "NEEDS": needs, "LOGPROBS": full, "WIDTH": 2048}
+            second |= {"DEVICES": device, "NEEDS": needs, "LOGPROBS": full, "WIDTH": 2048, "TOP": 32 * full}
+            second["PLAIN"] = sample_fused.variant(groups[1], 0, False, (), (), False)
             yield (
                 f"sample {name} {dtype}",
                 triton_sample.sample_kernel,

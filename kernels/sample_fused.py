@@ -10,6 +10,7 @@ from .triton_sample import group_statistics_kernel, sample_kernel
 
 GROUP = 128
 FIRST_GROUPS = 16  # groups a program of the first launch
+TOP_MOST = 64  # most raw log-probabilities that the kernels report; for more there is `with_top`
 CAPACITY = 1024  # candidates held in registers; more are read again in every step
 KINDS = {  # the steps of each kind of rule, numbered as in triton_steps
     "count": (0,),
@@ -54,7 +55,7 @@ class Plan:
     and changed in place, they cost no copy.
     """
 
-    def __init__(self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False):
+    def __init__(self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False, n_top=0):
         rows, vocab = logits.shape
         device = logits.device
         self.rows, self.vocab, self.logprobs = rows, vocab, bool(logprobs)
@@ -64,7 +65,9 @@ class Plan:
         self.points = tuple(point.device for point in pointwise)
         entropy = any(rule.kind in ("typical", "top_h") for rule in rules)
         self.moments = self.logprobs or entropy or any(self.needs)
-        self.planes = 10 if self.moments else 3
+        self.n_top = n_top if n_top <= TOP_MOST else 0  # 0: none, or by `with_top`
+        self.raw = self.logprobs or self.n_top > 0
+        self.planes = 10 if self.moments or self.raw else 3
         self.vocab_groups = triton.cdiv(vocab, GROUP)
         self.groups = self.vocab_groups + (0 if edits is None else triton.cdiv(edits.ids.shape[1], GROUP))
         self.width = max(16, triton.next_power_of_2(self.groups))
@@ -76,6 +79,8 @@ class Plan:
         self.tokens = torch.empty(rows, device=device, dtype=torch.int64)
         self.floats = torch.empty(3, rows, **empty)
         self.counts = torch.empty(2, rows, device=device, dtype=torch.int64)
+        self.top_ids = torch.empty(rows, self.n_top, device=device, dtype=torch.int64)
+        self.top_logprobs = torch.empty(rows, self.n_top, **empty)
         self.ones = torch.ones(rows, **empty)
         self.zeros = torch.zeros(rows, device=device, dtype=torch.int64)
         self.limits = torch.empty(max(len(parameters_of(rules)), 1), rows, **empty)
@@ -161,12 +166,13 @@ def sample_fused(
     Args:
         out: int64 [B] or None; receives the tokens.
         plan: Plan or None; holds every buffer. Its result tensors are overwritten by the next call with it.
-            With a plan and n_top=0 the call allocates nothing and can be captured in a CUDA graph; limits are
-            copied from the rules' parameters inside the graph, so changing those in place takes effect on
-            replay.
+            With a plan the call allocates nothing and can be captured in a CUDA graph; limits are copied from
+            the rules' parameters inside the graph, so changing those in place takes effect on replay.
+        n_top: up to TOP_MOST they come from the same two launches (of a plan that was made for as many);
+            more take a torch operation after them, which allocates.
     """
     if plan is None:
-        plan = Plan(logits, rules=rules, edits=edits, pointwise=pointwise, logprobs=logprobs)
+        plan = Plan(logits, rules=rules, edits=edits, pointwise=pointwise, logprobs=logprobs, n_top=n_top)
     if plan.rows == 0:
         return _result(plan, plan.tokens if out is None else out, logits, n_top)
     fill(plan.limits, parameters_of(rules))
@@ -190,18 +196,21 @@ def sample_fused(
     group_statistics_kernel[(plan.rows, triton.cdiv(plan.groups, FIRST_GROUPS))](
         *head,
         *row_arguments,
-        RAW=plan.logprobs,
+        RAW=plan.raw,
         num_warps=first_warps(plan.moments, edits is not None, logits.element_size()),
         **plan.constants(FIRST_GROUPS, edits, bitmask),
     )
     sample_kernel[(plan.rows,)](
         *(*head, plan.active, plan.listed, plan.listed_ids, tokens, plan.floats, plan.counts),
+        *(plan.top_ids, plan.top_logprobs, plan.n_top),
         *row_arguments,
         DEVICES=plan.devices,
         NEEDS=plan.needs,
         LOGPROBS=plan.logprobs,
         WIDTH=plan.width,
         CAPACITY=CAPACITY,
+        TOP=max(16, triton.next_power_of_2(plan.n_top)) if plan.n_top else 0,
+        PLAIN=variant(second_groups(plan.moments, edits is not None), 0, False, (), (), False),
         **second_options(),
         **plan.constants(second_groups(plan.moments, edits is not None), edits, bitmask),
     )
@@ -229,4 +238,6 @@ def _result(plan, tokens, logits, n_top):
     drawn = Drawn(tokens)
     if plan.logprobs:
         drawn = Drawn(tokens, *plan.floats, *plan.counts)
+    if n_top and n_top == plan.n_top:
+        return drawn._replace(top_ids=plan.top_ids, top_logprobs=plan.top_logprobs)
     return with_top(drawn, logits, n_top) if n_top else drawn

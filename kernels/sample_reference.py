@@ -232,18 +232,20 @@ def describe(logits, usable, left, tokens, logprobs, n_top):
 
 
 def with_top(result, logits, n_top):
-    """Add the n_top highest log-probabilities of the logits as given, ties by lowest id; NaN for a row with a
-    NaN.
+    """Add the log-probabilities of the n_top highest logits as given, ties by lowest id; NaN for a row with a
+    NaN, or all -inf.
 
     Only tokens at or above the n_top-th are sorted: an exact count by id decides among its ties.
     """
-    raw = torch.log_softmax(logits.float().clamp(max=FLOAT_MAX), dim=1)
-    kth = raw.topk(n_top, dim=1).values[:, -1:]
-    higher = raw > kth
+    given = logits.float().clamp(max=FLOAT_MAX)
+    raw = torch.log_softmax(given, dim=1)
+    given = torch.where(raw.isnan().any(dim=1, keepdim=True), 0.0, given)
+    kth = given.topk(n_top, dim=1).values[:, -1:]
+    higher = given > kth
     room = n_top - higher.sum(dim=1, keepdim=True)
-    ties = raw == kth
+    ties = given == kth
     chosen = higher | (ties & (ties.cumsum(dim=1) <= room))
-    chosen[:, :n_top] |= raw.isnan().any(dim=1, keepdim=True)
     ids = torch.arange(raw.shape[1], device=raw.device).expand_as(raw)[chosen].view(len(raw), n_top)
-    order = raw.gather(1, ids).sort(dim=1, descending=True, stable=True)
-    return result._replace(top_ids=ids.gather(1, order.indices), top_logprobs=order.values)
+    order = given.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, order.indices)
+    return result._replace(top_ids=ids, top_logprobs=raw.gather(1, ids))

@@ -7,7 +7,7 @@ for survivors. Sums that decide anything are integers over a partition that depe
 alone, so the result does not depend on split, row, or order.
 
 STEPS, DEVICES and NEEDS describe the truncation rules (`triton_steps`), VARIANT what is compiled in
-(`triton_search`).
+(`triton_search`), PLAIN the same for the logits as given.
 """
 
 # ruff: noqa: RUF059 (device code: tuples are unpacked whole)
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .triton_noise import gumbel_at, gumbel_groups
-from .triton_search import BELOW_ALL, FIXED_ONE, activate, chunk, fixed, moments, plus
+from .triton_search import BELOW_ALL, FIXED_ONE, activate, bound_by_groups, chunk, fixed, moments, plus
 from .triton_steps import (
     KEEP_COUNT,
     KEEP_MASS,
@@ -28,6 +28,7 @@ from .triton_steps import (
     value_limit,
 )
 from .triton_tokens import FLOAT_MAX, GROUP, finite_top, load_groups, ordered_key, scaled
+from .triton_top import write_top
 
 MAX, SUM, NOISE, DOT, LIVE, MEAN, DEVIATION, SQUARES, RAW_MAX, RAW_SUM = (tl.constexpr(i) for i in range(10))
 NOISE_BAND = tl.constexpr(1e-3)  # error bound of the first launch's scores around 0
@@ -99,31 +100,9 @@ def group_statistics_kernel(
         raw_top = tl.max(raw, axis=1)
         raw_weight = tl.where(raw > -float("inf"), tl.exp(raw - raw_top[:, None]), 0.0)
         tl.store(at + RAW_MAX * width, raw_top, mask=inside)
-        tl.store(at + RAW_SUM * width, tl.sum(raw_weight, axis=1), mask=inside)
-
-
-@triton.jit
-def bound_by_groups(target, group_top, top, weight):
-    """A key at or below what `search` finds for this target, from one token (the largest) a group.
-
-    Groups weigh less than the tokens they stand for, so a key with `target` or more above it by groups has
-    that by tokens. Stops when the bound is as close as a bfloat16 step.
-    """
-    key = ordered_key(group_top)
-    zero = weight * 0
-    lowest = tl.min(tl.where(key < BELOW_ALL, 2147483647, key), axis=0) - 1
-    open_end = tl.sum(tl.where(key > lowest, weight, zero), axis=0).to(tl.float64) < target
-    low = tl.where(open_end, BELOW_ALL - 1, lowest).to(tl.int64)
-    high = ordered_key(top).to(tl.int64)
-    while high - low > 32768:
-        step = (high - low) // 4
-        q1, q2, q3 = low + step, low + 2 * step, low + 3 * step
-        p1 = tl.sum(tl.where(key > q1, weight, zero), axis=0).to(tl.float64) < target
-        p2 = tl.sum(tl.where(key > q2, weight, zero), axis=0).to(tl.float64) < target
-        p3 = tl.sum(tl.where(key > q3, weight, zero), axis=0).to(tl.float64) < target
-        high = tl.where(p1, q1, tl.where(p2, q2, tl.where(p3, q3, high)))
-        low = tl.where(p1, low, tl.where(p2, q1, tl.where(p3, q2, q3)))
-    return (low + 1).to(tl.int32)
+        unread = tl.sum((raw != raw).to(tl.int32), axis=1) > 0
+        raw_total = tl.where(unread, float("nan"), tl.sum(raw_weight, axis=1))
+        tl.store(at + RAW_SUM * width, raw_total, mask=inside)
 
 
 @triton.jit
@@ -250,11 +229,11 @@ def report_nothing(row, rows, tokens, floats, counts, LOGPROBS: tl.constexpr):
 @triton.jit
 def sample_kernel(
     logits, stride, vocab, groups_of_vocab, groups, stats, width,
-    active, listed_x, listed_ids, tokens, floats, counts,
+    active, listed_x, listed_ids, tokens, floats, counts, top_ids, top_logprobs, n_top,
     seeds, positions, streams, temperatures, limits, bitmask, mask_stride, sparse, point_values, rows,
     STEPS: tl.constexpr, DEVICES: tl.constexpr, NEEDS: tl.constexpr,
     VARIANT: tl.constexpr, MOMENTS: tl.constexpr, LOGPROBS: tl.constexpr,
-    PLANES: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr,
+    PLANES: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr, TOP: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """One row: threshold, draw and report, from the statistics of the first launch; grid (rows,)."""
     row = tl.program_id(0)
@@ -263,6 +242,16 @@ def sample_kernel(
     at = stats + row.to(tl.int64) * (PLANES * width) + group
     group_top = tl.load(at + MAX * width, mask=inside, other=-float("inf"))
     group_sum = tl.load(at + SUM * width, mask=inside, other=0.0)
+    active += row.to(tl.int64) * width
+    lists = (listed_x + row.to(tl.int64) * CAPACITY, listed_ids + row.to(tl.int64) * CAPACITY)
+    if TOP > 0:
+        raw_top = tl.load(at + RAW_MAX * width, mask=inside, other=-float("inf"))
+        raw_sum = tl.load(at + RAW_SUM * width, mask=inside, other=0.0)
+        given = (row, logits + row.to(tl.int64) * stride, vocab, groups_of_vocab, bitmask, mask_stride, sparse,
+                 point_values, rows, tl.full((), 1.0, tl.float32), active, row * 0)  # fmt: skip
+        at_top = row.to(tl.int64) * n_top
+        write_top(row * 0 + n_top, raw_top, raw_sum, group, inside, given, lists, top_ids + at_top,
+                  top_logprobs + at_top, TOP, CAPACITY, PLAIN)  # fmt: skip
     top = tl.max(group_top, axis=0)
     if (top == -float("inf")) | (tl.sum((group_sum != group_sum).to(tl.int32), axis=0) > 0):
         report_nothing(row, rows, tokens, floats, counts, LOGPROBS)
@@ -281,8 +270,6 @@ def sample_kernel(
     begin = tl.where(greedy, len(STEPS), begin)
     key = first_bound(begin, limits, row, rows, group_top, inside, top, whole, STEPS, DEVICES)
     chosen = choose_groups(begin, greedy, key, group_top, inside, top, at + NOISE * width, len(STEPS))
-    active += row.to(tl.int64) * width
-    lists = (listed_x + row.to(tl.int64) * CAPACITY, listed_ids + row.to(tl.int64) * CAPACITY)
     n = activate(chosen, group, active)
     source = (row, logits + row.to(tl.int64) * stride, vocab, groups_of_vocab, bitmask, mask_stride, sparse,
               point_values, rows, temperature, active, n)  # fmt: skip

@@ -301,3 +301,27 @@ def sweep_moments(key, top, x, held, source, bounds, FULL: tl.constexpr, VARIANT
             y, ids = chunk(start, source, bounds, VARIANT)
             found = plus(found, moments(y, key, top, FULL))
     return found
+
+
+@triton.jit
+def bound_by_groups(target, group_top, top, weight):
+    """A key at or below what `search` finds for this target, from one token (the largest) a group.
+
+    Groups weigh less than the tokens they stand for, so a key with `target` or more above it by groups has
+    that by tokens. Stops when the bound is as close as a bfloat16 step.
+    """
+    key = ordered_key(group_top)
+    zero = weight * 0
+    lowest = tl.min(tl.where(key < BELOW_ALL, 2147483647, key), axis=0) - 1
+    open_end = tl.sum(tl.where(key > lowest, weight, zero), axis=0).to(tl.float64) < target
+    low = tl.where(open_end, BELOW_ALL - 1, lowest).to(tl.int64)
+    high = ordered_key(top).to(tl.int64)
+    while high - low > 32768:
+        step = (high - low) // 4
+        q1, q2, q3 = low + step, low + 2 * step, low + 3 * step
+        p1 = tl.sum(tl.where(key > q1, weight, zero), axis=0).to(tl.float64) < target
+        p2 = tl.sum(tl.where(key > q2, weight, zero), axis=0).to(tl.float64) < target
+        p3 = tl.sum(tl.where(key > q3, weight, zero), axis=0).to(tl.float64) < target
+        high = tl.where(p1, q1, tl.where(p2, q2, tl.where(p3, q3, high)))
+        low = tl.where(p1, low, tl.where(p2, q1, tl.where(p3, q2, q3)))
+    return (low + 1).to(tl.int32)

@@ -4,6 +4,7 @@ Prints one line a failure and exits with their number. On a machine with a GPU, 
 checks on CUDA.
 """
 
+import mmap
 import os
 import sys
 
@@ -15,9 +16,20 @@ import triton
 import triton.language as tl
 from sampling_rows import differences, edits, generator, key, rows
 
-from handloom.kernels import philox, rules, sample_fused, triton_noise
+from handloom.kernels import (
+    philox,
+    rules,
+    sample_fused,
+    triton_noise,
+    triton_sample,
+    triton_search,
+    triton_steps,
+)
 from handloom.kernels.draw import draw, draw_reference
 from handloom.kernels.sample import sample, sample_reference
+
+MOST_PASSES = {("flat", "p"): 5.2, ("ties", "p"): 4.3, ("flat", "1000"): 5.1, ("flat", "9000"): 6.2}
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which `mmap` names from Python 3.13 on
 
 
 def on(device, value):
@@ -132,6 +144,110 @@ def outputs(device):
     yield from (f"outputs, moved: {text}" for text in differences(later, moved))
 
 
+def highest(device, capacity=1024):
+    """The highest raw log-probabilities from the same two launches, in and beyond the list, with and without a plan."""
+    sample_fused.CAPACITY, before = capacity, sample_fused.CAPACITY
+    for number, (name, x) in enumerate(rows(2, 600)):
+        if capacity < 600 and name not in ("normal", "equal", "integers", "third -inf", "one left", "broken"):
+            continue
+        settings = {**key(2), "n_top": (1, 5, 20, 64)[number % 4]}
+        if number % 2:
+            settings["edits"] = edits(2, 600)
+        x = x.bfloat16() if number % 3 == 0 else x
+        expected = sample_reference(x, **settings)
+        got = back(sample(on(device, x), kernels="triton", **on(device, settings)))
+        yield from (f"highest {name}: {text}" for text in differences(expected, got))
+    sample_fused.CAPACITY = before
+    x, settings = dict(rows(2, 600))["normal"], {**key(2), "n_top": 3}
+    given, held = on(device, x), on(device, settings)
+    plan = sample_fused.Plan(given, n_top=3)
+    plan.top_ids.fill_(-5)
+    drawn = sample_fused.sample_fused(given, plan=plan, **held)
+    if drawn.top_ids.data_ptr() != plan.top_ids.data_ptr():
+        yield "highest: the plan's buffer was not used"
+    yield from (
+        f"highest, plan: {text}" for text in differences(sample_reference(x, **settings), back(drawn))
+    )
+
+
+def far_rows(device):
+    """Rows that start beyond 2**31 elements, of logits and of masks, in memory that is reserved but never touched."""
+    stride, vocab, batch = 2**30 + 64, 300, 3
+    x = torch.randn(batch, vocab, generator=generator(8))
+    mask = rules.pack_mask(torch.rand(batch, vocab, generator=generator(9)) < 0.5)
+    far, far_mask = (
+        reserved(part.shape, stride, dtype, device)
+        for part, dtype in ((x, torch.bfloat16), (mask, torch.int32))
+    )
+    far.copy_(x)
+    far_mask.copy_(mask)
+    near = far.to("cpu", copy=True).contiguous()
+    settings = {**key(batch), "logprobs": True, "n_top": 3}
+    expected = sample_reference(near, bitmask=mask, **settings)
+    got = back(sample(far, kernels="triton", bitmask=far_mask, **on(device, settings)))
+    yield from (f"far rows: {text}" for text in differences(expected, got))
+
+
+def reserved(shape, stride, dtype, device):
+    """A strided view [rows, columns] of memory whose pages exist only where they are touched."""
+    length = (shape[0] - 1) * stride + shape[1]
+    if device == "cpu":
+        size = length * torch.tensor([], dtype=dtype).element_size()
+        space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+        whole = torch.frombuffer(space, dtype=dtype)
+    else:
+        whole = torch.empty(length, dtype=dtype, device=device)
+    return whole.as_strided(tuple(shape), (stride, 1))
+
+
+def far_masks(device):
+    """A deviation of finite masks near the lowest float is that of the reference."""
+    x = torch.randn(3, 600, generator=generator(12)) * 3
+    lowest = torch.tensor([torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e20])
+    x = torch.where(torch.arange(600) % 3 == 0, lowest[:, None], x)
+    for n in (0.5, 2.1, 2.15):  # a third is masked: it lies 1 / sqrt(2 / 9) = 2.12 deviations down
+        settings = {**key(3), "rules": (rules.top_n_sigma(torch.full((3,), n)),), "logprobs": True}
+        got = back(sample(on(device, x), kernels="triton", **on(device, settings)))
+        yield from (f"far masks n={n}: {text}" for text in differences(sample_reference(x, **settings), got))
+
+
+class Counted:
+    """A device function that counts its calls in the interpreter."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments, **named):
+        """Call the function."""
+        self.calls += 1
+        return self.function(*arguments, **named)
+
+
+def passes(device, vocab=32768):
+    """How often the second launch reads a row of which too much is left for the list; see MOST_PASSES."""
+    if device != "cpu":
+        return  # compiled code cannot be counted
+    chunk = triton_search.chunk
+    modules = triton_search, triton_steps, triton_sample
+    normal = torch.randn(1, vocab, generator=generator(0))
+    for (kind, rule), most in MOST_PASSES.items():
+        x = normal * 1e-3 if kind == "flat" else (normal * 2).round()
+        chosen = (
+            rules.top_p(torch.tensor([0.95])) if rule == "p" else rules.top_k(torch.tensor([float(rule)])),
+        )
+        counted = Counted(chunk)
+        for module in modules:
+            module.chunk = counted
+        sample(x, **key(1), temperature=torch.tensor([0.8]), rules=chosen, kernels="triton")
+        for module in modules:
+            module.chunk = chunk
+        read = counted.calls * sample_fused.second_groups(False, False) * sample_fused.GROUP / vocab
+        if read > most:
+            yield f"passes: {kind} {rule}: {read:.2f} passes over the row, at most {most} expected"
+        if os.environ.get("SHOW_PASSES"):
+            sys.stdout.write(f"{kind} {rule}: {read:.2f} passes\n")
+
+
 def drawing(device):
     """`draw` on the kernels."""
     for name, x in rows(4, 500):
@@ -178,6 +294,12 @@ def checks(device):
     yield "sampling", sampling(device, 2, 700, kinds=("normal", "broken"))
     yield "sampling, candidates beyond the list", sampling(device, 2, 600, kinds=(), capacity=128)
     yield "drawing", drawing(device)
+    yield "highest", highest(device)
+    yield "highest, candidates beyond the list", highest(device, capacity=128)
+    yield "far masks", far_masks(device)
+    yield "passes", passes(device)
+    if sys.platform == "linux":
+        yield "far rows", far_rows(device)
 
 
 def main():
@@ -185,7 +307,10 @@ def main():
     torch.set_num_threads(1)
     np.seterr(all="ignore")
     failures = 0
+    wanted = sys.argv[1:]
     for name, found in checks("cuda" if torch.cuda.is_available() else "cpu"):
+        if wanted and name not in wanted:
+            continue
         for text in found:
             failures += 1
             sys.stdout.write(f"{name}: {text[:400]}\n")

@@ -110,6 +110,17 @@ def test_rules_after_a_cut_see_exactly_what_is_left():
     assert math.isclose(float(drawn.logprob), -math.log(2), rel_tol=1e-6)
 
 
+def test_highest_logits_are_ranked_by_logit_and_then_by_id():
+    """Logits too close to have log-probabilities of their own beside a large one; the larger logit comes first."""
+    x = torch.zeros(2, 40)
+    x[0, 9], x[0, 5], x[0, 7], x[0, 3] = 1e4, 1e-5, 2e-5, 1e-5
+    x[1, 30] = torch.nan
+    drawn = sample(x, **key(2), n_top=5)
+    assert drawn.top_ids.tolist() == [[9, 7, 3, 5, 0], [0, 1, 2, 3, 4]]
+    assert drawn.top_logprobs[0].tolist() == [0.0, -1e4, -1e4, -1e4, -1e4]
+    assert drawn.top_logprobs[1].isnan().all()
+
+
 def test_unknown_ties_are_named():
     with pytest.raises(ValueError, match="ties='first': expected one of 'keep', 'lowest'"):
         rules.top_k(values(1, 2), ties="first")
