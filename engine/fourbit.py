@@ -8,10 +8,34 @@ import torch
 from torch import nn
 
 from .errors import ModelError
-from .kernels.nf4 import FourBitWeight, four_bit_linear
+from .kernels.nf4 import FourBitWeight, NestedScales, four_bit_linear
 
 log = logging.getLogger("handloom")
 MANY = 64  # rows from which a dense copy of the weight pays: bitsandbytes' own way for prompts
+
+# One opaque op, so that a compiled step holds the product and need not look into the choice of kernels.
+_library = torch.library.Library("handloom", "FRAGMENT")
+_library.define(
+    "four_bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, int outputs, int blocksize, Tensor? inner_code, "
+    "Tensor? inner_absmax, Tensor? offset, int inner_blocksize, Tensor? bias, str? kernels) -> Tensor"
+)
+
+
+def _four_bit(
+    x, packed, code, absmax, outputs, blocksize, inner_code, inner_absmax, offset, inner_blocksize, bias, kernels
+):  # fmt: skip
+    """`kernels.nf4.four_bit_linear` of the parts of a weight; without double quantisation the inner ones are None."""
+    nested = None if inner_code is None else NestedScales(inner_code, inner_absmax, offset, inner_blocksize)
+    weight = FourBitWeight(packed, (outputs, x.shape[-1]), code, absmax, blocksize, nested)
+    return four_bit_linear(x, weight, bias, kernels=kernels)
+
+
+def _four_bit_fake(x, packed, code, absmax, outputs, *rest):
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+_library.impl("four_bit", _four_bit, "CompositeExplicitAutograd")
+torch.library.register_fake("handloom::four_bit", _four_bit_fake, lib=_library)
 
 
 class FourBitLinear(nn.Module):
@@ -41,9 +65,12 @@ class FourBitLinear(nn.Module):
         """`[..., in]` -> `[..., out]` in x's dtype, computed in the layer's compute dtype."""
         if x.device.type == "cuda" and x.numel() > MANY * self.in_features:
             return self.layer(x)
-        weight = FourBitWeight.from_bitsandbytes(self.layer.weight.data, self.layer.weight.quant_state)
+        state, nested = self.layer.weight.quant_state, (None, None, None, 0)
+        if state.nested:
+            nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
         given = x if self.layer.compute_dtype is None else x.to(self.layer.compute_dtype)
-        return four_bit_linear(given, weight, self.layer.bias, kernels=self.kernels).to(x.dtype)
+        parts = (self.layer.weight.data, state.code, state.absmax, self.out_features, state.blocksize)
+        return torch.ops.handloom.four_bit(given, *parts, *nested, self.layer.bias, self.kernels).to(x.dtype)
 
 
 def own_products(model: nn.Module, kernels: str | None = None) -> int:

@@ -50,13 +50,6 @@ class Recording(TorchDispatchMode):
         name = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
         if func._schema.name in FORBIDDEN or name in FORBIDDEN:
             refuse(name)
-        if (
-            func.namespace == "handloom"
-        ):  # an opaque operation: what it does inside is what a graph would hold
-            from handloom import compiling
-
-            with self:
-                return compiling._attend(*args, **kwargs)
         self._keep(func, args, kwargs)
         out = func(*args, **kwargs)
         self._note(lambda: func(*args, **kwargs), out, (args, kwargs))

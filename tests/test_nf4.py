@@ -11,6 +11,7 @@ from helpers import tiny_llama
 from recorded_graph import install
 
 from handloom import Engine, ModelError, SamplingParams
+from handloom.compiling import CompiledStep
 from handloom.fourbit import own_products
 from handloom.kernels import dispatch
 from handloom.kernels.nf4 import FourBitWeight, four_bit_linear, four_bit_linear_reference
@@ -166,6 +167,18 @@ def test_our_products_are_recorded_with_the_step(monkeypatch):
     own_products(model)
     assert tokens(model, graph=True) == want
     assert not recorders or sum(r.replays for r in recorders) >= 4
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
+def test_our_products_are_compiled_with_the_step(nested):
+    model = four_bit(nested=nested)
+    want = tokens(model)
+    own_products(model)
+    engine = Engine(model, slots=2, max_length=64)
+    engine.compile, engine.runner.compiled = True, CompiledStep(engine.runner, {1, 2}, "aot_eager")
+    assert [answer.token_ids for answer in engine.generate(PROMPTS, REQUESTS)] == want
+    assert engine.runner.compiled.refused == ""
+    assert engine.runner.compiled.compiled
 
 
 def test_our_products_need_layers_in_bitsandbytes_layout():
