@@ -277,16 +277,18 @@ def lint_order(chain: list[Processor]) -> list[str]:
     return found
 
 
-def places(chain: Sequence[Processor], settings: Sequence[dict], certain: bool) -> list[str]:
+def places(
+    chain: Sequence[Processor], settings: Sequence[dict], certain: bool, greedy: bool = False
+) -> list[str]:
     """Where each processor runs and why; `certain`: these processors are on together, and no others.
 
-    Otherwise each is judged alone. settings: of each processor, for one row.
+    Otherwise each is judged alone. settings: of each processor, for one row. greedy: whether that row is.
     """
     rows = [[own] for own in settings]
 
     def why_not(device_type: str) -> list[str]:
         if certain:
-            return reasons(chain, rows, device_type)
+            return reasons(chain, rows, device_type, [greedy] * len(chain))
         return [unfused_alone(p, own, device_type) for p, own in zip(chain, rows, strict=True)]
 
     found = []
@@ -319,7 +321,8 @@ def explain_table(chain: Pipeline, params: Any) -> str:
         [] if certain else ["where each one runs depends on what else is on; here it is told for each alone"]
     )
     chosen = [processor.settings(params) for processor in shown]
-    for i, (processor, place) in enumerate(zip(shown, places(shown, chosen, certain), strict=True)):
+    greedy = params is not None and chain.chain_when_greedy and chain.greedy(params)
+    for i, (processor, place) in enumerate(zip(shown, places(shown, chosen, certain, greedy), strict=True)):
         settings = chosen[i]
         values = [
             f"{field}={settings[field]!r}" if params is not None or field in processor.explicit else field

@@ -96,7 +96,7 @@ class StrictTypical(rules.Typical):
 
     name = "typical"
 
-    def mass(self, context: Context) -> Tensor:
+    def share(self, context: Context) -> Tensor:
         return context.values.typical_p / MASS_SHARE**2
 
 

@@ -102,20 +102,25 @@ class Plan:
 
 
 def reasons(
-    processors: Sequence[Processor], settings: Sequence[Sequence[dict]], device_type: str = "cpu"
+    processors: Sequence[Processor],
+    settings: Sequence[Sequence[dict]],
+    device_type: str = "cpu",
+    greedy: Sequence[bool] | None = None,
 ) -> list[str]:
     """Why each processor, on beside the others, cannot run in the fused sampler; "" for those that can.
 
     The sampler takes edits, then a temperature, then truncation rules, and nothing before it may come after it:
     so what it runs is the longest end of the pipeline in that order.
 
-    settings: of each processor, those of the rows for which it is on.
+    settings: of each processor, those of the rows for which it is on. greedy: whether it is on for a greedy row.
     """
     found, follower, ends = [""] * len(processors), "", len(processors) - 1
     keeps, sparse = True, ""
     for i in range(ends, -1, -1):
         processor = processors[i]
         own = unfused_alone(processor, settings[i], device_type)
+        if isinstance(processor, Keep) and not own and greedy and greedy[i] and not processor.keeps_argmax:
+            own = "it may drop the most probable token of a greedy row, which the sampler takes"
         if not own and follower:
             own = f"runs before {follower}, which the sampler cannot follow"
         elif not own and isinstance(processor, Keep):
@@ -263,7 +268,8 @@ class Rows:
             chosen = [i for i, member in enumerate(self.members) if any(member.on)]
             members = [self.members[i] for i in chosen]
             settings = [[s for s, on in zip(m.settings, m.on, strict=True) if on] for m in members]
-            found = reasons([m.processor for m in members], settings, self.site.device.type)
+            greedy = [any(g and on for g, on in zip(self.greedy, m.on, strict=True)) for m in members]
+            found = reasons([m.processor for m in members], settings, self.site.device.type, greedy)
             fused = [i for i, reason in zip(chosen, found, strict=True) if not reason]
             keeps = [i for i in fused if isinstance(self.members[i].processor, Keep)]
             self._plan = Plan(

@@ -87,7 +87,9 @@ def request(rng: random.Random, vocab: int, fusable: bool) -> SamplingParams:
         "top_k": lambda: pick(rng, 1, 5, 20),
         "top_p": lambda: pick(rng, 0.3, 0.9),
         "min_p": lambda: 0.1,
-        "typical_p": lambda: 0.9,
+        "typical_p": lambda: pick(rng, 0.5, 0.9),
+        "top_h": lambda: pick(rng, 0.4, 0.8),
+        "top_h_rule": lambda: pick(rng, "paper", "code"),
         "p_less": lambda: pick(rng, True, "norm"),
         "mirostat": lambda: pick(rng, 2, 2, 1),
         "top_n_sigma": lambda: 1.5,
@@ -95,7 +97,7 @@ def request(rng: random.Random, vocab: int, fusable: bool) -> SamplingParams:
     }
     if fusable:
         choices["mirostat"] = lambda: 2
-        for name in ("typical_p", "xtc_probability"):
+        for name in ("xtc_probability", "top_h"):
             del choices[name]
     chosen = {name: make() for name, make in choices.items() if rng.random() < 0.3}
     return SamplingParams(temperature=pick(rng, 0.0, 1.0, 0.7, 1.4), stop_token_ids=(2,), **chosen)

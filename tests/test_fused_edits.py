@@ -22,6 +22,7 @@ from handloom.pipeline import Context, Pipeline
 from handloom.processors import (
     DEFAULT_ORDER,
     BannedTokens,
+    ExponentialDecay,
     LogitBias,
     Mirostat,
     RepetitionPenalty,
@@ -239,3 +240,17 @@ def test_mirostat_learns_from_any_token_as_its_own_apply_does(everywhere, last, 
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert want[3] == 3.0
     assert len(set(want.tolist())) == 4
+
+
+def test_an_edit_that_lists_nothing_changes_nothing():
+    """No end token to raise, and no text to penalise."""
+    rows = Pipeline(
+        [ExponentialDecay((0, 2.0)), RepetitionPenalty(2.0), BannedTokens((1,))], name="nothing"
+    ).bind([None], [[]], vocab_size=3)
+    x, one = torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1).long()
+    empty = Context(torch.zeros(1, 0).long(), 0 * one, 0 * one)
+    edits = rows.edits(x, empty)
+    assert edits.sparse is None
+    assert apply_edits(x, **edits.arguments()).tolist() == [[1.0, -math.inf, 3.0]]
+    edits = rows.edits(x, Context(torch.tensor([[2]]), one, 0 * one))
+    assert apply_edits(x, **edits.arguments()).tolist() == [[1.0, -math.inf, 1.5]]

@@ -24,7 +24,6 @@ from handloom.processors import (
     Temperature,
     TopK,
     TopP,
-    Typical,
 )
 from handloom.rows import merge, reasons
 
@@ -391,10 +390,14 @@ def test_explain_says_where_each_member_runs_and_why():
         assert "fused sampler" in lines[name]
     assert "top_p=0.9" in lines["top_p"]
     assert "sparse edit" in lines["repetition_penalty"]
-    lines = explained(Pipeline.default(), SamplingParams(temperature=0.7, top_k=5, typical_p=0.9))
-    assert set(lines) == {"temperature", "top_k", "typical"}
-    assert "its key is not the logit" in lines["typical"]
-    assert "torch (runs before typical, which the sampler cannot follow)" in lines["top_k"]
+    lines = explained(Pipeline.default(), SamplingParams(temperature=0.7, top_k=5, xtc_probability=0.5))
+    assert set(lines) == {"temperature", "top_k", "xtc"}
+    assert "its key is not the logit" in lines["xtc"]
+    assert "torch (runs before xtc, which the sampler cannot follow)" in lines["top_k"]
+    lines = explained(Pipeline.default(), SamplingParams(temperature=0.7, typical_p=0.9, profile="llamacpp"))
+    assert "runs before temperature, and the sampler truncates last" in lines["typical"]
+    lines = explained(Pipeline.default(), SamplingParams(typical_p=0.9, profile="llamacpp"))
+    assert "it may drop the most probable token of a greedy row" in lines["typical"]
 
 
 def quiet(*rules):
@@ -425,7 +428,7 @@ def test_explain_of_a_whole_pipeline_judges_each_member_alone():
     text = Pipeline.default().explain()
     assert "told for each alone" in text
     torch_only = {name for name, line in explained(Pipeline.default()).items() if "torch (" in line}
-    assert torch_only == {"dynatemp", "edt", "smoothing", "typical", "tfs", "top_h", "xtc", "adaptive_p"}
+    assert torch_only == {"dynatemp", "edt", "smoothing", "tfs", "top_h", "xtc", "adaptive_p"}
 
 
 def test_the_same_processor_twice_is_an_error():
@@ -502,6 +505,13 @@ MemoryMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=
 TestMemory = MemoryMachine.TestCase
 
 
-def test_typical_is_not_fused_but_equal():
-    rows = bind([SamplingParams(temperature=0.9, typical_p=0.7)] * 4)
-    assert [type(rows.members[i].processor) for i in rows.plan().unfused] == [Temperature, Typical]
+def test_greedy_rows_of_llamacpp_run_typical_although_other_rows_fuse_it():
+    """By hand: of (.4, .2, .2, .2), the tokens of .2 are nearer to the entropy, so typical drops the best one."""
+    greedy = SamplingParams(typical_p=0.5, profile="llamacpp")
+    row = torch.tensor([[0.4, 0.2, 0.2, 0.2]]).log().expand(2, -1)
+    rows = bind([greedy, greedy.replace(temperature=1.0)], vocab=4)
+    assert [rows.members[i].processor.name for i in rows.plan().unfused] == ["typical"]
+    assert rows.sample(row, context(2)).tokens[0] == 1
+    rows = bind([greedy.replace(temperature=1.0)] * 2, vocab=4)
+    assert rows.plan().unfused == []
+    assert (rows.sample(row, context(2)).tokens > 0).all()

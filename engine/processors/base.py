@@ -14,10 +14,10 @@ from torch import Tensor
 
 from handloom.errors import ParameterError
 from handloom.kernels.rules import MASS_SHARE, Rule, Statistics, unpack_mask
-from handloom.kernels.sample_reference import statistics
+from handloom.kernels.sample_reference import statistics, truncate
 
 NEG_INF = float("-inf")
-LIMITS = ("level", "threshold", "count", "mass")
+LIMITS = ("level", "threshold", "count", "mass", "known")
 
 
 @dataclasses.dataclass
@@ -355,6 +355,7 @@ class Keep(Processor):
       threshold(logits, context) -> [B, 1]   the threshold itself, in units of the key
       count(context) -> [B, 1] int64 >= 1    keep the count largest keys; ties with the last one are kept
       mass(context) -> [B, 1]                keep the largest keys until their probability reaches mass; ties kept
+      known(context) -> Rule                 a rule of `kernels.rules`, parameters [B], off in rows that are off
     and, where the key is not the logit, key(logits, context) -> [B, V], larger is better. The token with the
     largest key is always kept. `device`: for a `level`, the same as a Triton function (see `kernels.rules.Rule`).
     """
@@ -362,7 +363,7 @@ class Keep(Processor):
     kind = "keep"
     keeps_argmax = True
     sampling_only = True
-    level = threshold = count = mass = None
+    level = threshold = count = mass = known = None
     device: Any = None
 
     def key(self, logits: Tensor, context: Context) -> Tensor:
@@ -371,7 +372,7 @@ class Keep(Processor):
 
     @property
     def limit(self) -> str:
-        """Which limit the rule declares: "level", "threshold", "count" or "mass"."""
+        """Which limit the rule declares: "level", "threshold", "count", "mass" or "known"."""
         found = [name for name in LIMITS if getattr(self, name) is not None]
         if len(found) != 1:
             raise ParameterError(
@@ -396,6 +397,8 @@ class Keep(Processor):
     def rule(self, context: Context) -> Rule:
         """This rule for `kernels.sample`, one parameter a row and its off value where it is off."""
         on, limit = context.values.rows_on, self.limit
+        if limit == "known":
+            return self.known(context)
         if limit == "level":
             off = float(self.defaults[self.fields[0]])
             value = self.parameter(context)
@@ -430,6 +433,8 @@ class Keep(Processor):
         return mass_threshold(logits, key, self.mass(context))
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
+        if self.limit == "known":
+            return truncate(logits, (self.rule(context),))
         key = self.key(logits, context)
         threshold = self.cut(logits, key, context)
         if context.values.rows_on is not None:

@@ -34,16 +34,15 @@ class Edits:
                 self.points.append(Pointwise(value, edit.point, edit.device))
             if edit.mask is not None:
                 self._mask(edit.bits(view), cells)
-            if ids is not None:
+            if ids is not None and cells is not None:
                 edit.write(self.buffer, ids, view)
         if cells is not None:
             self._list(cells)
 
     def _cells(self, lists: list[Tensor]) -> Tensor | None:
         """All listed ids [B, N], with repeats, and the buffer with their logits; None: no edit lists any."""
-        lists = list({id(ids): ids for ids in lists}.values())  # several edits may list the same tensor
-        if not any(ids.shape[1] for ids in lists):
-            lists = lists[:0]
+        # several edits may list the same tensor, and an edit none
+        lists = list({id(ids): ids for ids in lists if ids.shape[1]}.values())
         if not lists:
             return None
         cells = lists[0] if len(lists) == 1 else torch.cat(lists, 1)

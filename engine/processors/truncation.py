@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handloom.kernels import rules
 from handloom.kernels.philox import log_reference
-from handloom.kernels.rules import Statistics
+from handloom.kernels.rules import Rule, Statistics
 from handloom.processors.base import NEG_INF, Context, Keep
-from handloom.processors.temperature import entropy
 
 SMALLEST = 1e-37  # below it, float32 loses precision
 
@@ -70,11 +70,12 @@ class Typical(Keep):
     def on(self, settings: dict[str, Any]) -> bool:
         return settings["typical_p"] < 1.0
 
-    def key(self, logits: Tensor, context: Context) -> Tensor:
-        return -(logits.log_softmax(-1) + entropy(logits)).abs()
-
-    def mass(self, context: Context) -> Tensor:
+    def share(self, context: Context) -> Tensor:
+        """The mass to keep, [B, 1]."""
         return context.values.typical_p
+
+    def known(self, context: Context) -> Rule:
+        return rules.typical(self.share(context)[:, 0])
 
 
 class Epsilon(Keep):
