@@ -256,15 +256,16 @@ class Section:
 
 
 SECTIONS = [
-    Section(gpu_decode.recorded_steps, 50, "engine"),
+    Section(gpu_decode.recorded_steps, 60, "engine"),
     Section(gpu_decode.silent_steps, 20, "engine"),
     Section(gpu_decode.compiled_steps, 30, "engine"),
+    Section(gpu_decode.recorded_rules, 25, "engine"),
     Section(attention_values, 25, "kernel", cuda=True),
     Section(graph_replay, 8, "kernel", cuda=True),
     Section(nf4_values, 8, "kernel", cuda=True),
-    Section(full_size_tokens, 30, "kernel", cuda=True),
+    Section(full_size_tokens, 20, "kernel", cuda=True),
     Section(many_rows, 8, "kernel", cuda=True),
-    Section(kernel_values, 40, "kernel", cuda=True),
+    Section(kernel_values, 30, "kernel", cuda=True),
     Section(gpu_decode.large_steps, 110, "timing"),
     Section(gpu_decode.small_steps, 60, "timing"),
     Section(gpu_decode.many_rows, 45, "timing"),
