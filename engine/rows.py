@@ -146,7 +146,7 @@ def unfused_alone(processor: Processor, rows: Sequence[dict] = (), device_type: 
 
     rows: settings of the rows for which it is on.
     """
-    if isinstance(processor, Temperature):
+    if isinstance(processor, Temperature) and type(processor).edit is Temperature.edit:
         return ""
     return processor.unfused(device_type, rows) if isinstance(processor, Edit | Keep) else "opaque"
 

@@ -424,6 +424,18 @@ def test_explain_says_why_an_order_is_not_fused():
     assert "neither sparse, a mask, nor pointwise" in explained(quiet(Smoothing(0.2)))["smoothing"]
 
 
+def test_a_temperature_with_an_edit_of_its_own_runs_in_torch():
+    class Squared(Temperature):
+        def edit(self, logits, context):
+            return super().edit(super().edit(logits, context), context)
+
+    pipeline = Pipeline([Squared(0.5), TopK(3)])
+    assert "torch (it is neither sparse, a mask, nor pointwise)" in explained(pipeline)["Squared"]
+    rows, x, ctx = pipeline.bind([None] * 4, [[]] * 4, vocab_size=VOCAB), noise(4), context(4)
+    assert rows.sample(x, ctx).tokens.tolist() == unfused(rows, x, ctx)[0].tolist()
+    assert torch.equal(rows.apply(x, ctx).amax(-1), x.amax(-1) / 0.25)
+
+
 def test_explain_of_a_whole_pipeline_judges_each_member_alone():
     text = Pipeline.default().explain()
     assert "told for each alone" in text
