@@ -316,7 +316,11 @@ def explain_table(chain: Pipeline, params: Any) -> str:
     head = f"pipeline {chain.name!r}" + (
         f", tested against {chain.tested_against}" if chain.tested_against else ""
     )
-    lines = [head, "in the order in which they run; a member costs nothing while no row uses it"]
+    lines = [
+        head,
+        "in the order in which they run; a member costs nothing while no row uses it",
+        "fused sampler: the kernels on CUDA; on a CPU, edits share one copy of the logits, and the draw does the rest",
+    ]
     lines += (
         [] if certain else ["where each one runs depends on what else is on; here it is told for each alone"]
     )

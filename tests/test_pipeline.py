@@ -414,7 +414,7 @@ def test_explain_says_why_an_order_is_not_fused():
     assert "torch (runs before top_k, which the sampler cannot follow)" in lines["logit_bias"]
     lines = explained(quiet(Cap(2.0), RepetitionPenalty(1.2), Cap(1.0), BannedTokens([1])))
     assert "fused sampler; torch on CUDA (it has no device function)" in lines["Cap"]
-    first = quiet(Cap(2.0), RepetitionPenalty(1.2)).explain().splitlines()[2]
+    first = quiet(Cap(2.0), RepetitionPenalty(1.2)).explain().splitlines()[3]
     assert "torch (runs before repetition_penalty, and the sampler edits listed tokens first)" in first
     lines = explained(quiet(Mirostat(2), TopK(3)))
     assert "torch (runs before top_k, and remembers what it left itself)" in lines["mirostat"]
