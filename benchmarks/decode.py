@@ -22,7 +22,7 @@ from benchmarks.common import RESULTS, Progress, in_turn, median_ratio, record, 
 from benchmarks.counting import operations, python_calls, seconds_outside
 from benchmarks.rivals import COMPILED, SIDES, caches
 from benchmarks.shapes import SHAPES, available_bytes, build, config_of, refusal, sizes
-from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Side, twin
+from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Side, loaded, twin
 
 SAMPLING = Sampling(temperature=0.8, top_k=20, top_p=0.9)
 SECTIONS = ("counts", "throughput", "memory", "speed", "ragged")
@@ -137,7 +137,7 @@ def throughput(work: Workload, repeats: int, subject: speed.Subject) -> Iterator
 
     Every round has prompts of its own, so that no side finds a prompt that it has seen before.
     """
-    ours, theirs = twin(subject.model), twin(subject.model)
+    ours, theirs = loaded(subject.model), twin(subject.model)
     vocab = ours.config.vocab_size
     sides = [Handloom(ours, work.slots), HuggingFace(theirs, work.slots)]
 

@@ -8,7 +8,18 @@ from dataclasses import fields
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
-from benchmarks.sides import Clock, Handloom, HuggingFace, Request, Sampling, Side, Timeline, counted, twin
+from benchmarks.sides import (
+    Clock,
+    Handloom,
+    HuggingFace,
+    Request,
+    Sampling,
+    Side,
+    Timeline,
+    counted,
+    loaded,
+    twin,
+)
 
 PAGE = 256  # tokens in a page of the continuous batching cache: transformers' own default
 PATIENCE = 600.0  # seconds without any finished request before continuous batching counts as stuck
@@ -148,12 +159,12 @@ class ContinuousBatching:
 
 # Name -> how to make it of a model of its own, the rows decoded together, and the longest prompt with its answer.
 SIDES: dict[str, Callable[[PreTrainedModel, int, int], Side]] = {
-    "handloom": lambda model, slots, longest: Handloom(model, slots),
-    "handloom compile": lambda model, slots, longest: Handloom(model, slots, compile=True),
-    "generate": lambda model, slots, longest: HuggingFace(model, slots),
-    "generate static+compile": lambda model, slots, longest: HuggingFace(model, slots, static=longest),
-    "generate_batch": ContinuousBatching,
-    "loop": lambda model, slots, longest: BareLoop(model),
+    "handloom": lambda model, slots, longest: Handloom(loaded(model), slots),
+    "handloom compile": lambda model, slots, longest: Handloom(loaded(model), slots, compile=True),
+    "generate": lambda model, slots, longest: HuggingFace(twin(model), slots),
+    "generate static+compile": lambda model, slots, longest: HuggingFace(twin(model), slots, static=longest),
+    "generate_batch": lambda model, slots, longest: ContinuousBatching(twin(model), slots, longest),
+    "loop": lambda model, slots, longest: BareLoop(twin(model)),
 }
 COMPILED = ("handloom compile", "generate static+compile")
 UNIFORM = ("loop",)  # whose requests must agree in length
@@ -166,5 +177,10 @@ def caches(names: Collection[str]) -> int:
 
 
 def side(name: str, model: PreTrainedModel, slots: int, longest: int) -> Side:
-    """A side by its name, over the same weights as `model`."""
-    return SIDES[name](twin(model), slots, longest)
+    """A side by its name, with the weights of `model`."""
+    return SIDES[name](model, slots, longest)
+
+
+def copies(names: Collection[str], device: torch.device) -> int:
+    """How many of these sides hold weights of their own beside the common ones."""
+    return sum(name.startswith("handloom") for name in names) if device.type == "cpu" else 0

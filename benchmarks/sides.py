@@ -11,6 +11,7 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from handloom import Engine, SamplingParams
+from handloom.kernels.blocked import block_linears
 
 Clock = Callable[[], float]
 
@@ -67,6 +68,14 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     """
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def loaded(model: PreTrainedModel) -> PreTrainedModel:
+    """A twin as `Engine.from_pretrained` leaves a model: on a CPU linear layers have blocked weights of their own."""
+    own = twin(model)
+    if model.device.type == "cpu":
+        block_linears(own)
+    return own
 
 
 def synchronize(device: torch.device) -> None:

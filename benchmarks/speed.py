@@ -18,7 +18,7 @@ from benchmarks.bandwidth import read_bandwidth
 from benchmarks.common import Progress, in_turn, median_ratio
 from benchmarks.counting import device_calls, operations, per_step
 from benchmarks.peak import Peak
-from benchmarks.rivals import COMPILED, UNIFORM, BareLoop, caches, side
+from benchmarks.rivals import COMPILED, UNIFORM, BareLoop, caches, copies, side
 from benchmarks.shapes import Sizes, refusal
 from benchmarks.sides import Request, Sampling, Side, Timeline
 
@@ -137,8 +137,9 @@ def measure(
         about = {"benchmark": "decode/ragged" if case.requests else "decode/speed", "case": case.name}
         about |= subject.about() | {"batch": case.batch, "context": case.context, "new_tokens": case.new}
         sides = [name for name in names if not case.requests or name not in UNIFORM]
+        left = available - copies(sides, subject.model.device) * subject.sized.weights
         reason = refusal(
-            subject.name, subject.sized, case.batch, case.context + case.new, caches(sides), available
+            subject.name, subject.sized, case.batch, case.context + case.new, caches(sides), left
         )
         if reason:
             progress(where, f"skipped, {reason}")

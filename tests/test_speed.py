@@ -6,13 +6,15 @@ from collections import Counter
 import pytest
 import torch
 from benchmark_runs import Ticks
+from helpers import tiny_llama
 
-from benchmarks import speed
+from benchmarks import rivals, speed
 from benchmarks.common import Progress
 from benchmarks.rivals import COMPILED, BareLoop, ContinuousBatching, caches, pick, side
 from benchmarks.shapes import Sizes, build, sizes
 from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Timeline, twin
 from benchmarks.speed import Case, Subject, grid, rates, share, summary
+from handloom.kernels import blocked
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +218,14 @@ def test_compiled_sides_compile(subject):
         assert row["tokens_per_s"] > 0
         assert row["operations_per_token"] is None
         assert counters["stats"]["unique_graphs"] >= 1, name
+
+
+def test_on_a_cpu_our_sides_have_the_layout_that_loading_gives(monkeypatch):
+    monkeypatch.setattr(blocked, "SMALLEST", 1)
+    model = tiny_llama()
+    ours, theirs = (rivals.side(name, model, 2, 32) for name in ("handloom", "generate"))
+    kinds = [{type(part) for part in each.model.modules()} for each in (ours, theirs)]
+    assert [blocked.BlockedLinear in kind for kind in kinds] == [True, False]
+    assert not any(isinstance(part, blocked.BlockedLinear) for part in model.modules())
+    assert rivals.copies(["handloom", "handloom compile", "generate"], torch.device("cpu")) == 2
+    assert rivals.copies(["handloom", "loop"], torch.device("cuda")) == 0
