@@ -42,7 +42,8 @@ def sample(
         streams: int64 [B] or None (0).
         temperature: float32 [B] or None (1); 0 is greedy: highest edited logit, lowest id on ties, no
             truncation.
-        top_k: int [B] or None; <= 0 or >= V is off. Ties of the k-th are kept.
+        top_k: int [B] or None; <= 0 or >= V is off. Ties of the k-th are kept; `rules.top_k` with
+            ties="lowest" keeps exactly k.
         top_p: float [B] or None; >= 1 is off. Mass is of what top_k left; ties at the boundary are kept.
         min_p: float [B] or None; <= 0 is off.
         rules: further `rules.Rule`s, in order.
@@ -52,7 +53,8 @@ def sample(
         logprobs: fill the log-probabilities, entropy, kept count and rank of `Drawn`. "chosen" asks for
             `logprob` alone, which is what a decode step needs and cheaper on the CPU; other fields may then
             be None.
-        n_top: number of highest raw log-probabilities to return, 0 to V.
+        n_top: number of highest raw log-probabilities to return, 0 to V; the Triton kernels find up to
+            `sample_fused.TOP_MOST` of them on the way, more take a torch operation after the two launches.
         out: int64 [B] or None; the Triton kernels write the tokens there and allocate nothing else they can
             reuse.
         kernels: "auto", "triton", "torch" or None (see `dispatch`).

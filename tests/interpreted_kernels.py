@@ -1,7 +1,7 @@
 """Values of the Triton kernels in the interpreter; run as a program, in a process of its own.
 
-Prints one line a failure and exits with their number. On a machine with a GPU, `benchmarks/gpu_check.py` runs the same
-checks on CUDA.
+Prints one line a failure and exits with their number; `--share i/n` runs every n-th check from the i-th on.
+On a machine with a GPU, `benchmarks/gpu_check.py` runs the same checks on CUDA.
 """
 
 import mmap
@@ -303,15 +303,21 @@ def checks(device):
 
 
 def main():
-    """Run every check; returns the number of failures."""
+    """Run every check, those named, or one share of them (`--share 0/4`); returns the number of failures."""
     torch.set_num_threads(1)
     np.seterr(all="ignore")
+    found = list(checks("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = sys.argv[1:] or [name for name, _ in found]
+    if wanted[0] == "--share":
+        share, shares = map(int, wanted[1].split("/"))
+        wanted = [name for name, _ in found][share::shares]
+    if unknown := set(wanted) - {name for name, _ in found}:
+        sys.exit(
+            f"no check is called {', '.join(unknown)}; there are: {', '.join(name for name, _ in found)}"
+        )
     failures = 0
-    wanted = sys.argv[1:]
-    for name, found in checks("cuda" if torch.cuda.is_available() else "cpu"):
-        if wanted and name not in wanted:
-            continue
-        for text in found:
+    for name, texts in found:
+        for text in texts if name in wanted else ():
             failures += 1
             sys.stdout.write(f"{name}: {text[:400]}\n")
     sys.stdout.write(f"{failures} failures\n")
