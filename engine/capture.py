@@ -45,6 +45,10 @@ class CudaRecorder:
             raise
         return graph
 
+    def settle(self) -> None:
+        """Wait until nothing that was recorded runs, so that it may be thrown away."""
+        torch.cuda.synchronize(self.device)
+
 
 def recorder_for(device: torch.device) -> CudaRecorder | None:
     """What records steps on a device; None where steps run as they are."""

@@ -153,6 +153,7 @@ class GraphBatch(Batch):
             return None
         stores = tuple(store.keys.data_ptr() for store in self.pool.stores)
         if stores != self._stores:  # the pool has moved: what was recorded writes to the old place
+            self.recorder.settle()
             self.programs.clear()
             self._wanted.clear()
             self._stores, self._current = stores, None

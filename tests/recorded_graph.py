@@ -136,6 +136,9 @@ class Recorder:
         self.recordings.append(recording)
         return recording
 
+    def settle(self):
+        """Nothing runs on its own here."""
+
     @property
     def replays(self) -> int:
         """Replays of all recordings."""
