@@ -156,7 +156,6 @@ class Batch:
         self.history[slot] = -1
         self.logits[slot] = 0
 
-    @torch.no_grad()
     def prepare(self, slot: int) -> None:
         """Make room for the token that the slot draws next.
 
@@ -165,8 +164,9 @@ class Batch:
         """
         length, row = self.lengths[slot], self.rows[slot]
         if self.model.paged and len(row.table) * self.block <= length < self.requests[slot].room:
-            self.rows[slot] = row = self._own_tail(row, length)
-            self._map(slot, row.table, length // self.block)
+            with torch.no_grad():  # not around every call: it takes longer than the test
+                self.rows[slot] = row = self._own_tail(row, length)
+                self._map(slot, row.table, length // self.block)
 
     def _own_tail(self, row: Row, length: int) -> Row:
         """The row with the block of cell `length` to itself, up to the block's end."""
