@@ -84,11 +84,12 @@ def sampling_cases():
         steps, owners = sample_fused.steps_of(rules)
         device = tuple(sample_fused.device_function(rule) for rule in owners)
         needs = tuple(rule.kind == "value" and rule.needs_statistics for rule in owners)
-        moments = full or any(kind >= 5 for kind, _, _ in steps)
+        entropy = any(rule.kind in ("typical", "top_h") for rule in rules)
+        moments = full or entropy
         shared = {"STEPS": steps, "MOMENTS": moments, "PLANES": 10 if moments else 3}
         for dtype in ("bf16",) if name != "k+p+min-p" else ("bf16", "fp32"):
             types = {"logits": f"*{dtype}", **ROW_TYPES}
-            groups = sample_fused.FIRST_GROUPS, sample_fused.second_groups(moments, full)
+            groups = sample_fused.FIRST_GROUPS, sample_fused.second_groups(moments, full, entropy)
             first, second = (
                 {**shared, "VARIANT": sample_fused.variant(size, full, full, (), steps, any(needs))}
                 for size in groups

@@ -63,8 +63,8 @@ class Plan:
         self.devices = tuple(device_function(rule) for rule in owners)
         self.needs = tuple(bool(rule.kind == "value" and rule.needs_statistics) for rule in owners)
         self.points = tuple(point.device for point in pointwise)
-        entropy = any(rule.kind in ("typical", "top_h") for rule in rules)
-        self.moments = self.logprobs or entropy or any(self.needs)
+        self.entropy = any(rule.kind in ("typical", "top_h") for rule in rules)
+        self.moments = self.logprobs or self.entropy or any(self.needs)
         self.n_top = n_top if n_top <= TOP_MOST else 0  # 0: none, or by `with_top`
         self.raw = self.logprobs or self.n_top > 0
         self.planes = 10 if self.moments or self.raw else 3
@@ -128,8 +128,10 @@ def first_warps(moments, sparse, bytes_each):
     return 8 if moments or sparse or bytes_each > 2 else 4
 
 
-def second_groups(moments, sparse):
+def second_groups(moments, sparse, entropy=False):
     """Groups a step of the second launch: fewer where each needs more registers."""
+    if entropy or (moments and sparse):
+        return 4
     return 8 if moments or sparse else 16
 
 
@@ -200,6 +202,7 @@ def sample_fused(
         num_warps=first_warps(plan.moments, edits is not None, logits.element_size()),
         **plan.constants(FIRST_GROUPS, edits, bitmask),
     )
+    groups = second_groups(plan.moments, edits is not None, plan.entropy)
     sample_kernel[(plan.rows,)](
         *(*head, plan.active, plan.listed, plan.listed_ids, tokens, plan.floats, plan.counts),
         *(plan.top_ids, plan.top_logprobs, plan.n_top),
@@ -210,9 +213,9 @@ def sample_fused(
         WIDTH=plan.width,
         CAPACITY=CAPACITY,
         TOP=max(16, triton.next_power_of_2(plan.n_top)) if plan.n_top else 0,
-        PLAIN=variant(second_groups(plan.moments, edits is not None), 0, False, (), (), False),
+        PLAIN=variant(groups, 0, False, (), (), False),
         **second_options(),
-        **plan.constants(second_groups(plan.moments, edits is not None), edits, bitmask),
+        **plan.constants(groups, edits, bitmask),
     )
     return _result(plan, tokens, logits, n_top)
 

@@ -45,7 +45,7 @@ def test_every_pipeline_is_compiled_as_it_is_launched():
         compiled = constants[f"sample {name} bf16"]
         assert (compiled["STEPS"], compiled["NEEDS"]) == (plan.steps, plan.needs)
         assert (compiled["MOMENTS"], compiled["PLANES"]) == (plan.moments, plan.planes)
-        assert compiled["VARIANT"][0] == sample_fused.second_groups(plan.moments, full)
+        assert compiled["VARIANT"][0] == sample_fused.second_groups(plan.moments, full, plan.entropy)
         assert compiled["WIDTH"] == plan.width
     assert seen == set(sample_fused.KINDS)
     assert set(rules.TIES.values()) <= seen
