@@ -332,7 +332,7 @@ class Rows:
                 processor.edit_in_place(buffer, view)
             else:
                 logits, buffer = guarded(processor, logits, view), None
-        return logits
+        return logits.contiguous()  # a softmax over a strided view is several times slower
 
     def edits(self, logits: Tensor, context: Context) -> Edits | None:
         """The fused edits of a step, for logits [B, V] that the unfused members have processed; None: none."""

@@ -13,6 +13,7 @@ from . import dispatch, philox
 
 GUMBEL_SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
 FLOAT_MAX = float(np.finfo(np.float32).max)
+FEW = 1024  # candidates that get noise at once, whatever the share of the row that they are
 PIECE = 16384  # tokens taken at a time, a multiple of 4
 SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score
 SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of the noise and of the score
@@ -89,7 +90,7 @@ def _draw_numpy(rows, seeds, positions, streams, greedy):
             continue
         top = min(top, np.float32(FLOAT_MAX))
         ids = (row >= top - np.float32(GUMBEL_SPAN)).nonzero()[0]
-        if len(ids) > len(row) // 16:
+        if len(ids) > max(len(row) // 16, FEW):
             key = seeds[index : index + 1], positions[index : index + 1], streams[index : index + 1]
             ids = contenders(row, top, -np.inf, *key)
         pending.append((index, ids, np.minimum(row[ids], np.float32(FLOAT_MAX)) - top))

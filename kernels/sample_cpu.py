@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import philox
-from .draw import FLOAT_MAX, NO_TOKEN, coin, contenders, draw_ragged
+from .draw import FEW, FLOAT_MAX, NO_TOKEN, coin, contenders, draw_ragged
 from .keep_cpu import KEEPS, keep_exactly
 from .rules import MASS_SHARE, Drawn, Statistics
 from .sample_reference import apply_edits, with_top
@@ -157,7 +157,7 @@ class _Row:
 
     def candidates(self, seed, position, stream):
         """(ids ascending, logits minus their maximum) of the tokens that may win the draw."""
-        if len(self.values) > max(len(self.full) // 16, 64):
+        if len(self.values) > max(len(self.full) // 16, FEW):
             pool = self.full
             if not self.whole:
                 pool = np.full_like(self.full, -np.inf)
