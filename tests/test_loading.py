@@ -146,7 +146,7 @@ def test_four_bits_with_our_product_give_the_same_logits(saved):
     assert type(engine.model.model.layers[0].mlp.gate_proj).__name__ == "FourBitLinear"
     want = load(saved, quantization="nf4").prefill(PROMPTS).logits
     error = (engine.prefill(PROMPTS).logits - want).std() / want.std()
-    assert error < 0.1  # where a CPU has bfloat16 products bitsandbytes uses them; weights that are misread give 1.4
+    assert error < 0.1  # bitsandbytes may multiply in bfloat16; weights that are misread give 1.4
     assert_nothing_leaked(engine)
 
 
