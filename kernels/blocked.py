@@ -10,6 +10,8 @@ import weakref
 import torch
 from torch import nn
 
+from .linears import replace_linears
+
 ROWS = 8  # rows of the inputs that the layout is chosen for; it serves all others well, too
 SMALLEST = 1 << 16  # weights of a layer below which the dearer call costs more than the layout saves
 
@@ -123,17 +125,7 @@ def block_linears(model):
     Returns:
         dict of the layers left as they were: name -> why. Blocking twice changes nothing.
     """
-    left = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        reason = unblockable(module) or _small(module)
-        if reason:
-            left[name] = reason
-            continue
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, BlockedLinear(module))
-    return left
+    return replace_linears(model, lambda name, layer: unblockable(layer) or _small(layer), BlockedLinear)
 
 
 def unblockable(layer):

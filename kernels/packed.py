@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from .linears import replace_linears
+
 DENSE_ROWS = 32  # with more rows than this an int8 weight is worth widening for a plain product
 INT8_INPUTS = 16  # torch's int8 product reads inputs in steps of so many, past the end of other weights
 INT4_OUTPUTS = 16  # torch packs int4 weights in tiles of so many outputs
@@ -75,17 +77,11 @@ def pack_linears(model, bits, *, group=32, skip=()):
     Returns:
         dict of the layers left as they were: name -> why. Packing twice changes nothing.
     """
-    left = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        reason = "skipped by name" if name.rpartition(".")[2] in skip else unpackable(module, bits, group)
-        if reason:
-            left[name] = reason
-            continue
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, PackedLinear(module, bits, group))
-    return left
+
+    def refusal(name, layer):
+        return "skipped by name" if name.rpartition(".")[2] in skip else unpackable(layer, bits, group)
+
+    return replace_linears(model, refusal, lambda layer: PackedLinear(layer, bits, group))
 
 
 def unpackable(layer, bits, group):
