@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from sampling_rows import differences, edits, generator, key, rows
+from interpreted_acceptance import acceptance_checks
+from sampling_rows import back, differences, edits, generator, key, on, rows
 
 from handloom.kernels import (
     philox,
@@ -30,22 +31,6 @@ from handloom.kernels.sample import sample, sample_reference
 
 MOST_PASSES = {("flat", "p"): 5.2, ("ties", "p"): 4.3, ("flat", "1000"): 5.1, ("flat", "9000"): 6.2}
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which `mmap` names from Python 3.13 on
-
-
-def on(device, value):
-    """Move a tensor, a tuple of tensors or rules, or a dict of these."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, copy=True)
-    if isinstance(value, dict):
-        return {name: on(device, part) for name, part in value.items()}
-    if isinstance(value, tuple):
-        parts = [on(device, part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
-
-
-def back(drawn):
-    return type(drawn)(*(None if part is None else part.cpu() for part in drawn))
 
 
 def choices(g, batch, *values):
@@ -298,6 +283,7 @@ def checks(device):
     yield "highest, candidates beyond the list", highest(device, capacity=128)
     yield "far masks", far_masks(device)
     yield "passes", passes(device)
+    yield from acceptance_checks(device)
     if sys.platform == "linux":
         yield "far rows", far_rows(device)
 

@@ -94,6 +94,23 @@ def edits(batch, vocab, seed=0):
     return rules.SparseEdits(ids, bias, seen, counts, *picked, rules.touched_bits(ids, vocab))
 
 
+def on(device, value):
+    """Move a tensor, a tuple of tensors or rules, or a dict of these."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {name: on(device, part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        parts = [on(device, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def back(drawn):
+    """A `Drawn` on the host."""
+    return type(drawn)(*(None if part is None else part.cpu() for part in drawn))
+
+
 def differences(expected, got, tolerance=5e-5):
     """Names of the fields in which two `Drawn` differ: integers exactly, floats by `tolerance`, NaN equal NaN."""
     different = []
