@@ -211,7 +211,7 @@ class Engine:
         The last Event of a row carries its Generation. Close the generator to stop early. Arguments and errors as
         for `generate`, raised before the first Event.
         """
-        requests, _ = self._requests(prompts, params, defaults, overrides)
+        requests = self.requests(prompts, params, defaults=defaults, **overrides)
         return run(self, requests)
 
     def chat(self, messages, params=None, *, tools=None, **overrides) -> Generation | list[Generation]:
@@ -395,6 +395,20 @@ class Engine:
             hidden_size=self.model.get_input_embeddings().weight.shape[1],
             max_length=self.max_length,
         )
+
+    def requests(self, prompts, params=None, *, defaults: str = "none", **overrides) -> list[Request]:
+        """What `generate` would run, validated and nothing computed: for a loop or a strategy of one's own.
+
+        Args:
+            prompts, params, defaults, overrides: as in `generate`.
+
+        Returns:
+            One Request a sample, in request order; a row draws with its `seed` and, as the stream, its `sample`.
+
+        Raises:
+            PromptError, ParameterError: a prompt or a parameter is not usable.
+        """
+        return self._requests(prompts, params, defaults, overrides)[0]
 
     def _requests(self, prompts, params, defaults, overrides) -> tuple[list[Request], bool]:
         encoded, single = self._encode(prompts)

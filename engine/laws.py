@@ -89,7 +89,7 @@ def temperature_zero_is_argmax(
         atol: how far below the largest logit a token may be, for caches that round differently.
         options: fields of `SamplingParams`, and options of the strategy.
     """
-    asked, _ = engine._requests(prompts, params, "none", {**_fields(options), "temperature": 0.0})
+    asked = engine.requests(prompts, params, **{**_fields(options), "temperature": 0.0})
     options = {name: value for name, value in options.items() if name not in _fields(options)}
     results = _run(strategy, engine, prompts, [request.params for request in asked], options)
     assert len(results) == len(asked), (
@@ -175,7 +175,7 @@ def lossless(
         test: arguments for `exact_distribution`.
         options: fields of `SamplingParams`, and options of the strategy.
     """
-    asked, _ = engine._requests(prompts, params, "none", _fields(options))
+    asked = engine.requests(prompts, params, **_fields(options))
     options = {name: value for name, value in options.items() if name not in _fields(options)}
     greedy = [request for request in asked if request.params.greedy]
     if greedy:
@@ -205,7 +205,7 @@ def sequence_law(engine, prompt, params: SamplingParams) -> dict[tuple[int, ...]
     Raises:
         ParameterError: there are more than 300,000 of them.
     """
-    (request, *_), _ = engine._requests([prompt], params.replace(n=1), "none", {})
+    (request, *_) = engine.requests([prompt], params.replace(n=1))
     params, prompt = request.params, request.prompt.ids
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else engine.eos_token_ids)
     rows, paths = _bind(engine, request), [()]

@@ -22,7 +22,7 @@ def generate(engine, prompts, params=None, **overrides) -> list[Generation]:
         engine: its model, tokenizer, pipeline and limits are used.
         prompts, params, overrides: as for `Engine.generate`; top and prompt log-probabilities are left out.
     """
-    requests, _ = engine._requests(prompts, params, "none", {**overrides, "logprobs": None})
+    requests = engine.requests(prompts, params, **{**overrides, "logprobs": None})
     return [run(engine, request) for request in requests]
 
 

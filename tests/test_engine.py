@@ -441,3 +441,12 @@ def test_repr_says_what_was_loaded(texts):
 
 def test_spelling_helper_matches_the_tokenizer(texts):
     assert texts.decode(spell("the fox. STOP")) == "the fox. STOP"
+
+
+def test_requests_are_those_that_generate_runs(engine):
+    asked = engine.requests([1, 2], n=3, seed=7, temperature=1.0, max_new_tokens=4)
+    told = [(r.index, r.sample, r.seed, list(r.prompt.ids)) for r in asked]
+    assert told == [(0, 0, 7, [1, 2]), (0, 1, 7, [1, 2]), (0, 2, 7, [1, 2])]
+    assert asked[0].prefilled is asked[2].prefilled
+    with pytest.raises(ParameterError, match="request 1: max_length=2 counts the prompt"):
+        engine.requests([[1], [1, 2]], max_length=2)

@@ -42,7 +42,7 @@ class Requests:
         Raises:
             PromptError, ParameterError: before anything is computed.
         """
-        asked, _ = engine._requests(prompts, params, "none", overrides)
+        asked = engine.requests(prompts, params, **overrides)
         for request in asked:
             for field in ("logprobs", "prompt_logprobs"):
                 if getattr(request.params, field) is not None:
