@@ -38,6 +38,8 @@ CASES = {
     "attention": ("device", "shape", "rows", "batch", "context", "dtype", "cache"),
     "nf4": ("device", "layer", "batch", "dtype", "cache"),
     "checks": ("check",),
+    "figures": ("figure",),
+    "aims": ("target",),
 }
 # Kind -> what tells its rows apart, and its measurement, a number; a row that says why it was skipped lacks that.
 NEEDED = {
@@ -50,6 +52,8 @@ NEEDED = {
     "attention": (("side", "shape", "batch", "context"), "p50"),
     "nf4": (("side", "layer", "batch"), "p50"),
     "checks": (("check",), "failed"),
+    "figures": (("figure",), "value"),
+    "aims": (("target", "wanted", "met"), None),
 }
 NUMBERS = (*STEP_METRICS, "batch", "context", "vocab", "tokens_per_s", "ratio", "min", "max")
 
@@ -155,8 +159,9 @@ def kind_of(fields: dict) -> str | None:
         return "decode"
     if fields.get("benchmark") in NAMED:
         return NAMED[fields["benchmark"]]
-    if "check" in fields:
-        return "checks"
+    for name, kind in (("check", "checks"), ("figure", "figures"), ("target", "aims")):
+        if name in fields:
+            return kind
     return "sampling" if "mode" in fields and "vocab" in fields else None
 
 

@@ -170,6 +170,10 @@ SECTIONS = {
         "Checks",
         _columns(("check", "check"), ("failed", "failed"), ("seconds", "seconds")),
     ),
+    "figures": Section("Figures", _columns(("figure", "figure"), ("value", "value"), ("greedy, ms", "greedy_ms"))),
+    "aims": Section(
+        "Aims", _columns(("aim", "target"), ("wanted", "wanted"), ("measured", "measured"), ("met", "met"))
+    ),
 }  # fmt: skip
 
 

@@ -90,7 +90,10 @@ def command(
         str | None, typer.Option(help="auto (the checkpoint's), fastest, float32, bfloat16 or float16.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4, fp4 or int8.")] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="nf4, fp4, int8, nf4-triton or fp4-triton; on a CPU int8-cpu or int4-cpu."),
+    ] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences decoded at the same time.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run a model's code.")

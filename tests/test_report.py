@@ -140,6 +140,10 @@ def test_rows_of_the_gpu_check_are_decode_rows_and_checks(tmp_path):
         row(hardware=GPU, shape="8B", batch=1, mode="greedy", side="handloom", ms_per_token=4.0, tokens_per_s=250.0,
             share_of_ceiling=0.9, driver="H200, 570.1"),
         row(hardware=GPU, check="graph_replay", failed=0, failures=[], seconds=1.5, driver="H200, 570.1"),
+        row(hardware=GPU, figure="waits an admission", value=2.0, requests=4, driver="H200, 570.1"),
+        row(hardware=GPU, target="8B, share", wanted=">= 0.85", measured=0.9, met="yes", driver="H200, 570.1"),
+        row(hardware=GPU, target="8B, compiled", wanted=">= 0.9", measured=None, met="not measured",
+            driver="H200, 570.1"),
     ]  # fmt: skip
     where = "H200 (140 GiB), Abacus, 16 cores, 16 threads, driver 570.1; Python 3.11.7, torch 2.13.0; "
     where += "commit aaaaaaa, 2026-03-01."
@@ -152,6 +156,15 @@ def test_rows_of_the_gpu_check_are_decode_rows_and_checks(tmp_path):
         "| check | failed | seconds |\n"
         "| --- | --- | --- |\n"
         "| graph_replay | 0 | 1.50 |\n"
+        f"\n### Figures\n\n{where}\n\n"
+        "| figure | value |\n"
+        "| --- | --- |\n"
+        "| waits an admission | 2.00 |\n"
+        f"\n### Aims\n\n{where}\n\n"
+        "| aim | wanted | measured | met |\n"
+        "| --- | --- | --- | --- |\n"
+        "| 8B, share | >= 0.85 | 0.9 | yes |\n"
+        "| 8B, compiled | >= 0.9 |  | not measured |\n"
     )
 
 
