@@ -15,13 +15,15 @@ def replace_linears(model, refusal, make):
         dict of the layers left as they were: name -> why.
     """
     left = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        reason = refusal(name, module)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in (
+        names
+    ):  # names, not modules: a replaced layer's memory must be free before the next one takes its own
+        layer = model.get_submodule(name)
+        reason = refusal(name, layer)
         if reason:
             left[name] = reason
             continue
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, make(module))
+        setattr(model.get_submodule(parent), last, make(layer))
     return left
