@@ -114,7 +114,7 @@ class Batch:
         if self.model.paged:
             row = self._own_tail(row, length)
             self._map(slot, row.table, 0)
-            self.claims[slot] = self.pool.claim(row.table.blocks[0], -(-request.room // self.block))
+            self.claims[slot] = self.pool.claim(row.table.blocks[0], request.blocks(self.block))
         self.sampler.fill(slot, request.params, request.prompt.ids, request.seed, request.sample)
         self.requests[slot], self.rows[slot], self.lengths[slot] = request, row, length
         self.logits[slot] = ready.logits

@@ -70,16 +70,16 @@ def next_in(batch: Batch, waiting: deque[Request]) -> Iterator[Request]:
     for request in islice(waiting, free):
         if not fits(batch, request, promised):
             return
-        promised += -(-request.room // batch.block)
+        promised += request.blocks(batch.block)
         yield request
 
 
 def fits(batch: Batch, request: Request, more: int = 0) -> bool:
     """Whether the pool can serve a request to its end beside those that run, and `more` blocks."""
     promised = sum(
-        -(-batch.requests[i].room // batch.block) - len(batch.rows[i].table or ()) for i in batch.running
+        batch.requests[i].blocks(batch.block) - len(batch.rows[i].table or ()) for i in batch.running
     )
-    return batch.pool.obtainable() - promised - more >= -(-request.room // batch.block)
+    return batch.pool.obtainable() - promised - more >= request.blocks(batch.block)
 
 
 def prepare(batch: Batch) -> Iterator[Event]:

@@ -129,7 +129,7 @@ class Model:
             out = self.module(**arguments)
         logits = out.logits
         if last_only:
-            logits = logits[:, -1:] if logits.shape[1] == 1 or not ragged else _last(logits, feed.counts)
+            logits = logits[:, -1:] if logits.shape[1] == 1 or not ragged else _last(logits, feed)
         states = tuple(out.hidden_states) if hidden else None
         return Output(logits.float(), states, cache.states() if self.recurrent else ())
 
@@ -181,7 +181,7 @@ class Model:
         def pick(layer, inputs):
             states = inputs[0] if inputs else None
             if torch.is_tensor(states) and states.shape[:2] == feed.positions.shape:
-                return _last(states, feed.counts), *inputs[1:]
+                return _last(states, feed), *inputs[1:]
             return None
 
         handle = output.register_forward_pre_hook(pick)
@@ -407,10 +407,10 @@ def _joined(outputs, every, hidden) -> Output:
     return Output(logits, layers, last.states)
 
 
-def _last(part, counts):
+def _last(part, feed):
     """`[B, Q, ...]` -> `[B, 1, ...]`: the last real entry of each row."""
-    rows = torch.arange(len(counts), device=part.device)
-    return part[rows, torch.tensor(counts, device=part.device) - 1][:, None]
+    rows = torch.arange(part.shape[0], device=part.device)
+    return part[rows, feed.fresh().to(part.device) - 1][:, None]
 
 
 def _scattered(part, where, rows):

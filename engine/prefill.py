@@ -19,7 +19,7 @@ def prefill(model, request: Request) -> None:
     ready, prompt = request.prefilled, request.prompt
     if ready.row is None:
         every = request.params.prompt_logprobs is not None
-        room = _blocks(model, request)
+        room = request.blocks(model.pool.block_size) if model.paged else 0
         ready.row, out = model.prefill(prompt.ids, prompt.embeddings, every=every, room=room)
         ready.logits, ready.states = out.logits[0, -1], out.states
         if every:
@@ -45,7 +45,8 @@ def prefill_together(model, requests: Iterable[Request]) -> None:
         return
     try:
         rows, logits = model.prefill_together(
-            [list(ids) for ids in chosen], [_blocks(model, same[0]) for same in chosen.values()]
+            [list(ids) for ids in chosen],
+            [same[0].blocks(model.pool.block_size) for same in chosen.values()],
         )
     except (PoolExhausted, torch.OutOfMemoryError):
         return  # one at a time each of them can fail alone
@@ -77,11 +78,6 @@ def _group(requests: Iterable[Request], block: int) -> dict[tuple[int, ...], lis
         if len(ids) > block:
             heads.add(ids[:block])
     return chosen
-
-
-def _blocks(model, request: Request) -> int:
-    """Blocks that the request may grow to."""
-    return -(-request.room // getattr(getattr(model, "pool", None), "block_size", 1))
 
 
 def prompt_logprobs(ids: list[int], logits: torch.Tensor) -> list[float | None]:

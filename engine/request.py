@@ -75,6 +75,10 @@ class Request:
         room = len(self.prompt) + self.params.max_new_tokens
         return room if self.params.max_length is None else min(room, self.params.max_length)
 
+    def blocks(self, size: int) -> int:
+        """Blocks of `size` cells that prompt and output may take together."""
+        return -(-self.room // size)
+
     def push(self, token: int, raw: float, processed: float, top: tuple[list, list] | None) -> Event:
         """Take one drawn token; the event tells what may be shown, and whether it was the last."""
         if not self.stopper.token_ids:

@@ -1,11 +1,11 @@
 """When a request ends, and which text may be shown before it does."""
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .errors import HandloomError, ParameterError
+from .processors.huggingface import is_huggingface
 from .text import Detokenizer
 
 FINISH_REASONS = ("eos", "stop", "length", "time", "cancelled", "error")
@@ -90,13 +90,7 @@ def for_one_request(criterion: Any) -> Callable[[Progress], Any]:
 
 def is_huggingface_criterion(criterion: Any) -> bool:
     """True for a StoppingCriteria, a StoppingCriteriaList, or anything called as `criterion(input_ids, scores)`."""
-    if any("StoppingCriteria" in base.__name__ for base in type(criterion).__mro__):
-        return True
-    try:
-        names = list(inspect.signature(criterion).parameters)
-    except (TypeError, ValueError):  # a callable without a readable signature
-        return False
-    return names[:2] == ["input_ids", "scores"]
+    return is_huggingface(criterion, "StoppingCriteria")
 
 
 class Stopper:

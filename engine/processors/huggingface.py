@@ -17,9 +17,9 @@ from handloom.processors.base import Context, Processor, committed
 SHARED = ("Tokenizer", "PreTrained", "Config")  # parts of class names of what a copy shares with its original
 
 
-def is_huggingface(rule: Any) -> bool:
-    """True for a LogitsProcessor, a LogitsProcessorList, or anything called as `rule(input_ids, scores)`."""
-    if any("LogitsProcessor" in base.__name__ for base in type(rule).__mro__):
+def is_huggingface(rule: Any, kind: str = "LogitsProcessor") -> bool:
+    """True for a class of transformers' `kind`, a list of them, or anything called as `rule(input_ids, scores)`."""
+    if any(kind in base.__name__ for base in type(rule).__mro__):
         return True
     if not callable(rule):
         return False
