@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -39,6 +39,13 @@ DEV = [
     "setuptools>=77",
 ]
 
+
+def rooms(folder: str) -> list[str]:
+    """A folder and the packages below it, as endings of import names; links for IDEs are left out."""
+    found = find_packages(str(HERE / folder), exclude=["kernels", "kernels.*"])
+    return ["", *(f".{name}" for name in sorted(found))]
+
+
 setup(
     name="handloom",
     version="0.1.0",
@@ -51,7 +58,10 @@ setup(
     # The import name is `handloom`. Nothing called `engine` or `kernels` may be installed: another
     # distribution owns the top-level name `kernels`, and transformers and bitsandbytes import it.
     package_dir={"handloom": "engine", "handloom.kernels": "kernels"},
-    packages=["handloom", "handloom.kernels", "handloom.processors", "handloom.strategies"],
+    packages=[
+        *("handloom" + room for room in rooms("engine")),
+        *("handloom.kernels" + room for room in rooms("kernels")),
+    ],
     install_requires=[
         "jinja2>=3.1",
         "numpy>=1.26",

@@ -14,8 +14,8 @@ if __name__ == "engine":
     )
 
 if TYPE_CHECKING:
-    from handloom.engine import Engine
-    from handloom.errors import (
+    from .engine import Engine
+    from .errors import (
         CapabilityError,
         HandloomError,
         ModelError,
@@ -23,38 +23,47 @@ if TYPE_CHECKING:
         PoolExhausted,
         PromptError,
     )
-    from handloom.generation import Event, Generation, Timings
-    from handloom.joint import join
-    from handloom.kernels.draw import draw
-    from handloom.params import SamplingParams
-    from handloom.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning, Processor
-    from handloom.state import State
+    from .kernels.sampling.draw import draw
+    from .loop.generation import Event, Generation, Timings
+    from .params.sampling_params import SamplingParams
+    from .pipeline.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning, Processor
+    from .state import State
+    from .strategies.kit.joint import join
 
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> the module that defines it
     "CapabilityError": "errors",
-    "Context": "pipeline",
-    "Edit": "pipeline",
+    "Context": "pipeline.pipeline",
+    "Edit": "pipeline.pipeline",
     "Engine": "engine",
-    "Event": "generation",
-    "Generation": "generation",
+    "Event": "loop.generation",
+    "Generation": "loop.generation",
     "HandloomError": "errors",
-    "Keep": "pipeline",
+    "Keep": "pipeline.pipeline",
     "ModelError": "errors",
     "ParameterError": "errors",
-    "Pipeline": "pipeline",
-    "PipelineWarning": "pipeline",
+    "Pipeline": "pipeline.pipeline",
+    "PipelineWarning": "pipeline.pipeline",
     "PoolExhausted": "errors",
-    "Processor": "pipeline",
+    "Processor": "pipeline.pipeline",
     "PromptError": "errors",
-    "SamplingParams": "params",
+    "SamplingParams": "params.sampling_params",
     "State": "state",
-    "Timings": "generation",
-    "draw": "kernels.draw",
-    "join": "joint",
+    "Timings": "loop.generation",
+    "draw": "kernels.sampling.draw",
+    "join": "strategies.kit.joint",
 }
-_MODULES = frozenset({"compat", "kernels", "laws", "naive", "processors", "profiles", "strategies"})
+_MODULES = {  # public name -> the module that it is
+    "compat": "compat",
+    "demo": "loading.demo",
+    "kernels": "kernels",
+    "laws": "laws",
+    "naive": "laws.naive",
+    "processors": "processors",
+    "profiles": "pipeline.profiles",
+    "strategies": "strategies",
+}
 
 __all__ = [
     "CapabilityError",
@@ -85,7 +94,7 @@ def __getattr__(name: str):
     if name in _HOME:
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     elif name in _MODULES:
-        value = import_module(f"{__name__}.{name}")
+        value = import_module(f"{__name__}.{_MODULES[name]}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

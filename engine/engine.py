@@ -9,19 +9,19 @@ from contextlib import closing
 
 import torch
 
-from .batch import Batch
-from .compiling import compile_step
 from .errors import CapabilityError, HandloomError, ParameterError, PromptError
-from .generation import Event, Generation
-from .graph import GraphBatch
-from .loop import run
-from .parallel import fresh_seed, is_split
-from .params import SamplingParams
-from .pipeline import Pipeline
-from .probe import adapt
-from .request import Prefilled, Request
+from .forward.compiling import compile_step
+from .forward.probe import adapt
+from .loading.parallel import fresh_seed, is_split
+from .loop.batch import Batch
+from .loop.generation import Event, Generation
+from .loop.graph import GraphBatch
+from .loop.loop import run
+from .loop.request import Prefilled, Request
+from .params.sampling_params import SamplingParams
+from .pipeline.pipeline import Pipeline
 from .state import State
-from .text import Prompt, chat_ids, encode_prompts
+from .text.text import Prompt, chat_ids, encode_prompts
 
 log = logging.getLogger("handloom")
 UNBOUNDED = 1 << 20  # positions of a model that names no limit
@@ -125,7 +125,7 @@ class Engine:
         Raises:
             ModelError: no usable model is found there.
         """
-        from .loading import load
+        from .loading.loading import load
 
         model, tokenizer = load(
             name_or_path,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .cache.sequence import Row
 from .errors import HandloomError
-from .sequence import Row
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -77,7 +77,7 @@ def watched(engine):
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct in float32; the first session that asks fetches and converts it."""
-    from handloom import demo
+    from handloom.loading import demo
 
     return demo.prepare()
 

@@ -1,8 +1,8 @@
 """Compile every Triton kernel variant for every target, without a GPU, and hold it against limits.json.
 
-    python benchmarks/compile_report.py                  # all targets, two at a time, one process each
-    python benchmarks/compile_report.py --target sm_90
-    python benchmarks/compile_report.py --write          # take what was measured as the new limits
+    python -m benchmarks.compile                  # all targets, two at a time, one process each
+    python -m benchmarks.compile --target sm_90
+    python -m benchmarks.compile --write          # take what was measured as the new limits
 
 Prints one table; the exit status is 1 when a limit is broken. Checked: no spills, registers, shared memory,
 128-bit loads, and no contracted multiply-add where bits are promised to be the same everywhere. The builds of
@@ -20,15 +20,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-if not __package__:  # run as a file: this folder must not be where `import kernels` looks
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Path(__file__).with_name("limits.json")
 COLUMNS = ("registers", "spills", "shared", "wide_loads", "contractions", "seconds")
 
@@ -75,7 +73,9 @@ ALIGNED = (
 
 def sampling_cases():
     """Yield (name, kernel, argument types, constants, launch options) of the sampling kernels."""
-    from handloom.kernels import sample_fused, triton_noise, triton_sample
+    from handloom.kernels.device import sample as triton_sample
+    from handloom.kernels.noise import philox_triton as triton_noise
+    from handloom.kernels.sampling import fused as sample_fused
 
     noise_types = dict.fromkeys(("seeds", "positions", "streams", "token_ids", "words"), "*i64")
     noise_types |= {"noise": "*fp32", "columns": "i32"}
@@ -119,7 +119,7 @@ def pipelines():
     """Yield (name, rules, whether edits, mask and log-probabilities are on) of the samplers to compile."""
     import torch
 
-    from handloom.kernels import rules
+    from handloom.kernels.sampling import rules
 
     one = torch.ones(1)
     short = (rules.top_k(one), rules.top_p(one), rules.min_p(one))
@@ -209,7 +209,7 @@ def compile_target(target):
 
 def compile_builds(target):
     """The same of the builds that have limits of their own; `over` says which of them are broken."""
-    from benchmarks import attention_variants, nf4_variants
+    from benchmarks.compile import attention_variants, nf4_variants
 
     found = {}
     named = [(f"attention {build.name}", build) for build in attention_variants.builds()]
@@ -226,8 +226,8 @@ def compile_builds(target):
 def in_subprocess(target):
     """`compile_target` in a process of its own: a compiler may exit instead of raising."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, "--target", target, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "benchmarks.compile", "--target", target, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode:
         return {"compiler": {"error": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}}
     return json.loads(done.stdout)

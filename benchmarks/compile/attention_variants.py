@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from handloom.kernels import attention_triton
+from handloom.kernels.attention import attention_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

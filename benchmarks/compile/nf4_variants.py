@@ -1,7 +1,7 @@
 """The 4-bit kernels as real models launch them, for the offline compile of `attention_variants.py`."""
 
-from benchmarks.attention_variants import Build, report
-from handloom.kernels import nf4_triton
+from benchmarks.compile.attention_variants import Build, report
+from handloom.kernels.linear import nf4_triton
 
 
 def builds():

@@ -19,8 +19,8 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.common import RESULTS, in_turn, median_ratio, record, show
-from benchmarks.quiet import Neighbours
+from benchmarks.cpu.quiet import Neighbours
+from benchmarks.support.common import RESULTS, in_turn, median_ratio, record, show
 from handloom import Engine, SamplingParams
 
 # Name of a side -> how handloom loads it; the first one is what the others are compared with in quality.
@@ -223,7 +223,7 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: sides are {', '.join(OURS)}")
     if model == "demo":
-        from handloom import demo
+        from handloom.loading import demo
 
         model = demo.locate()
     built, models = build(model, names, steps, chosen)

@@ -17,12 +17,12 @@ import torch
 import transformers
 import typer
 
-from benchmarks import llm_perf, memory, speed
-from benchmarks.common import RESULTS, Progress, in_turn, median_ratio, record, show, spread
-from benchmarks.counting import operations, python_calls, seconds_outside
-from benchmarks.rivals import COMPILED, SIDES, caches
-from benchmarks.shapes import SHAPES, available_bytes, build, config_of, refusal, sizes
-from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Side, loaded, twin
+from benchmarks.decode import llm_perf, memory, speed
+from benchmarks.decode.counting import operations, python_calls, seconds_outside
+from benchmarks.decode.rivals import COMPILED, SIDES, caches
+from benchmarks.decode.sides import Handloom, HuggingFace, Request, Sampling, Side, loaded, twin
+from benchmarks.support.common import RESULTS, Progress, in_turn, median_ratio, record, show, spread
+from benchmarks.support.shapes import SHAPES, available_bytes, build, config_of, refusal, sizes
 
 SAMPLING = Sampling(temperature=0.8, top_k=20, top_p=0.9)
 SECTIONS = ("counts", "throughput", "memory", "speed", "ragged")

@@ -21,13 +21,13 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.bandwidth import read_bandwidth
-from benchmarks.common import Progress, cpu_name, git_commit, median_ratio
-from benchmarks.peak import Peak
-from benchmarks.rivals import side
-from benchmarks.shapes import build, config_of
-from benchmarks.sides import Clock, Request, Side, Timeline
-from benchmarks.speed import Case, Subject, rates, share, summary
+from benchmarks.decode.rivals import side
+from benchmarks.decode.sides import Clock, Request, Side, Timeline
+from benchmarks.decode.speed import Case, Subject, rates, share, summary
+from benchmarks.support.bandwidth import read_bandwidth
+from benchmarks.support.common import Progress, cpu_name, git_commit, median_ratio
+from benchmarks.support.peak import Peak
+from benchmarks.support.shapes import build, config_of
 
 TARGETS = ("load_model", "first_generate", "generate", "prefill", "decode", "per_token")
 LIBRARIES = ("optimum-benchmark", "transformers", "accelerate", "diffusers", "optimum", "timm", "peft")
@@ -132,7 +132,7 @@ def configuration(protocol: Protocol, subject: Subject, name: str) -> dict:
     about, random_weights = subject.about(), subject.random_weights
     backend = {
         "name": name, "version": _version("handloom" if name.startswith("handloom") else "transformers"),
-        "_target_": "benchmarks.llm_perf.measure", "model": subject.name, "processor": subject.name,
+        "_target_": "benchmarks.decode.llm_perf.measure", "model": subject.name, "processor": subject.name,
         "task": "text-generation", "library": "transformers", "model_type": subject.model.config.model_type,
         "device": about["device"], "device_ids": "0" if about["device"] == "cuda" else None, "seed": 0,
         "inter_op_num_threads": None, "intra_op_num_threads": torch.get_num_threads(), "model_kwargs": {},

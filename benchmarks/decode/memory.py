@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks.shapes import SHAPES, build, config_of
+from benchmarks.support.shapes import SHAPES, build, config_of
 from handloom import Engine, SamplingParams
 
 PAGE = 4096

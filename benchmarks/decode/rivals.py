@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 
-from benchmarks.sides import (
+from benchmarks.decode.sides import (
     Clock,
     Handloom,
     HuggingFace,

@@ -11,7 +11,7 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from handloom import Engine, SamplingParams
-from handloom.kernels.blocked import block_linears
+from handloom.kernels.linear.blocked import block_linears
 
 Clock = Callable[[], float]
 

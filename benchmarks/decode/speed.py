@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.bandwidth import read_bandwidth
-from benchmarks.common import Progress, in_turn, median_ratio
-from benchmarks.counting import device_calls, operations, per_step
-from benchmarks.peak import Peak
-from benchmarks.rivals import COMPILED, UNIFORM, BareLoop, caches, copies, side
-from benchmarks.shapes import Sizes, refusal
-from benchmarks.sides import Request, Sampling, Side, Timeline
+from benchmarks.decode.counting import device_calls, operations, per_step
+from benchmarks.decode.rivals import COMPILED, UNIFORM, BareLoop, caches, copies, side
+from benchmarks.decode.sides import Request, Sampling, Side, Timeline
+from benchmarks.support.bandwidth import read_bandwidth
+from benchmarks.support.common import Progress, in_turn, median_ratio
+from benchmarks.support.peak import Peak
+from benchmarks.support.shapes import Sizes, refusal
 
 STEPS = (9, 25)  # answer lengths between which calls are counted: one block of the pool apart
 FAILURES = (

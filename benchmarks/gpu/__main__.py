@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command of under 9 minutes that may be interrupted at any time.
 
-    python benchmarks/gpu_check.py               # checks, then a short version of every benchmark
-    python benchmarks/gpu_check.py --checks-only
-    python benchmarks/gpu_check.py --only large_steps --only many_rows
+    python -m benchmarks.gpu               # checks, then a short version of every benchmark
+    python -m benchmarks.gpu --checks-only
+    python -m benchmarks.gpu --only large_steps --only many_rows
 
 First the checks: kernel values against their references on CUDA, bit equality of noise and tokens with the CPU, steps
 recorded in a CUDA graph against eager ones, no waits in the decode loop. Then timings, and last what was aimed at, what
@@ -25,17 +25,28 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before Triton is imported; tests import this file, and have an interpreter
     os.environ["TRITON_INTERPRET"] = "0"
-ROOT = Path(__file__).resolve().parent.parent
-if not __package__:  # run as a file: this folder must not be where `import kernels` looks
-    sys.path[0] = str(ROOT)
-sys.path.append(str(ROOT / "tests"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "support"))
 
 import torch
 
-from benchmarks import gpu_decode, kernels_attention, kernels_nf4, kernels_sampling, kernels_timing, speed
-from benchmarks.common import RESULTS, record, show
-from benchmarks.gpu_decode import DRY, FULL, Scale
-from benchmarks.gpu_targets import verdicts
+from benchmarks.decode import speed
+from benchmarks.gpu import decode as gpu_decode
+from benchmarks.gpu.decode import DRY, FULL, Scale
+from benchmarks.gpu.targets import verdicts
+from benchmarks.kernels import (
+    attention as kernels_attention,
+)
+from benchmarks.kernels import (
+    nf4 as kernels_nf4,
+)
+from benchmarks.kernels import (
+    sampling as kernels_sampling,
+)
+from benchmarks.kernels import (
+    timing as kernels_timing,
+)
+from benchmarks.support.common import RESULTS, record, show
 
 BUDGET = 9 * 60 - 30  # seconds for all sections
 LAST_CALL = 9 * 60 - 15  # when a section that does not come back is broken off
@@ -54,8 +65,8 @@ def full_size_tokens(device):
     """Tokens at full vocabularies equal those of the CPU path, whatever the batch around a row."""
     from sampling_rows import key, rows
 
-    from handloom.kernels import rules
-    from handloom.kernels.sample import sample
+    from handloom.kernels.sampling import rules
+    from handloom.kernels.sampling.sample import sample
 
     for vocab in (32001, 128256, 151936, 262144):
         for name, x in rows(4, vocab):
@@ -80,7 +91,7 @@ def many_rows(device):
     """300 rows at once, and in shuffled order, give each row the token it gets alone: races would show here."""
     from sampling_rows import generator, key
 
-    from handloom.kernels.sample import sample
+    from handloom.kernels.sampling.sample import sample
 
     x = (torch.randn(300, 151936, generator=generator(0)) * 3).to(device, torch.bfloat16)
     settings = {name: value.to(device) for name, value in key(300).items()}
@@ -106,8 +117,8 @@ def graph_replay(device):
     """Replays advance the position in device memory, follow parameters changed in place, and allocate nothing."""
     from sampling_rows import generator, key
 
-    from handloom.kernels import rules
-    from handloom.kernels.sample_fused import Plan, sample_fused
+    from handloom.kernels.sampling import rules
+    from handloom.kernels.sampling.fused import Plan, sample_fused
 
     x = torch.randn(4, 32000, generator=generator(3)).to(device)
     settings = {name: value.to(device) for name, value in key(4).items()}
@@ -186,7 +197,7 @@ def sampling_timings(scale: Scale) -> Iterator[dict]:
 
 def seed_timings(scale: Scale) -> Iterator[dict]:
     """One call with a seed of its own for every row, and with one seed for all."""
-    from handloom.kernels.sample import sample
+    from handloom.kernels.sampling.sample import sample
 
     rows, vocab = (64, 128256) if scale.on_cuda else (2, 512)
     logits = torch.randn(rows, vocab, device=scale.device).to(scale.dtype)

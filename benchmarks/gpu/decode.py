@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks import speed
-from benchmarks.bandwidth import read_bandwidth
-from benchmarks.rivals import COMPILED, side
-from benchmarks.shapes import build, config_of, sizes
-from benchmarks.sides import Sampling, twin
-from benchmarks.speed import Case, Subject
+from benchmarks.decode import speed
+from benchmarks.decode.rivals import COMPILED, side
+from benchmarks.decode.sides import Sampling, twin
+from benchmarks.decode.speed import Case, Subject
+from benchmarks.support.bandwidth import read_bandwidth
+from benchmarks.support.shapes import build, config_of, sizes
 from handloom import Engine, SamplingParams
 
 PROMPTS = [[3, 5, 7, 9, 11], [1] * 17, [4], [2, 3] * 20, [9, 8, 7, 6, 5, 4, 3, 2, 1], [5] * 23]
@@ -347,7 +347,7 @@ def quantised(model):
 
 def with_our_products(model):
     """The same with our product."""
-    from handloom.fourbit import own_products
+    from handloom.loading.fourbit import own_products
 
     own_products(quantised(model))
     return model

@@ -10,13 +10,11 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-if not __package__:  # run as a file: this folder must not be where `import kernels` looks
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from benchmarks import kernels_attention, kernels_nf4
-from benchmarks.common import RESULTS, record, show
-from benchmarks.kernels_sampling import COLUMNS, DTYPES, MODES, ROWS, SIDES, measure
-from benchmarks.kernels_timing import CACHES, EAGER, OURS
+from benchmarks.kernels import attention as kernels_attention
+from benchmarks.kernels import nf4 as kernels_nf4
+from benchmarks.kernels.sampling import COLUMNS, DTYPES, MODES, ROWS, SIDES, measure
+from benchmarks.kernels.timing import CACHES, EAGER, OURS
+from benchmarks.support.common import RESULTS, record, show
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -7,10 +7,10 @@ import torch
 import typer
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import kernels_timing
-from benchmarks.kernels_timing import CACHES, Call, Run
-from handloom.kernels.attention import attention_workspace, default_splits, paged_attention
-from handloom.kernels.attention_cpu import CellPlan, paged_attention_cpu
+from benchmarks.kernels import timing as kernels_timing
+from benchmarks.kernels.timing import CACHES, Call, Run
+from handloom.kernels.attention.attention import attention_workspace, default_splits, paged_attention
+from handloom.kernels.attention.attention_cpu import CellPlan, paged_attention_cpu
 
 BLOCK = 16  # cells of a block
 ROWS = ("even", "ragged")

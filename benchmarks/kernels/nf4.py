@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 import typer
 
-from benchmarks import kernels_timing
-from benchmarks.kernels_timing import CACHES, Call, Run
-from handloom.kernels.blocked import BlockedLinear, unblockable
-from handloom.kernels.nf4 import FourBitWeight, four_bit_linear
-from handloom.kernels.packed import PackedLinear, unpackable
+from benchmarks.kernels import timing as kernels_timing
+from benchmarks.kernels.timing import CACHES, Call, Run
+from handloom.kernels.linear.blocked import BlockedLinear, unblockable
+from handloom.kernels.linear.nf4 import FourBitWeight, four_bit_linear
+from handloom.kernels.linear.packed import PackedLinear, unpackable
 
 BLOCKSIZE = 64  # weights that share a scale
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

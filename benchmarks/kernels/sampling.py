@@ -5,11 +5,11 @@ import functools
 import torch
 from transformers.generation import logits_process as hf
 
-from benchmarks import kernels_timing
-from benchmarks.kernels_timing import CACHES, Call, Run
-from handloom.kernels import rules
-from handloom.kernels.sample import sample
-from handloom.kernels.sample_reference import apply_edits, scale, truncate
+from benchmarks.kernels import timing as kernels_timing
+from benchmarks.kernels.timing import CACHES, Call, Run
+from handloom.kernels.sampling import rules
+from handloom.kernels.sampling.reference import apply_edits, scale, truncate
+from handloom.kernels.sampling.sample import sample
 
 MODES = ("greedy", "temperature", "k", "p", "min-p", "k+p+min-p", "everything")
 ALL_RULES = ("k+p+min-p", "everything")  # the modes with several rules
@@ -82,7 +82,7 @@ def ours(mode, logits) -> Run:
 
 def fused(mode, logits) -> Run:
     """The fused kernels, with their buffers kept as a decode loop keeps them."""
-    from handloom.kernels.sample_fused import Plan, sample_fused
+    from handloom.kernels.sampling.fused import Plan, sample_fused
 
     settings = settings_of(mode, logits)
     edits, logprobs = settings.get("edits"), settings.get("logprobs", False)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.bandwidth import read_bandwidth
-from benchmarks.common import in_turn, median_ratio
-from benchmarks.kernels_traffic import traffic
+from benchmarks.kernels.traffic import traffic
+from benchmarks.support.bandwidth import read_bandwidth
+from benchmarks.support.common import in_turn, median_ratio
 
 Run = Callable[[], object]
 Build = Callable[
@@ -205,7 +205,7 @@ def exact(build: Build, inputs, size: int, device: str) -> dict:
     if "bytes_read" in found:
         found["passes"] = round(found["bytes_read"] / size, 1)
     if device != "cpu":
-        from benchmarks.counting import device_calls
+        from benchmarks.decode.counting import device_calls
 
         found["launches"] = device_calls(run)["launches"]
     return found

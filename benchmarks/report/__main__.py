@@ -6,13 +6,10 @@ from typing import Annotated
 
 import typer
 
-if not __package__:  # run as a file: this folder must not be where `import kernels` looks
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from benchmarks.report.rows import CASES, Row, RowError, newest, read
+from benchmarks.report.tables import insert, tables
 
-from benchmarks.report_rows import CASES, Row, RowError, newest, read
-from benchmarks.report_tables import insert, tables
-
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def chosen(rows: list[Row], sections: list[str], where: list[str]) -> list[Row]:
@@ -45,7 +42,7 @@ def say(text: str) -> None:
 def make_plots(rows: list[Row], folder: Path) -> None:
     """Draw what the rows have points for, and say what they have none for."""
     try:
-        from benchmarks.report_plots import draw, plots
+        from benchmarks.report.plots import draw, plots
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"report: plots need {error.name} (the extra [bench] has it); or --no-plots"

@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.report_rows import Row
-from benchmarks.report_tables import OURS, circumstances, without_sizes
+from benchmarks.report.rows import Row
+from benchmarks.report.tables import OURS, circumstances, without_sizes
 
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d6a9f", "#edae49", "#5b5b5b", "#2e4057", "#a05195")
 THEIRS = "transformers"

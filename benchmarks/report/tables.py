@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC
 
-from benchmarks.report_rows import CASES, Row, is_number
+from benchmarks.report.rows import CASES, Row, is_number
 
 OURS = "handloom"
 LONG = 24  # lines from which on a table is folded away

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 WIDTH = 150  # columns of a table that is not printed to a terminal
 PACKAGES = ("torch", "transformers", "triton", "numpy", "bitsandbytes")

@@ -82,7 +82,7 @@ def config_of(name: str) -> PreTrainedConfig:
 def place(name: str) -> str | Path:
     """Where a model that is not in `SHAPES` is loaded from."""
     if name == "demo":
-        from handloom import demo
+        from handloom.loading import demo
 
         name = demo.locate()
     return Path(name) if Path(name).is_dir() else name

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .capture import upload
-from .kv import TRASH, ZERO
+from .pool import TRASH, ZERO
+from .transfer import upload
 
 
 @dataclass

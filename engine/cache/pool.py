@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .capture import upload
-from .errors import PoolExhausted
+from ..errors import PoolExhausted
+from .transfer import upload
 
 TRASH = 0  # idle rows and surplus tokens write here; nobody reads it
 ZERO = 1  # tables are padded with it where a whole rectangle is gathered; nobody writes it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .kv import Table
+from .pool import Table
 
 EMBEDDING = -1  # stands in a history for a position that was given as an embedding
 

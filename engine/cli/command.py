@@ -26,14 +26,16 @@ except ModuleNotFoundError as error:
     raise SystemExit(f'the command line needs {error.name!r}: pip install "handloom[demo]"') from error
 
 import handloom
-from handloom import demo, options, terminal
-from handloom.errors import HandloomError, ParameterError, PromptError
-from handloom.records import Record, ResultFile, read_records
+
+from ..errors import HandloomError, ParameterError, PromptError
+from ..loading import demo
+from . import options, terminal
+from .records import Record, ResultFile, read_records
 
 if TYPE_CHECKING:
-    from handloom.engine import Engine
-    from handloom.generation import Generation
-    from handloom.params import SamplingParams
+    from ..engine import Engine
+    from ..loop.generation import Generation
+    from ..params.sampling_params import SamplingParams
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 CHAT_HELP = "/reset starts anew, /exit or Ctrl-D ends, Ctrl-C cuts an answer short"

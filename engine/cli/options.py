@@ -12,8 +12,8 @@ from typing import Any, get_origin, get_type_hints
 import typer
 from rich.markup import escape
 
-from handloom.errors import ParameterError
-from handloom.params import SamplingParams
+from ..errors import ParameterError
+from ..params.sampling_params import SamplingParams
 
 Reader = Callable[[str, Any], Any]  # (field, what the command line gave) -> value for SamplingParams
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from handloom.errors import HandloomError, PromptError
+from ..errors import HandloomError, PromptError
 
 KINDS = {"prompt": str, "messages": list, "token_ids": list}
 

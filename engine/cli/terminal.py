@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from handloom.generation import Generation
+    from ..loop.generation import Generation
 
 ALTERNATIVES = 5  # columns of a table at most; the records have all that were asked for
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.engine import Engine
-from handloom.errors import CapabilityError, ParameterError
-from handloom.generation import Event, Generation
-from handloom.params import SamplingParams
-from handloom.processors.huggingface import HFProcessor
-from handloom.stopping import HFCriterion
+from ..engine import Engine
+from ..errors import CapabilityError, ParameterError
+from ..loop.generation import Event, Generation
+from ..loop.stopping import HFCriterion
+from ..params.sampling_params import SamplingParams
+from ..pipeline.foreign.huggingface import HFProcessor
 
 __all__ = ["HFCriterion", "HFProcessor", "as_custom_generate", "stream_to"]
 

@@ -90,14 +90,3 @@ class Mailbox:
             turn.event = turn.event or torch.cuda.Event()
             turn.event.record()
         return arrived, turn.event
-
-
-def upload(values, device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
-    """Numbers of the host on a device; the host does not wait for what the device is doing.
-
-    Args:
-        values: a list of numbers, nested for more axes.
-    """
-    if torch.device(device).type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)

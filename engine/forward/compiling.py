@@ -13,9 +13,9 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .cache import ATTENTION
-from .errors import CapabilityError
-from .feed import Feed
+from ..cache.feed import Feed
+from ..cache.paged import ATTENTION
+from ..errors import CapabilityError
 from .model import FOREIGN, Model
 
 log = logging.getLogger("handloom")

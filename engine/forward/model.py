@@ -13,14 +13,14 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from .cache import ATTENTION, EMPTY, HYBRID, RECURRENT, PagedCache, layer_plan
+from ..cache.feed import Feed
+from ..cache.paged import ATTENTION, EMPTY, HYBRID, RECURRENT, PagedCache, layer_plan
+from ..cache.pool import BlockPool
+from ..cache.sequence import EMBEDDING, History, Row
+from ..errors import CapabilityError
+from ..kernels.attention.attention import paged_attention
+from ..kernels.attention.attention_cpu import CellPlan, paged_attention_cpu
 from .capabilities import Capabilities, Capability
-from .errors import CapabilityError
-from .feed import Feed
-from .kernels.attention import paged_attention
-from .kernels.attention_cpu import CellPlan, paged_attention_cpu
-from .kv import BlockPool
-from .sequence import EMBEDDING, History, Row
 
 log = logging.getLogger("handloom")
 _names = itertools.count()

@@ -7,9 +7,9 @@ import logging
 import torch
 from transformers import DynamicCache
 
-from .cache import ATTENTION, HYBRID, RECURRENT, layer_plan
-from .errors import ModelError
-from .kv import BlockPool
+from ..cache.paged import ATTENTION, HYBRID, RECURRENT, layer_plan
+from ..cache.pool import BlockPool
+from ..errors import ModelError
 from .model import Model, supported_layers
 from .solo import SoloModel
 

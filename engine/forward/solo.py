@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from ..cache.sequence import History, Row
 from .capabilities import Capabilities, Capability
 from .model import Output, _longer, _padded
-from .sequence import History, Row
 
 
 @dataclass(eq=False)

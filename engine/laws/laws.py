@@ -16,15 +16,15 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
+from ..engine import Engine
+from ..errors import ParameterError
+from ..kernels import dispatch
+from ..kernels.sampling.draw import draw
+from ..kernels.sampling.reference import apply_edits
+from ..loop.request import Request
+from ..params.sampling_params import SamplingParams
+from ..pipeline.pipeline import Context, Pipeline, Rows
 from . import naive
-from .engine import Engine
-from .errors import ParameterError
-from .kernels import dispatch
-from .kernels.draw import draw
-from .kernels.sample_reference import apply_edits
-from .params import SamplingParams
-from .pipeline import Context, Pipeline, Rows
-from .request import Request
 
 LEAVES = 300_000  # most sequences that `sequence_law` enumerates
 EXPECTED = 5.0  # least expected count of a chi-square cell; rarer sequences are pooled

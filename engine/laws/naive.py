@@ -10,9 +10,9 @@ import math
 
 import torch
 
-from .generation import Generation
-from .pipeline import Context
-from .request import Request
+from ..loop.generation import Generation
+from ..loop.request import Request
+from ..pipeline.pipeline import Context
 
 
 def generate(engine, prompts, params=None, **overrides) -> list[Generation]:

@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import nn
 
-from .errors import ModelError
-from .kernels.nf4 import FourBitWeight, NestedScales, four_bit_linear
+from ..errors import ModelError
+from ..kernels.linear.nf4 import FourBitWeight, NestedScales, four_bit_linear
 
 log = logging.getLogger("handloom")
 MANY = 64  # rows from which a dense copy of the weight pays: bitsandbytes' own way for prompts

@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from ..errors import ModelError
+from ..kernels.linear.blocked import BlockedLinear, block_linears, unblockable
 from . import packing, parallel
-from .errors import ModelError
 from .fourbit import own_products
-from .kernels.blocked import BlockedLinear, block_linears, unblockable
 
 log = logging.getLogger("handloom")
 OWN = {"nf4-triton": "nf4", "fp4-triton": "fp4"}  # bitsandbytes' weights, our product

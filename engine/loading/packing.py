@@ -6,9 +6,9 @@ import logging
 
 import torch
 
-from .errors import ModelError
-from .kernels.blocked import BlockedLinear, unblockable
-from .kernels.packed import PackedLinear, pack_linears, unpackable
+from ..errors import ModelError
+from ..kernels.linear.blocked import BlockedLinear, unblockable
+from ..kernels.linear.packed import PackedLinear, pack_linears, unpackable
 
 log = logging.getLogger("handloom")
 BITS = {"int8-cpu": 8, "int4-cpu": 4}

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from .errors import ModelError
+from ..errors import ModelError
 
 SEEDS = 2**62
 

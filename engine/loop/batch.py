@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .cache import PagedCache
-from .capture import upload
-from .feed import Feed
-from .kv import TRASH, ZERO
-from .pipeline import Context
+from ..cache.feed import Feed
+from ..cache.paged import PagedCache
+from ..cache.pool import TRASH, ZERO
+from ..cache.sequence import Row
+from ..cache.transfer import upload
+from ..pipeline.pipeline import Context
 from .request import Request
-from .sequence import Row
 
 IDLE = (TRASH,)
 # Tensors with one entry per slot, which move with their rows when the batch shrinks.

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from ..cache.feed import Feed
+from ..forward.capture import Mailbox, recorder_for
+from ..pipeline.pipeline import Context
 from .batch import IDLE, Batch, Step
-from .capture import Mailbox, recorder_for
-from .feed import Feed
-from .pipeline import Context
 
 log = logging.getLogger("handloom")
 KEPT = 24  # recorded steps that a batch keeps; the one unused longest goes first

@@ -9,8 +9,8 @@ from itertools import islice
 
 import torch
 
+from ..errors import HandloomError, PoolExhausted
 from .batch import Batch, Step
-from .errors import HandloomError, PoolExhausted
 from .generation import Event
 from .prefill import prefill, prefill_together
 from .request import Request

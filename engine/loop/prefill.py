@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .errors import PoolExhausted
+from ..errors import PoolExhausted
 from .request import Request
 
 SHORT = 48  # new tokens of a prompt up to which reading the weights costs more than computing with them

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..params.sampling_params import SamplingParams
+from ..text.text import Prompt
 from .generation import Event, Generation, Timings
-from .params import SamplingParams
 from .stopping import Emission, Stopper
-from .text import Prompt
 
 
 @dataclass(eq=False)

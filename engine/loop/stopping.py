@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from .errors import HandloomError, ParameterError
-from .processors.huggingface import is_huggingface
-from .text import Detokenizer
+from ..errors import HandloomError, ParameterError
+from ..pipeline.foreign.huggingface import is_huggingface
+from ..text.text import Detokenizer
 
 FINISH_REASONS = ("eos", "stop", "length", "time", "cancelled", "error")
 
@@ -66,7 +66,7 @@ class HFCriterion:
 
     def for_request(self) -> "HFCriterion":
         """The same criterion, from the state it is in now, for one request."""
-        from .processors.huggingface import fork
+        from ..pipeline.foreign.huggingface import fork
 
         return HFCriterion(fork(self.criterion))
 

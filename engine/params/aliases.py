@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from handloom.checks import LARGEST_ID, Check, is_number, scalar, to_bool, to_float, to_int, to_list
-from handloom.errors import ParameterError
+from ..errors import ParameterError
+from .checks import LARGEST_ID, Check, is_number, scalar, to_bool, to_float, to_int, to_list
 
 UNLIMITED = LARGEST_ID  # as max_new_tokens: only max_length and the model's own length end a request
 

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from handloom.errors import ParameterError
+from ..errors import ParameterError
 
 Check = Callable[[str, Any], Any]  # (spelling, value) -> normal form; raises ParameterError
 

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from handloom.aliases import DIALECTS, read
-from handloom.checks import (
+from ..errors import ParameterError
+from .aliases import DIALECTS, read
+from .checks import (
     FrozenDict,
     choice,
     flag,
@@ -24,7 +25,6 @@ from handloom.checks import (
     token_ids,
     words,
 )
-from handloom.errors import ParameterError
 
 SMALLEST_TEMPERATURE = 1e-6  # below it, logits divided by it leave float32
 

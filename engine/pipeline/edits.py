@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.kernels.rules import Pointwise, Replaced, touched_bits
-from handloom.processors.base import NEG_INF, Context, Edit
+from ..kernels.sampling.rules import Pointwise, Replaced, touched_bits
+from .forms import NEG_INF, Context, Edit
 
 
 class Edits:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.kernels.rules import MASS_SHARE, Rule, Statistics, unpack_mask
-from handloom.kernels.sample_reference import statistics, truncate
+from ..errors import ParameterError
+from ..kernels.sampling.reference import statistics, truncate
+from ..kernels.sampling.rules import MASS_SHARE, Rule, Statistics, unpack_mask
 
 NEG_INF = float("-inf")
 LIMITS = ("level", "threshold", "count", "mass", "known")

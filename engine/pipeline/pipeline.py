@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.processors import DEFAULT_ORDER
-from handloom.processors.base import Adapted, Context, Edit, Function, Keep, Processor
-from handloom.processors.huggingface import HFProcessor, is_huggingface
-from handloom.processors.temperature import Temperature
-from handloom.rows import Drawn, Rows, reasons, unfused_alone
+from ..errors import ParameterError
+from .foreign.huggingface import HFProcessor, is_huggingface
+from .forms import Adapted, Context, Edit, Function, Keep, Processor
+from .processors import DEFAULT_ORDER
+from .processors.temperature import Temperature
+from .rows import Drawn, Rows, reasons, unfused_alone
 
 __all__ = [
     "Context",
@@ -159,7 +159,7 @@ class Pipeline(tuple):
         if profile != "default":
             variant = (profile, bool(getattr(params, "mirostat", 0)))
             if variant not in self.profiles:
-                from handloom.profiles import profile as build
+                from .profiles import profile as build
 
                 self.profiles[variant] = build(profile, params)
             base = self.profiles[variant]

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom import processors as rules
-from handloom.errors import ParameterError
-from handloom.kernels.rules import MASS_SHARE
-from handloom.pipeline import Pipeline
-from handloom.processors.base import NEG_INF, Context, Processor
+from ..errors import ParameterError
+from ..kernels.sampling.rules import MASS_SHARE
+from . import processors as rules
+from .forms import NEG_INF, Context, Processor
+from .pipeline import Pipeline
 
 HIDDEN = -2  # no token of the history, and not the -1 that pads tables of sequences
 

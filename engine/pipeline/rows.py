@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.kernels import dispatch
-from handloom.kernels.rules import Rule
-from handloom.kernels.sample import sample
-from handloom.processors.base import Context, Edit, Keep, Processor, guarded, values_of
-from handloom.processors.edits import Edits
-from handloom.processors.temperature import Temperature
+from ..errors import ParameterError
+from ..kernels import dispatch
+from ..kernels.sampling.rules import Rule
+from ..kernels.sampling.sample import sample
+from .edits import Edits
+from .forms import Context, Edit, Keep, Processor, guarded, values_of
+from .processors.temperature import Temperature
 
 
 @dataclasses.dataclass

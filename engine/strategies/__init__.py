@@ -24,12 +24,12 @@ States are values: an older one can be continued at any time (rewind), or twice 
 forks, reorders and drops rows. `Requests` adds what `SamplingParams` asks for: processors, noise, stopping.
 """
 
-from handloom.strategies.beam import beam_search
-from handloom.strategies.best_of_n import best_of_n
-from handloom.strategies.contrastive import contrastive_search
-from handloom.strategies.drafting import prompt_lookup
-from handloom.strategies.requests import Requests
-from handloom.strategies.speculative import Speculation, speculative
+from .beam import beam_search
+from .best_of_n import best_of_n
+from .contrastive import contrastive_search
+from .drafting import prompt_lookup
+from .kit.requests import Requests
+from .speculative import Speculation, speculative
 
 __all__ = [
     "Requests",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.generation import Generation
-from handloom.kernels.philox import gumbel
-from handloom.strategies.hypotheses import NEVER, Hypotheses
-from handloom.strategies.requests import Requests
+from ..errors import ParameterError
+from ..kernels.noise.philox import gumbel
+from ..loop.generation import Generation
+from .hypotheses import NEVER, Hypotheses
+from .kit.requests import Requests
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
-from handloom.errors import ParameterError
-from handloom.generation import Generation
-from handloom.strategies.requests import Requests, push
+from ..errors import ParameterError
+from ..loop.generation import Generation
+from .kit.requests import Requests, push
 
 
 @torch.no_grad()

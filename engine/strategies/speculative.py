@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from handloom.errors import ParameterError
-from handloom.generation import Generation
-from handloom.rows import logprob_of
-from handloom.strategies.acceptance import DRAFT, RULES
-from handloom.strategies.drafting import DraftModel, prompt_lookup
-from handloom.strategies.requests import Requests, limit, push
+from ..errors import ParameterError
+from ..loop.generation import Generation
+from ..pipeline.rows import logprob_of
+from .acceptance import DRAFT, RULES
+from .drafting import DraftModel, prompt_lookup
+from .kit.requests import Requests, limit, push
 
 
 @dataclass(kw_only=True, repr=False)

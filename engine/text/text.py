@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import PromptError
+from ..errors import PromptError
 
 REPLACEMENT = "\ufffd"  # what every decoder shows for bytes that are not (yet) a character
 # Prompt tokens decoded in front of the output, so that its first word keeps its space. More are taken where

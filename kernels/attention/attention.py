@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import dispatch
+from .. import dispatch
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dispatch
+from .. import dispatch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

@@ -7,7 +7,7 @@ row over the tokens kept so far, and returns the logit threshold. It is called o
 import triton
 import triton.language as tl
 
-from .triton_noise import exact_log
+from ..noise.philox_triton import exact_log
 
 
 @triton.jit

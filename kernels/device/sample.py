@@ -14,9 +14,9 @@ STEPS, DEVICES and NEEDS describe the truncation rules (`triton_steps`), VARIANT
 import triton
 import triton.language as tl
 
-from .triton_noise import gumbel_at, gumbel_groups
-from .triton_search import BELOW_ALL, FIXED_ONE, activate, bound_by_groups, chunk, fixed, moments, plus
-from .triton_steps import (
+from ..noise.philox_triton import gumbel_at, gumbel_groups
+from .search import BELOW_ALL, FIXED_ONE, activate, bound_by_groups, chunk, fixed, moments, plus
+from .steps import (
     KEEP_COUNT,
     KEEP_MASS,
     KEEP_VALUE,
@@ -27,8 +27,8 @@ from .triton_steps import (
     toss,
     value_limit,
 )
-from .triton_tokens import FLOAT_MAX, GROUP, finite_top, load_groups, ordered_key, scaled
-from .triton_top import write_top
+from .tokens import FLOAT_MAX, GROUP, finite_top, load_groups, ordered_key, scaled
+from .top import write_top
 
 MAX, SUM, NOISE, DOT, LIVE, MEAN, DEVIATION, SQUARES, RAW_MAX, RAW_SUM = (tl.constexpr(i) for i in range(10))
 NOISE_BAND = tl.constexpr(1e-3)  # error bound of the first launch's scores around 0

@@ -13,7 +13,7 @@ distance?, sums of entropy?, all moments?).
 import triton
 import triton.language as tl
 
-from .triton_tokens import FLOAT_MAX, GROUP, key_value, load_groups, ordered_key, scaled
+from .tokens import FLOAT_MAX, GROUP, key_value, load_groups, ordered_key, scaled
 
 COUNT, MASS, ENTROPY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a search sums
 BY_LOGIT, BY_DISTANCE, BY_ID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what it ranks by

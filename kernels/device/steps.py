@@ -8,8 +8,8 @@ parameter). The first step that is on gives a bound from group statistics; the s
 import triton
 import triton.language as tl
 
-from .triton_noise import philox_at
-from .triton_search import (
+from ..noise.philox_triton import philox_at
+from .search import (
     BELOW_ALL,
     BY_DISTANCE,
     BY_ID,
@@ -29,7 +29,7 @@ from .triton_search import (
     sweep_moments,
     visible,
 )
-from .triton_tokens import key_value, ordered_key
+from .tokens import key_value, ordered_key
 
 KEEP_COUNT, KEEP_MASS, KEEP_VALUE, CUT_TIES = (tl.constexpr(i) for i in range(4))
 XTC, TYPICAL, HEAD, TOP_H = (tl.constexpr(i) for i in range(4, 8))

@@ -8,7 +8,7 @@ Equal logits come in order of id.
 import triton
 import triton.language as tl
 
-from .triton_search import (
+from .search import (
     BELOW_ALL,
     BY_LOGIT,
     COUNT,
@@ -19,7 +19,7 @@ from .triton_search import (
     listed,
     search,
 )
-from .triton_tokens import ordered_key
+from .tokens import ordered_key
 
 
 @triton.jit

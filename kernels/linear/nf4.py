@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import dispatch
+from .. import dispatch
 
 
 @dataclass(frozen=True)

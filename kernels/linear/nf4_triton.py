@@ -7,7 +7,7 @@ halves. The table of 16 values fits one cache line, so a look-up costs one acces
 import triton
 import triton.language as tl
 
-from . import dispatch
+from .. import dispatch
 
 GEMV_ROWS = 2  # up to so many rows each is a product with a vector; with more, tiles go through tl.dot
 

@@ -9,7 +9,8 @@ probability.
 import numpy as np
 import torch
 
-from . import dispatch, philox
+from .. import dispatch
+from ..noise import philox
 
 GUMBEL_SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
 FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -38,7 +39,7 @@ def draw(logits, seeds, positions, streams=None, greedy=None, kernels=None):
     """
     streams = torch.zeros_like(seeds) if streams is None else streams
     if dispatch.select("draw", logits.device, kernels) == "triton":
-        from .sample_fused import sample_fused
+        from .fused import sample_fused
 
         temperature = None if greedy is None else (~greedy).float()
         return sample_fused(

@@ -3,10 +3,10 @@
 import torch
 import triton
 
-from . import triton_rules
+from ..device import rules as triton_rules
+from ..device.sample import group_statistics_kernel, sample_kernel
+from .reference import with_top
 from .rules import Drawn, Replaced
-from .sample_reference import with_top
-from .triton_sample import group_statistics_kernel, sample_kernel
 
 GROUP = 128
 FIRST_GROUPS = 16  # groups a program of the first launch

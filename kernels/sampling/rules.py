@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import philox
+from ..noise import philox
 
 MASS_SHARE = (
     1 - 2.0**-21

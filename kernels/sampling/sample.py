@@ -2,13 +2,13 @@
 
 import torch
 
-from . import dispatch
+from .. import dispatch
+from .cpu import sample_cpu
+from .reference import sample_reference
 from .rules import Drawn
 from .rules import min_p as min_p_rule
 from .rules import top_k as top_k_rule
 from .rules import top_p as top_p_rule
-from .sample_cpu import sample_cpu
-from .sample_reference import sample_reference
 
 
 def sample(
@@ -82,7 +82,7 @@ def sample(
         "n_top": n_top,
     }
     if dispatch.select("sample", logits.device, kernels, _unfused(rules, pointwise)) == "triton":
-        from .sample_fused import sample_fused
+        from .fused import sample_fused
 
         return sample_fused(logits, out=out, **arguments)
     drawn = (sample_cpu if logits.device.type == "cpu" else sample_reference)(logits, **arguments)

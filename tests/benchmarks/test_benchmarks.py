@@ -13,11 +13,12 @@ from benchmark_runs import run_decode
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import bandwidth, decode
-from benchmarks.common import Progress, in_turn, median_ratio, read, record, show
-from benchmarks.counting import operations, per_step, python_calls, seconds_outside, sort_calls
-from benchmarks.memory import resident_bytes
-from benchmarks.peak import Peak
+from benchmarks.decode import __main__ as decode
+from benchmarks.decode.counting import operations, per_step, python_calls, seconds_outside, sort_calls
+from benchmarks.decode.memory import resident_bytes
+from benchmarks.support import bandwidth
+from benchmarks.support.common import Progress, in_turn, median_ratio, read, record, show
+from benchmarks.support.peak import Peak
 
 PLAIN = ["handloom", "generate", "generate_batch", "loop"]
 # The tiny model by hand: 2 layers of 4 and 2 heads of 16, 64 wide, 128 inside, 512 tokens, float32.

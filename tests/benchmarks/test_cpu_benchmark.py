@@ -1,4 +1,4 @@
-"""benchmarks/cpu.py from end to end on a tiny model, and what it says of other processes."""
+"""benchmarks/cpu from end to end on a tiny model, and what it says of other processes."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 from helpers import tiny_llama
 from tiny_tokenizers import byte_level
 
-from benchmarks import cpu, quiet
-from benchmarks.quiet import Neighbours, busy_seconds
+from benchmarks.cpu import __main__ as cpu
+from benchmarks.cpu import quiet
+from benchmarks.cpu.quiet import Neighbours, busy_seconds
 
 STAT = "cpu  1000 20 300 9000 700 10 5 15 0 0\ncpu0 1 1 1 1\n"
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # `benchmarks` is not installed; appended, so that it shadows nothing
+from benchmarks.gpu import __main__ as gpu_check
+from benchmarks.gpu import decode as gpu_decode
+from benchmarks.gpu import targets as gpu_targets
+from benchmarks.gpu.__main__ import Section, chosen, run
+from benchmarks.gpu.decode import DRY
+from benchmarks.support.common import read
 
-from benchmarks import gpu_check, gpu_decode, gpu_targets  # noqa: E402
-from benchmarks.common import read  # noqa: E402
-from benchmarks.gpu_check import Section, chosen, run  # noqa: E402
-from benchmarks.gpu_decode import DRY  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 TIMINGS = ["many_rows", "four_bits", "contexts", "sampling_timings", "attention_timings", "nf4_timings"]
 
 
@@ -46,7 +46,7 @@ def test_checks_of_the_engine_are_well_on_a_cpu(tmp_path):
 
 
 def test_a_recorded_step_that_draws_otherwise_is_a_failure(monkeypatch):
-    from handloom.graph import GraphBatch
+    from handloom.loop.graph import GraphBatch
 
     original = GraphBatch._advance
 
@@ -176,10 +176,10 @@ def test_sections_by_name():
 @pytest.mark.slow
 def test_the_whole_script_end_to_end(tmp_path):
     """Compiled sides too; some minutes on a slow machine."""
-    program, output = ROOT / "benchmarks" / "gpu_check.py", tmp_path / "rows.jsonl"
+    output = tmp_path / "rows.jsonl"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, program, "--dry", "--budget", "3000", "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--budget", "3000", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = read(output)
     assert [row for row in rows if row.get("failed")] == []

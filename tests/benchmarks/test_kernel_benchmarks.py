@@ -13,21 +13,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # `benchmarks` is not installed; appended, so that it shadows nothing
+from benchmarks.kernels import (
+    attention,
+    nf4,
+    sampling,
+)
+from benchmarks.kernels.__main__ import app
+from benchmarks.kernels.timing import Call, CpuTimer, cache_bytes, exact, rounds, shortage
+from benchmarks.kernels.traffic import traffic
+from benchmarks.report.rows import newest, read
+from benchmarks.report.tables import tables
+from handloom.kernels.attention.attention import paged_attention_reference
+from handloom.kernels.linear.blocked import supports
+from handloom.kernels.sampling.reference import apply_edits, scale, truncate
 
-from benchmarks import kernels_attention as attention  # noqa: E402
-from benchmarks import kernels_nf4 as nf4  # noqa: E402
-from benchmarks import kernels_sampling as sampling  # noqa: E402
-from benchmarks.kernels import app  # noqa: E402
-from benchmarks.kernels_timing import Call, CpuTimer, cache_bytes, exact, rounds, shortage  # noqa: E402
-from benchmarks.kernels_traffic import traffic  # noqa: E402
-from benchmarks.report_rows import newest, read  # noqa: E402
-from benchmarks.report_tables import tables  # noqa: E402
-from handloom.kernels.attention import paged_attention_reference  # noqa: E402
-from handloom.kernels.blocked import supports  # noqa: E402
-from handloom.kernels.sample_reference import apply_edits, scale, truncate  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 FIGURES = {"operations", "bytes_read", "bytes_written", "passes"}
 
 
@@ -96,8 +96,8 @@ def test_the_command_of_the_log_still_runs(tmp_path):
     path = tmp_path / "rows.jsonl"
     options = "--side handloom --side transformers --repeats 2 --rows typical --rows flat --mode p --batch 1"
     options += f" --vocab 400 --vocab 500 --cache warm --json --output {path}"
-    command = [sys.executable, ROOT / "benchmarks" / "kernels.py", *options.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "benchmarks.kernels", *options.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = parsed(path, done.stdout)
     assert {row["hardware"]["threads"] for row in rows} == {1}
@@ -427,7 +427,7 @@ def test_what_runs_on_cuda_computes_the_same_in_the_interpreter():
 
 INTERPRETED = """
 import torch
-from benchmarks import kernels_attention as attention, kernels_nf4 as nf4, kernels_sampling as sampling
+from benchmarks.kernels import attention, nf4, sampling
 
 for mode in sampling.MODES:
     logits = sampling.logits_of("typical", 2, 300, torch.float32, "cpu")

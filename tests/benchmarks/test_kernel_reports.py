@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # `benchmarks` is not installed; appended, so that it shadows nothing
+from benchmarks.compile.__main__ import as_limit, breaches, pipelines, sampling_cases
 
-from benchmarks.compile_report import as_limit, breaches, pipelines, sampling_cases  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 FIGURES = {"registers": 40, "spills": 0, "shared": 64, "wide_loads": 2, "contractions": 0, "seconds": 1.0}
 
 
@@ -34,7 +32,8 @@ def test_each_limit_is_held():
 def test_every_pipeline_is_compiled_as_it_is_launched():
     """What the report compiles for a pipeline is what a `Plan` of it asks for."""
     pytest.importorskip("triton")
-    from handloom.kernels import rules, sample_fused
+    from handloom.kernels.sampling import fused as sample_fused
+    from handloom.kernels.sampling import rules
 
     constants = {name: values for name, _, _, values, _ in sampling_cases()}
     seen = set()
@@ -53,7 +52,8 @@ def test_every_pipeline_is_compiled_as_it_is_launched():
 
 def test_gpu_check_without_a_gpu_says_so_and_fails():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    program = ROOT / "benchmarks" / "gpu_check.py"
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr

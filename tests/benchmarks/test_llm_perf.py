@@ -8,12 +8,12 @@ import pytest
 import torch
 from benchmark_runs import Ticks, run_decode
 
-from benchmarks import llm_perf
-from benchmarks.common import Progress
-from benchmarks.llm_perf import Contender, Protocol, latency, memory, report
-from benchmarks.shapes import build, sizes
-from benchmarks.sides import Timeline
-from benchmarks.speed import Subject
+from benchmarks.decode import llm_perf
+from benchmarks.decode.llm_perf import Contender, Protocol, latency, memory, report
+from benchmarks.decode.sides import Timeline
+from benchmarks.decode.speed import Subject
+from benchmarks.support.common import Progress
+from benchmarks.support.shapes import build, sizes
 
 TARGETS = {"load_model", "first_generate", "generate", "prefill", "decode", "per_token"}
 ENTRY = {"memory", "latency", "throughput", "energy", "efficiency"}

@@ -12,14 +12,12 @@ import pytest
 pytest.importorskip("matplotlib")
 from matplotlib import image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # `benchmarks` is not installed; appended, so that it shadows nothing
+from benchmarks.report.__main__ import chosen
+from benchmarks.report.plots import COLOURS, draw, plots
+from benchmarks.report.rows import RowError, newest, read
+from benchmarks.report.tables import LONG, insert, plain, size, tables
 
-from benchmarks.report import chosen  # noqa: E402
-from benchmarks.report_plots import COLOURS, draw, plots  # noqa: E402
-from benchmarks.report_rows import RowError, newest, read  # noqa: E402
-from benchmarks.report_tables import LONG, insert, plain, size, tables  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 CPU = {"cpu": "Abacus", "cores": 2, "threads": 1}
 GPU = {"cpu": "Abacus", "cores": 16, "threads": 16, "gpu": "H200", "gpu_memory_gib": 139.8}
@@ -400,8 +398,8 @@ def test_the_png_shows_every_line_and_the_files_are_the_same_every_time(tmp_path
 
 
 def report(*arguments):
-    command = [sys.executable, ROOT / "benchmarks" / "report.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "benchmarks.report", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from benchmarks.shapes import SHAPES, Sizes, build, config_of, refusal, sizes
+from benchmarks.support.shapes import SHAPES, Sizes, build, config_of, refusal, sizes
 
 PUBLISHED = {  # parameters, as the model cards and checkpoints have them
     "Llama-3.2-1B": 1_235_814_400,

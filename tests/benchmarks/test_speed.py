@@ -8,13 +8,13 @@ import torch
 from benchmark_runs import Ticks
 from helpers import tiny_llama
 
-from benchmarks import rivals, speed
-from benchmarks.common import Progress
-from benchmarks.rivals import COMPILED, BareLoop, ContinuousBatching, caches, pick, side
-from benchmarks.shapes import Sizes, build, sizes
-from benchmarks.sides import Handloom, HuggingFace, Request, Sampling, Timeline, twin
-from benchmarks.speed import Case, Subject, grid, rates, share, summary
-from handloom.kernels import blocked
+from benchmarks.decode import rivals, speed
+from benchmarks.decode.rivals import COMPILED, BareLoop, ContinuousBatching, caches, pick, side
+from benchmarks.decode.sides import Handloom, HuggingFace, Request, Sampling, Timeline, twin
+from benchmarks.decode.speed import Case, Subject, grid, rates, share, summary
+from benchmarks.support.common import Progress
+from benchmarks.support.shapes import Sizes, build, sizes
+from handloom.kernels.linear import blocked
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import torch
 from helpers import assert_nothing_leaked, full_logits, tiny_llama
 
 from handloom import Engine
+from handloom.cache.pool import RESERVED, TRASH, ZERO, BlockPool
 from handloom.errors import HandloomError, PoolExhausted
-from handloom.kv import RESERVED, TRASH, ZERO, BlockPool
 
 BLOCK = 4
 

@@ -23,12 +23,13 @@ from transformers import (
     TextStreamer,
 )
 
-from handloom import compat, laws
+from handloom.compat import bridge as compat
 from handloom.engine import Engine
 from handloom.errors import CapabilityError, ParameterError
-from handloom.params import SamplingParams
-from handloom.pipeline import Context, Pipeline
-from handloom.processors import zoo
+from handloom.laws import laws
+from handloom.params.sampling_params import SamplingParams
+from handloom.pipeline.foreign import zoo
+from handloom.pipeline.pipeline import Context, Pipeline
 from handloom.strategies import speculative
 
 

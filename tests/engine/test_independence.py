@@ -16,7 +16,7 @@ from helpers import (
 from tiny_tokenizers import byte_level
 
 from handloom import Engine, SamplingParams
-from handloom.processors import BannedTokens, LogitBias, Temperature, TopK
+from handloom.pipeline.processors import BannedTokens, LogitBias, Temperature, TopK
 
 PROMPTS = prompts_of([5, 17, 1, 40, 9, 23, 16, 33])
 

@@ -6,7 +6,8 @@ import inspect
 import pytest
 import torch
 
-from handloom.capture import CudaRecorder, Mailbox, upload
+from handloom.cache.transfer import upload
+from handloom.forward.capture import CudaRecorder, Mailbox
 
 CPU = torch.device("cpu")
 

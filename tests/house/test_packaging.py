@@ -15,7 +15,7 @@ from packaging.version import Version
 
 import handloom
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("engine", "kernels", "tests", "benchmarks", ".ci")
 UNWANTED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
@@ -155,8 +155,8 @@ def test_our_folder_hands_the_name_over_when_the_root_is_on_the_path(foreign):
         "import kernels, importlib, sys; print(importlib.import_module('kernels') is sys.modules['kernels'])"
     )
     assert python(same, cwd=ROOT, path=[foreign]) == "True"
-    ours = "import handloom.kernels.philox as ours, kernels; print(ours.__name__, kernels.WHOSE)"
-    assert python(ours, cwd=ROOT, path=[foreign]) == "handloom.kernels.philox theirs"
+    ours = "import handloom.kernels.noise.philox as ours, kernels; print(ours.__name__, kernels.WHOSE)"
+    assert python(ours, cwd=ROOT, path=[foreign]) == "handloom.kernels.noise.philox theirs"
 
 
 @pytest.mark.skipif("kernels" in {d.name for d in metadata.distributions()}, reason="`kernels` is installed")

@@ -14,13 +14,18 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from handloom.kernels import attention, attention_cpu, dispatch
-from handloom.kernels.attention import attention_workspace, paged_attention, paged_attention_reference
-from handloom.kernels.attention_cpu import CellPlan, paged_attention_cpu
+from handloom.kernels import dispatch
+from handloom.kernels.attention import attention, attention_cpu
+from handloom.kernels.attention.attention import (
+    attention_workspace,
+    paged_attention,
+    paged_attention_reference,
+)
+from handloom.kernels.attention.attention_cpu import CellPlan, paged_attention_cpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -500,9 +505,9 @@ def test_one_captured_launch_follows_the_lengths():
 
 
 def compile_offline(target, names=()):
-    """Breaches of the limits in `benchmarks/attention_variants.py` on one target, in a process of its own."""
+    """Breaches of the limits in `benchmarks/compile/attention_variants.py` on one target, in a process of its own."""
     script = (
-        "import sys; from benchmarks import attention_variants as v\n"
+        "import sys; from benchmarks.compile import attention_variants as v\n"
         "chosen = [b for b in v.builds() if not sys.argv[2:] or b.name in sys.argv[2:]]\n"
         "wrong = [w for b in chosen for w in v.excess(b, v.measure(b, sys.argv[1]))]\n"
         "print(len(chosen), *wrong, sep='\\n')"

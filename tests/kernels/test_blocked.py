@@ -11,10 +11,10 @@ from helpers import full_logits, tiny_llama
 from torch import nn
 
 from handloom import Engine
-from handloom.compiling import CompiledStep
 from handloom.errors import ModelError
-from handloom.kernels import blocked
-from handloom.kernels.blocked import BlockedLinear, block_linears, supports, unblockable
+from handloom.forward.compiling import CompiledStep
+from handloom.kernels.linear import blocked
+from handloom.kernels.linear.blocked import BlockedLinear, block_linears, supports, unblockable
 
 pytestmark = pytest.mark.skipif(not supports(torch.float32), reason="torch without oneDNN")
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if supports(dtype)]

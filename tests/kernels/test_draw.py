@@ -4,8 +4,8 @@ import pytest
 import torch
 from sampling_rows import generator, key, rows
 
-from handloom.kernels import philox
-from handloom.kernels.draw import GUMBEL_SPAN, draw, draw_reference
+from handloom.kernels.noise import philox
+from handloom.kernels.sampling.draw import GUMBEL_SPAN, draw, draw_reference
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 31, 3000])

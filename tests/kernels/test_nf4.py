@@ -11,10 +11,10 @@ from helpers import tiny_llama
 from recorded_graph import install
 
 from handloom import Engine, ModelError, SamplingParams
-from handloom.compiling import CompiledStep
-from handloom.fourbit import own_products
+from handloom.forward.compiling import CompiledStep
 from handloom.kernels import dispatch
-from handloom.kernels.nf4 import FourBitWeight, four_bit_linear, four_bit_linear_reference
+from handloom.kernels.linear.nf4 import FourBitWeight, four_bit_linear, four_bit_linear_reference
+from handloom.loading.fourbit import own_products
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,8 +194,8 @@ def test_our_products_need_layers_in_bitsandbytes_layout():
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_build_keeps_its_limits(target):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.nf4_variants", target]
-    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "benchmarks.compile.nf4_variants", target]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count(target) == 6

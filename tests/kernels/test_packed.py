@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from handloom.kernels import packed
-from handloom.kernels.packed import PackedLinear, pack_linears
+from handloom.kernels.linear import packed
+from handloom.kernels.linear.packed import PackedLinear, pack_linears
 
 BF16_STEP = 2.0**-8  # relative spacing of bfloat16
 

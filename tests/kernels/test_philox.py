@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from handloom.kernels import philox
+from handloom.kernels.noise import philox
 
 
 def column(*values):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import tiny_llama
 
-from handloom import Engine, ParameterError, Processor, SamplingParams, laws, naive
+from handloom import Engine, ParameterError, Processor, SamplingParams
 from handloom.kernels import dispatch
-from handloom.processors import DEFAULT_ORDER, Edit
+from handloom.laws import laws, naive
+from handloom.pipeline.processors import DEFAULT_ORDER, Edit
 from handloom.strategies import beam_search, speculative
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
@@ -248,7 +249,7 @@ def test_check_processor_passes_every_built_in_rule():
 
 
 def test_check_processor_takes_rules_with_their_own_parameters_and_functions():
-    from handloom.processors import Temperature, TopP
+    from handloom.pipeline.processors import Temperature, TopP
 
     laws.check_processor(Temperature(0.7))
     laws.check_processor(TopP(0.8))

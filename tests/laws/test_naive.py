@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import poisoned, recorded, text_engine, tiny_llama
 
-from handloom import Engine, SamplingParams, naive
+from handloom import Engine, SamplingParams
+from handloom.laws import naive
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
 MIXED = [

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from handloom import demo
 from handloom.errors import ModelError
+from handloom.loading import demo
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # "The capital of France is Paris.<|im_end|>"
@@ -18,7 +18,7 @@ ANSWER = [504, 3575, 282, 4649, 314, 7042, 30, 2]  # "The capital of France is P
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from handloom.demo import build_once
+from handloom.loading.demo import build_once
 
 def write(folder):
     (folder / "config.json").write_text("{}")
@@ -31,7 +31,7 @@ build_once(Path(sys.argv[1]), write)
 COUNTED_BUILD = """
 import sys, time
 from pathlib import Path
-from handloom.demo import build_once
+from handloom.loading.demo import build_once
 
 def write(folder):
     (folder / "whole").write_text("")

@@ -7,11 +7,12 @@ import torch
 from architectures import prompts_of
 from helpers import full_logits, tiny_llama
 
-from handloom import Engine, loading
+from handloom import Engine
 from handloom.errors import ModelError
-from handloom.kernels.blocked import BlockedLinear, supports
-from handloom.kernels.packed import PackedLinear, unpackable
-from handloom.packing import pack
+from handloom.kernels.linear.blocked import BlockedLinear, supports
+from handloom.kernels.linear.packed import PackedLinear, unpackable
+from handloom.loading import loading
+from handloom.loading.packing import pack
 
 PROMPTS = prompts_of([7, 3, 11])
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 112}

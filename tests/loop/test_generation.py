@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from handloom.generation import Event, Generation, Timings
+from handloom.loop.generation import Event, Generation, Timings
 
 NAN = float("nan")
 

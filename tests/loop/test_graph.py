@@ -10,19 +10,19 @@ import torch
 from architectures import ARCHITECTURES
 from helpers import assert_nothing_leaked, tiny_llama
 from recorded_graph import Recording, install
-from test_processors_laws import ON
+from rule_cases import ON
 from torch._dynamo.utils import counters
 
 from handloom import CapabilityError, Engine, SamplingParams
-from handloom.compiling import CompiledStep
-from handloom.graph import GraphBatch
+from handloom.cache.pool import BlockPool, Store
+from handloom.forward.compiling import CompiledStep
+from handloom.forward.model import uncapturable
 from handloom.kernels import dispatch
-from handloom.kv import BlockPool, Store
-from handloom.loop import prefill
-from handloom.model import uncapturable
-from handloom.processors.base import Edit
-from handloom.request import Prefilled, Request
-from handloom.text import Prompt
+from handloom.loop.graph import GraphBatch
+from handloom.loop.loop import prefill
+from handloom.loop.request import Prefilled, Request
+from handloom.pipeline.forms import Edit
+from handloom.text.text import Prompt
 
 PROMPTS = [[3, 5, 7, 9, 11], [1] * 17, [4], [2, 3] * 20, [9, 8, 7, 6, 5, 4, 3, 2, 1], [5] * 23]
 MIXED = [

@@ -18,7 +18,7 @@ from tiny_tokenizers import byte_level
 
 from handloom import Engine, SamplingParams
 from handloom.errors import HandloomError
-from handloom.stopping import Stopper
+from handloom.loop.stopping import Stopper
 
 PROMPTS = prompts_of([5, 17, 1, 40, 9, 23, 16, 33])
 
@@ -192,7 +192,7 @@ def enough(progress):
 
 def test_max_time_ends_a_row_and_no_other(either_texts):
     """A criterion makes time pass: 10 s with every token of the row it watches."""
-    from handloom import request as module
+    from handloom.loop import request as module
 
     now = [0.0]
 

@@ -6,8 +6,8 @@ from architectures import ARCHITECTURES, prompts_of
 from helpers import POISON, assert_nothing_leaked, outcome, poisoned, tiny_llama
 
 from handloom import Engine, SamplingParams
-from handloom import prefill as prefilling
-from handloom.model import Model
+from handloom.forward.model import Model
+from handloom.loop import prefill as prefilling
 
 LENGTHS = [7, 3, 11, 1, 20, 9, 33, 2]
 
@@ -137,7 +137,7 @@ def test_a_pool_too_small_for_all_of_them_serves_them_one_by_one(passes):
 def test_a_pass_that_runs_out_of_blocks_leaves_none_behind(monkeypatch):
     engine = Engine(tiny_llama(), slots=4, max_length=32, block_size=4, max_blocks=9)
     before = engine.pool.in_use
-    monkeypatch.setattr("handloom.loop.fits", lambda *arguments: True)
+    monkeypatch.setattr("handloom.loop.loop.fits", lambda *arguments: True)
     answers = engine.generate(prompts_of([20, 20, 20]), max_new_tokens=4)
     assert "length" in {a.finish_reason for a in answers}
     assert engine.pool.in_use == before

@@ -10,8 +10,8 @@ from tiny_tokenizers import FIRST_BYTE, byte_fallback, byte_level, metaspace
 from transformers import MaxLengthCriteria, StoppingCriteria, StoppingCriteriaList
 
 from handloom.errors import HandloomError, ParameterError
-from handloom.params import SamplingParams
-from handloom.stopping import Emission, Progress, Stopper, StopSearch, is_huggingface_criterion
+from handloom.loop.stopping import Emission, Progress, Stopper, StopSearch, is_huggingface_criterion
+from handloom.params.sampling_params import SamplingParams
 
 TOKENIZER = byte_level()
 EOS = TOKENIZER.eos_token_id

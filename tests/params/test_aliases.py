@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from handloom import SamplingParams
-from handloom.aliases import ALIASES, DIALECTS, ELSEWHERE, SPECIAL, UNLIMITED
 from handloom.errors import ParameterError
+from handloom.params.aliases import ALIASES, DIALECTS, ELSEWHERE, SPECIAL, UNLIMITED
 
 
 def read(dialect, **settings):

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handloom import Engine, SamplingParams
-from handloom import rows as rows_module
-from handloom.kernels.sample_reference import apply_edits
-from handloom.pipeline import Context, Pipeline
-from handloom.processors import (
+from handloom.kernels.sampling.reference import apply_edits
+from handloom.pipeline import rows as rows_module
+from handloom.pipeline.pipeline import Context, Pipeline
+from handloom.pipeline.processors import (
     DEFAULT_ORDER,
     BannedTokens,
     ExponentialDecay,
@@ -30,7 +30,7 @@ from handloom.processors import (
     Temperature,
     TopK,
 )
-from handloom.rows import unfused_alone
+from handloom.pipeline.rows import unfused_alone
 
 VOCAB = 150
 
@@ -77,7 +77,7 @@ def test_the_programs_fuse_every_member_that_can_be(monkeypatch):
 
 def interpreted(first, last):
     """Run programs in a process of its own, because a stray pointer in the interpreter ends the process."""
-    program = Path(__file__).with_name("interpreted_edits.py")
+    program = Path(__file__).resolve().parents[1] / "support" / "interpreted_edits.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, program, str(first), str(last)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

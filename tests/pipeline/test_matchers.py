@@ -13,8 +13,8 @@ from languages import ASKED, BACKENDS, Nested, allowed, bound, step
 from tiny_tokenizers import byte_fallback, byte_level, metaspace
 
 from handloom import CapabilityError, Engine, ParameterError, SamplingParams
-from handloom.pipeline import Pipeline
-from handloom.processors import Grammar
+from handloom.pipeline.pipeline import Pipeline
+from handloom.pipeline.processors import Grammar
 
 
 @pytest.fixture(scope="module")

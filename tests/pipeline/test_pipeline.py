@@ -10,10 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from handloom.errors import ParameterError
-from handloom.kernels.draw import draw
-from handloom.params import SamplingParams
-from handloom.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning
-from handloom.processors import (
+from handloom.kernels.sampling.draw import draw
+from handloom.params.sampling_params import SamplingParams
+from handloom.pipeline.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning
+from handloom.pipeline.processors import (
     DEFAULT_ORDER,
     BannedTokens,
     LogitBias,
@@ -25,7 +25,7 @@ from handloom.processors import (
     TopK,
     TopP,
 )
-from handloom.rows import merge, reasons
+from handloom.pipeline.rows import merge, reasons
 
 VOCAB = 300
 

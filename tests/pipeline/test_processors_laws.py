@@ -2,51 +2,16 @@
 
 import pytest
 import torch
+from rule_cases import ON
 
-from handloom.params import SamplingParams
-from handloom.pipeline import Context, Pipeline
-from handloom.processors import DEFAULT_ORDER
+from handloom.params.sampling_params import SamplingParams
+from handloom.pipeline.pipeline import Context, Pipeline
+from handloom.pipeline.processors import DEFAULT_ORDER
 
 VOCAB = 48
 EOS = frozenset({7})
 PROMPT = [3, 5, 3, 9, 3, 5]
 
-# One request that switches each rule on, with values that change something on the rows below.
-ON = {
-    "logit_bias": {"logit_bias": {3: 4.0, 9: -2.0}},
-    "sequence_bias": {"sequence_bias": {(5, 3): 3.0, (11,): -1.0}},
-    "repetition_penalty": {"repetition_penalty": 1.7},
-    "presence_penalty": {"presence_penalty": 1.5, "penalty_scope": "all"},
-    "frequency_penalty": {"frequency_penalty": 0.7, "penalty_scope": "all"},
-    "dry": {"dry_multiplier": 0.8, "dry_allowed_length": 1},
-    "exponential_decay": {"exponential_decay": (1, 1.5)},
-    "no_repeat_ngram": {"no_repeat_ngram_size": 2},
-    "allowed_tokens": {"allowed_tokens": (1, 2, 3, 20)},
-    "prefix_fn": {"prefix_fn": lambda sample, ids: [int(ids[-1]), 1, 2]},
-    "banned_tokens": {"banned_tokens": (0, 47)},
-    "bad_words": {"bad_words": [(3, 5), (30,)]},
-    "suppress_first": {"suppress_first": (4, 5, 6)},
-    "min_new_tokens": {"min_new_tokens": 6, "stop_token_ids": (12,)},
-    "forced_tokens": {"forced_tokens": {0: 8, 2: 11}},
-    "top_n_sigma": {"top_n_sigma": 1.0},
-    "temperature": {"temperature": 0.6},
-    "dynatemp": {"dynatemp_range": 0.5},
-    "edt": {"edt_theta": 0.5},
-    "smoothing": {"smoothing_factor": 0.3, "smoothing_curve": 1.5},
-    "top_k": {"top_k": 5},
-    "top_p": {"top_p": 0.7},
-    "min_p": {"min_p": 0.2},
-    "typical": {"typical_p": 0.6},
-    "epsilon": {"epsilon_cutoff": 0.03},
-    "eta": {"eta_cutoff": 0.1},
-    "top_a": {"top_a": 0.4},
-    "tfs": {"tfs": 0.8},
-    "top_h": {"top_h": 0.5},
-    "p_less": {"p_less": True},
-    "xtc": {"xtc_probability": 1.0, "xtc_threshold": 0.05},
-    "adaptive_p": {"adaptive_target": 0.3},
-    "mirostat": {"mirostat": 2, "mirostat_tau": 1.5},
-}
 RULES = {rule.name: rule for rule in DEFAULT_ORDER}
 EVERY = pytest.mark.parametrize("name", RULES)
 

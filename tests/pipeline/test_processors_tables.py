@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from handloom.errors import ParameterError
-from handloom.pipeline import Context
-from handloom.processors import (
+from handloom.pipeline.pipeline import Context
+from handloom.pipeline.processors import (
     DRY,
     EDT,
     XTC,
@@ -46,7 +46,7 @@ from handloom.processors import (
     Watermark,
     watermark_score,
 )
-from handloom.processors.masks import pack_bitmask, unpack_bitmask
+from handloom.pipeline.processors.masks import pack_bitmask, unpack_bitmask
 
 INF = math.inf
 
@@ -197,7 +197,7 @@ def test_mirostat_2_steers_surprise():
 
 
 def vars_of(rule, x):
-    from handloom.processors.base import values_of
+    from handloom.pipeline.forms import values_of
 
     site = Context(device=x.device, vocab_size=x.shape[1])
     return values_of(rule, [rule.settings(None, i) for i in range(len(x))], [True] * len(x), site)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from handloom.kernels.draw import draw
-from handloom.params import SamplingParams
-from handloom.pipeline import Context, Pipeline
-from handloom.profiles import profile
+from handloom.kernels.sampling.draw import draw
+from handloom.params.sampling_params import SamplingParams
+from handloom.pipeline.pipeline import Context, Pipeline
+from handloom.pipeline.profiles import profile
 
 VECTORS = json.loads(Path(__file__).with_name("profile_vectors.json").read_text())
 CASES = VECTORS["cases"]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from handloom.errors import ParameterError
-from handloom.params import SamplingParams
-from handloom.pipeline import Context, Pipeline
-from handloom.profiles import PROFILES, profile
+from handloom.params.sampling_params import SamplingParams
+from handloom.pipeline.pipeline import Context, Pipeline
+from handloom.pipeline.profiles import PROFILES, profile
 
 VOCAB = 40
 EOS = 2

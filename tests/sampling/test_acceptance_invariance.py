@@ -11,10 +11,10 @@ import torch
 from sampling_rows import edits, generator, key
 
 from handloom import Pipeline, SamplingParams
-from handloom.kernels import rules
-from handloom.kernels.draw import draw, draw_reference
-from handloom.kernels.sample import sample, sample_reference
-from handloom.pipeline import Context
+from handloom.kernels.sampling import rules
+from handloom.kernels.sampling.draw import draw, draw_reference
+from handloom.kernels.sampling.sample import sample, sample_reference
+from handloom.pipeline.pipeline import Context
 
 VOCAB = 300
 BATCH = 64
@@ -144,9 +144,10 @@ def test_positions_count_not_the_number_of_calls():
     assert len(expected.unique()) > 20
 
 
+HERE = Path(__file__).resolve().parent
 PROGRAM = """
 import json, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import torch
 from test_acceptance_invariance import PATHS, batch_of, pipeline_tokens
 x, call = batch_of()
@@ -183,7 +184,7 @@ def pipeline_tokens(profile="default"):
 def test_two_processes_draw_the_same():
     """Seeds, not the state of a process: another interpreter with another hash seed gives the same bits."""
     environment = os.environ | {"PYTHONHASHSEED": "123", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", PROGRAM, str(HERE), str(HERE.parent / "support")]
     child = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     there = json.loads(child.stdout)
     x, call = batch_of()

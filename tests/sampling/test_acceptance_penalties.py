@@ -14,10 +14,10 @@ import torch
 from sampling_rows import edits, generator, key
 
 from handloom import Pipeline, SamplingParams
-from handloom.kernels import rules
-from handloom.kernels.sample import sample, sample_reference
-from handloom.kernels.sample_reference import apply_edits
-from handloom.pipeline import Context
+from handloom.kernels.sampling import rules
+from handloom.kernels.sampling.reference import apply_edits
+from handloom.kernels.sampling.sample import sample, sample_reference
+from handloom.pipeline.pipeline import Context
 
 VOCAB = 40
 PATHS = {"reference": sample_reference, "cpu": lambda x, **call: sample(x, kernels="torch", **call)}

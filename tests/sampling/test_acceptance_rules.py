@@ -14,12 +14,12 @@ from sampling_rows import generator, key
 from test_acceptance_sets import KINDS, row_of
 
 from handloom import SamplingParams
-from handloom.kernels import rules
-from handloom.kernels.draw import draw
-from handloom.kernels.sample import sample, sample_reference
-from handloom.kernels.sample_reference import truncate
-from handloom.pipeline import Context, Pipeline
-from handloom.processors import (
+from handloom.kernels.sampling import rules
+from handloom.kernels.sampling.draw import draw
+from handloom.kernels.sampling.reference import truncate
+from handloom.kernels.sampling.sample import sample, sample_reference
+from handloom.pipeline.pipeline import Context, Pipeline
+from handloom.pipeline.processors import (
     XTC,
     Epsilon,
     Eta,

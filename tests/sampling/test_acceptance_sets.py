@@ -15,9 +15,9 @@ import pytest
 import torch
 from sampling_rows import generator, key
 
-from handloom.kernels import rules
-from handloom.kernels.sample import sample, sample_reference
-from handloom.kernels.sample_reference import scale, truncate
+from handloom.kernels.sampling import rules
+from handloom.kernels.sampling.reference import scale, truncate
+from handloom.kernels.sampling.sample import sample, sample_reference
 
 EPS = 1e-6  # share of the mass
 FLOAT_MAX = np.finfo(np.float32).max

@@ -12,10 +12,11 @@ import pytest
 import torch
 from sampling_rows import generator
 
-from handloom.kernels import philox, rules
-from handloom.kernels.draw import draw_reference
-from handloom.kernels.sample import sample
-from handloom.kernels.sample_reference import scale, truncate
+from handloom.kernels.noise import philox
+from handloom.kernels.sampling import rules
+from handloom.kernels.sampling.draw import draw_reference
+from handloom.kernels.sampling.reference import scale, truncate
+from handloom.kernels.sampling.sample import sample
 
 LIMIT = 6.25  # standard deviations; one-sided tail of the normal law 2.1e-10
 DRAWS = 1_000_000

@@ -8,9 +8,9 @@ import torch
 from sampling_rows import differences, edits, generator, key, oracle, rows
 from transformers.generation import logits_process as hf
 
-from handloom.kernels import rules
-from handloom.kernels.sample import sample, sample_reference
-from handloom.kernels.sample_reference import apply_edits, scale, truncate
+from handloom.kernels.sampling import rules
+from handloom.kernels.sampling.reference import apply_edits, scale, truncate
+from handloom.kernels.sampling.sample import sample, sample_reference
 
 NAMES = [name for name, _ in rows(2, 8)]
 FINITE = [name for name in NAMES if name not in ("infinite", "broken")]
@@ -371,7 +371,7 @@ def test_draws_follow_the_law(settings, temperature):
 @pytest.mark.slow
 def test_rare_token_keeps_its_probability():
     """A token of probability 1e-5 over 4 million draws: 40 expected, Poisson 10 ... 80 misses with 1e-8."""
-    from handloom.kernels import philox
+    from handloom.kernels.noise import philox
 
     gap = np.float32(math.log(1e-5))
     hits = 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 from sampling_rows import generator
 
-from handloom.kernels.sample import sample
-from handloom.kernels.verify import verify
+from handloom.kernels.sampling.sample import sample
+from handloom.kernels.sampling.verify import verify
 
 ROWS, STEPS, VOCAB = 6, 5, 60
 

@@ -6,14 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # `benchmarks` is not installed; appended, so that it shadows nothing
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_decode(folder: Path, *arguments: str):
     """Rows that `decode.py` printed, and those that it appended to its file."""
     path = folder / "decode.jsonl"
-    command = [sys.executable, "-m", "benchmarks.decode", "--json", "--model", "tiny", "--threads", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.decode",
+        "--json",
+        "--model",
+        "tiny",
+        "--threads",
+        "1",
+    ]
     command += ["--repeats", "1", "--output", str(path), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

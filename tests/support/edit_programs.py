@@ -5,10 +5,10 @@ import random
 
 import torch
 
-from handloom.kernels.draw import draw
-from handloom.params import SamplingParams
-from handloom.pipeline import Context, Edit, Keep, Pipeline
-from handloom.processors import DEFAULT_ORDER, Bitmask
+from handloom.kernels.sampling.draw import draw
+from handloom.params.sampling_params import SamplingParams
+from handloom.pipeline.pipeline import Context, Edit, Keep, Pipeline
+from handloom.pipeline.processors import DEFAULT_ORDER, Bitmask
 
 EOS = 7
 

@@ -4,7 +4,7 @@ import time
 
 import handloom
 from handloom.errors import PromptError
-from handloom.generation import Event, Generation, Timings
+from handloom.loop.generation import Event, Generation, Timings
 
 PAUSE = 0.01  # seconds a token for prompts with "slow" in them
 
@@ -93,7 +93,7 @@ class FakeEngine:
 
 
 if __name__ == "__main__":
-    from handloom.cli import main
+    from handloom.cli.command import main
 
     handloom.Engine = FakeEngine
     main()

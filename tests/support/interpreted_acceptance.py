@@ -8,8 +8,9 @@ import itertools
 import torch
 from sampling_rows import back, differences, generator, key, on
 
-from handloom.kernels import rules, sample_fused
-from handloom.kernels.sample import sample, sample_reference
+from handloom.kernels.sampling import fused as sample_fused
+from handloom.kernels.sampling import rules
+from handloom.kernels.sampling.sample import sample, sample_reference
 
 COUNTS = (-1.0, 0.0, 1.0, 2.0, 199.0, 200.0, 201.0, 2.0**31 - 1)  # of a vocabulary of 200
 MASSES = (0.0, 1e-6, 0.1, 0.9, 0.999999, 1.0, 1.5)

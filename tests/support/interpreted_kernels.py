@@ -1,7 +1,7 @@
 """Values of the Triton kernels in the interpreter; run as a program, in a process of its own.
 
 Prints one line a failure and exits with their number; `--share i/n` runs every n-th check from the i-th on.
-On a machine with a GPU, `benchmarks/gpu_check.py` runs the same checks on CUDA.
+On a machine with a GPU, `python -m benchmarks.gpu` runs the same checks on CUDA.
 """
 
 import mmap
@@ -17,17 +17,29 @@ import triton.language as tl
 from interpreted_acceptance import acceptance_checks
 from sampling_rows import back, differences, edits, generator, key, on, rows
 
-from handloom.kernels import (
-    philox,
-    rules,
-    sample_fused,
-    triton_noise,
-    triton_sample,
-    triton_search,
-    triton_steps,
+from handloom.kernels.device import (
+    sample as triton_sample,
 )
-from handloom.kernels.draw import draw, draw_reference
-from handloom.kernels.sample import sample, sample_reference
+from handloom.kernels.device import (
+    search as triton_search,
+)
+from handloom.kernels.device import (
+    steps as triton_steps,
+)
+from handloom.kernels.noise import (
+    philox,
+)
+from handloom.kernels.noise import (
+    philox_triton as triton_noise,
+)
+from handloom.kernels.sampling import (
+    fused as sample_fused,
+)
+from handloom.kernels.sampling import (
+    rules,
+)
+from handloom.kernels.sampling.draw import draw, draw_reference
+from handloom.kernels.sampling.sample import sample, sample_reference
 
 MOST_PASSES = {("flat", "p"): 5.2, ("ties", "p"): 4.3, ("flat", "1000"): 5.1, ("flat", "9000"): 6.2}
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which `mmap` names from Python 3.13 on

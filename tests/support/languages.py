@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import spell
 
-from handloom.pipeline import Context, Pipeline
-from handloom.processors import allow
+from handloom.pipeline.pipeline import Context, Pipeline
+from handloom.pipeline.processors import allow
 
 BACKENDS = [
     "llguidance",

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from handloom import graph
-from handloom.compiling import CompiledStep
+from handloom.forward.compiling import CompiledStep
+from handloom.loop import graph
 
 # Operations that wait for the device on CUDA, or copy from the host's memory.
 FORBIDDEN = {
@@ -187,7 +187,8 @@ def record_compiled(patch, recording):
 
 def install(monkeypatch) -> list[Recorder]:
     """Record and replay steps on the CPU, by the code that does so on CUDA; the recorders that batches make."""
-    from handloom.kernels import sample, sample_reference
+    from handloom.kernels.sampling import reference as sample_reference
+    from handloom.kernels.sampling import sample
 
     made = []
 

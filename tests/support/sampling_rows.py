@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from handloom.kernels import rules
+from handloom.kernels.sampling import rules
 
 
 def generator(seed):

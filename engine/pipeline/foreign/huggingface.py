@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.processors.base import Context, Processor, committed
+from ...errors import ParameterError
+from ..forms import Context, Processor, committed
 
 SHARED = ("Tokenizer", "PreTrained", "Config")  # parts of class names of what a copy shares with its original
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.processors.base import NEG_INF, Context, Processor, committed
+from ...errors import ParameterError
+from ..forms import NEG_INF, Context, Processor, committed
 
 
 class PerRow:

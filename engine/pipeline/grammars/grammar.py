@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.processors.base import Context, Edit
-from handloom.processors.matchers import (
+from ...errors import ParameterError
+from ..forms import Context, Edit
+from .matchers import (
     METHODS,
     WORD_BITS,
     Matcher,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handloom.errors import CapabilityError, ParameterError
+from ...errors import CapabilityError, ParameterError
 
 WORD_BITS = 32
 KINDS = ("json_schema", "regex", "lark", "ebnf", "choice")

@@ -1,16 +1,17 @@
 """Built-in processors. `DEFAULT_ORDER` is the order of the default pipeline; there is no hidden member."""
 
-from handloom.processors.adaptive import XTC, AdaptiveP, Mirostat
-from handloom.processors.base import Context, Edit, Keep, Processor
-from handloom.processors.constraints import (
+from ..forms import Context, Edit, Keep, Processor
+from ..grammars.grammar import Grammar
+from ..grammars.matchers import Matcher, allow
+from .adaptive import XTC, AdaptiveP, Mirostat
+from .constraints import (
     AllowedTokens,
     BannedTokens,
     LogitBias,
     MinNewTokens,
     SuppressFirst,
 )
-from handloom.processors.grammar import Grammar
-from handloom.processors.masks import (
+from .masks import (
     BiasHook,
     Bitmask,
     Watermark,
@@ -18,18 +19,17 @@ from handloom.processors.masks import (
     unpack_bitmask,
     watermark_score,
 )
-from handloom.processors.matchers import Matcher, allow
-from handloom.processors.penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
-from handloom.processors.repeats import DRY, NoRepeatNGram
-from handloom.processors.sequences import (
+from .penalties import FrequencyPenalty, PresencePenalty, RepetitionPenalty
+from .repeats import DRY, NoRepeatNGram
+from .sequences import (
     BadWords,
     ExponentialDecay,
     ForcedTokens,
     PrefixFunction,
     SequenceBias,
 )
-from handloom.processors.temperature import EDT, DynamicTemperature, Smoothing, Temperature
-from handloom.processors.truncation import (
+from .temperature import EDT, DynamicTemperature, Smoothing, Temperature
+from .truncation import (
     Epsilon,
     Eta,
     MinP,

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.kernels.philox import philox_words_numpy, philox_words_reference
-from handloom.kernels.rules import Statistics
-from handloom.processors.base import NEG_INF, Context, Edit, Keep, committed
+from ...errors import ParameterError
+from ...kernels.noise.philox import philox_words_numpy, philox_words_reference
+from ...kernels.sampling.rules import Statistics
+from ..forms import NEG_INF, Context, Edit, Keep, committed
 
 LN2 = math.log(2.0)
 SMALLEST = 1e-37  # stands for parameters of 0 and below, which say "off" to the sampler
@@ -141,7 +141,7 @@ class XTC(Keep):
     keeps_argmax = False
 
     def pack(self, rows, context):
-        from handloom.processors.constraints import id_table
+        from .constraints import id_table
 
         def column(field):
             return torch.tensor([[float(row[field])] for row in rows], device=context.device)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.processors.base import NEG_INF, Context, Edit
+from ...errors import ParameterError
+from ..forms import NEG_INF, Context, Edit
 
 
 def table_width(rows: list[list[int]]) -> int:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.kernels.philox import philox_words_numpy, philox_words_reference
-from handloom.processors.base import Context, Edit
+from ...errors import ParameterError
+from ...kernels.noise.philox import philox_words_numpy, philox_words_reference
+from ..forms import Context, Edit
 
 WORD_BITS = 32
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.processors.base import Context, Edit
-from handloom.processors.edits import text_cells, text_ids
+from ...errors import ParameterError
+from ..edits import text_cells, text_ids
+from ..forms import Context, Edit
 
 SCOPES = ("auto", "prompt", "output", "all")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.processors.base import NEG_INF, Context, Edit
-from handloom.processors.constraints import id_table
-from handloom.processors.edits import text_cells, text_ids
+from ...errors import ParameterError
+from ..edits import text_cells, text_ids
+from ..forms import NEG_INF, Context, Edit
+from .constraints import id_table
 
 
 def recent(context: Context, depth: int) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.processors.base import NEG_INF, Context, Edit
-from handloom.processors.constraints import check_ids, id_table, packed_rows
-from handloom.processors.repeats import recent
+from ...errors import ParameterError
+from ..forms import NEG_INF, Context, Edit
+from .constraints import check_ids, id_table, packed_rows
+from .repeats import recent
 
 ANY = -1
 

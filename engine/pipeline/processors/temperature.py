@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.processors.base import NEG_INF, Context, Edit
+from ..forms import NEG_INF, Context, Edit
 
 
 def entropy(logits: Tensor) -> Tensor:

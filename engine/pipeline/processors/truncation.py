@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handloom.kernels import rules
-from handloom.kernels.philox import log_reference
-from handloom.kernels.rules import Rule, Statistics
-from handloom.processors.base import NEG_INF, Context, Keep
+from ...kernels.noise.philox import log_reference
+from ...kernels.sampling import rules
+from ...kernels.sampling.rules import Rule, Statistics
+from ..forms import NEG_INF, Context, Keep
 
 SMALLEST = 1e-37  # below it, float32 loses precision
 

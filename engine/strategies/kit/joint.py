@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .engine import Engine
-from .errors import ModelError
-from .state import State
+from ...engine import Engine
+from ...errors import ModelError
+from ...state import State
 
 
 @dataclass(frozen=True, eq=False)

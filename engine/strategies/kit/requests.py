@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from handloom.errors import ParameterError
-from handloom.generation import Event
-from handloom.loop import blame
-from handloom.pipeline import Context, Rows
-from handloom.request import Prefilled, Request
-from handloom.rows import put_memory, select_memory
-from handloom.state import State
+from ...errors import ParameterError
+from ...loop.generation import Event
+from ...loop.loop import blame
+from ...loop.request import Prefilled, Request
+from ...pipeline.pipeline import Context, Rows
+from ...pipeline.rows import put_memory, select_memory
+from ...state import State
 
 
 @dataclass(frozen=True)

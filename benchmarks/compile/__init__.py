@@ -1,0 +1,1 @@
+"""compile: every Triton kernel compiled offline and held to limits; python -m benchmarks.compile --help."""

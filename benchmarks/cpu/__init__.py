@@ -1,0 +1,1 @@
+"""cpu: decoding on a CPU; python -m benchmarks.cpu --help."""

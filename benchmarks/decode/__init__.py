@@ -1,0 +1,1 @@
+"""decode: decoding against others; python -m benchmarks.decode --help."""

@@ -1,0 +1,1 @@
+"""kernels: kernels against others; python -m benchmarks.kernels --help."""

@@ -1,0 +1,1 @@
+"""report: tables and plots of the result rows; python -m benchmarks.report --help."""

@@ -1,0 +1,1 @@
+"""support: what every benchmark shares."""

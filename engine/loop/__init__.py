@@ -1,0 +1,1 @@
+"""loop: the autoregressive loop, from waiting requests to finished generations."""

@@ -1,0 +1,1 @@
+"""pipeline: logits to logits, in the order that the user gives."""

@@ -1,0 +1,1 @@
+"""foreign: processors that other libraries define."""

@@ -1,0 +1,1 @@
+"""grammars: only texts of a language."""

@@ -1,0 +1,1 @@
+"""kit: what a strategy is written with, beside States."""

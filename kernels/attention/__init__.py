@@ -1,0 +1,1 @@
+"""attention: decode attention over paged keys and values."""

@@ -1,0 +1,1 @@
+"""device: the Triton side of the sampler; importing its files needs triton."""

@@ -1,0 +1,1 @@
+"""linear: products with weights that are blocked or packed."""

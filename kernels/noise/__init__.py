@@ -1,0 +1,1 @@
+"""noise: counter-based random words and Gumbel noise, the same bits everywhere."""

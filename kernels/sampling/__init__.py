@@ -1,0 +1,1 @@
+"""sampling: logits in, one seeded token a row out."""
