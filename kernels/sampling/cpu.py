@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from ..noise import philox
-from .draw import FEW, FLOAT_MAX, NO_TOKEN, coin, contenders, draw_ragged
+from .draw import FEW, NO_TOKEN, coin, contenders, draw_ragged
 from .keep_cpu import KEEPS, keep_exactly
-from .reference import apply_edits, with_top
-from .rules import MASS_SHARE, Drawn, Statistics
+from .reference import apply_edits
+from .rules import FLOAT_MAX, MASS_SHARE, Drawn, Statistics, with_top
 
 GROUPS = 512  # group maxima taken per row before a count limit
 BINS = 4096

@@ -11,9 +11,9 @@ import torch
 
 from .. import dispatch
 from ..noise import philox
+from .rules import FLOAT_MAX
 
 GUMBEL_SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
-FLOAT_MAX = float(np.finfo(np.float32).max)
 FEW = 1024  # candidates that get noise at once, whatever the share of the row that they are
 PIECE = 16384  # tokens taken at a time, a multiple of 4
 SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score

@@ -5,8 +5,7 @@ import triton
 
 from ..device import rules as triton_rules
 from ..device.sample import group_statistics_kernel, sample_kernel
-from .reference import with_top
-from .rules import Drawn, Replaced
+from .rules import Drawn, Replaced, with_top
 
 GROUP = 128
 FIRST_GROUPS = 16  # groups a program of the first launch

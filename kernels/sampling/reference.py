@@ -2,9 +2,10 @@
 
 import torch
 
-from .draw import FLOAT_MAX, NO_TOKEN, coin, draw_reference
+from .draw import NO_TOKEN, coin, draw_reference
 from .rules import (
     ENTROPY_SHARE,
+    FLOAT_MAX,
     HEAD_TOKENS,
     LIGHTEST,
     MASS_SHARE,
@@ -12,6 +13,7 @@ from .rules import (
     Replaced,
     Statistics,
     unpack_mask,
+    with_top,
 )
 
 
@@ -229,23 +231,3 @@ def describe(logits, usable, left, tokens, logprobs, n_top):
             rank=torch.where(bad, 0, rank),
         )
     return with_top(result, logits, n_top) if n_top else result
-
-
-def with_top(result, logits, n_top):
-    """Add the log-probabilities of the n_top highest logits as given, ties by lowest id; NaN for a row with a
-    NaN, or all -inf.
-
-    Only tokens at or above the n_top-th are sorted: an exact count by id decides among its ties.
-    """
-    given = logits.float().clamp(max=FLOAT_MAX)
-    raw = torch.log_softmax(given, dim=1)
-    given = torch.where(raw.isnan().any(dim=1, keepdim=True), 0.0, given)
-    kth = given.topk(n_top, dim=1).values[:, -1:]
-    higher = given > kth
-    room = n_top - higher.sum(dim=1, keepdim=True)
-    ties = given == kth
-    chosen = higher | (ties & (ties.cumsum(dim=1) <= room))
-    ids = torch.arange(raw.shape[1], device=raw.device).expand_as(raw)[chosen].view(len(raw), n_top)
-    order = given.gather(1, ids).sort(dim=1, descending=True, stable=True)
-    ids = ids.gather(1, order.indices)
-    return result._replace(top_ids=ids, top_logprobs=raw.gather(1, ids))

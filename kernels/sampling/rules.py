@@ -22,11 +22,10 @@ import torch
 
 from ..noise import philox
 
+FLOAT_MAX = torch.finfo(torch.float32).max
 MASS_SHARE = (
     1 - 2.0**-21
 )  # a mass limit counts as reached this close to it: float32 cannot tell .3 + .5 from .8
-
-
 ENTROPY_SHARE = 1 + 2.0**-20  # an entropy limit counts as kept this close to it
 HEAD_TOKENS = 100  # tokens that the "code" form of top-H looks at
 LIGHTEST = 24.25  # top-H leaves out tokens this far below the maximum: 2**-35 of its weight
@@ -48,6 +47,26 @@ class Drawn(NamedTuple):
     rank: torch.Tensor | None = None  # int64 [B], 1 + number of tokens above the drawn one after edits
     top_ids: torch.Tensor | None = None  # int64 [B, n_top], by the logits as given, lowest id first on ties
     top_logprobs: torch.Tensor | None = None  # float32 [B, n_top], log-softmax of the logits as given
+
+
+def with_top(result, logits, n_top):
+    """Add the log-probabilities of the n_top highest logits as given, ties by lowest id; NaN for a row with a
+    NaN, or all -inf.
+
+    Only tokens at or above the n_top-th are sorted: an exact count by id decides among its ties.
+    """
+    given = logits.float().clamp(max=FLOAT_MAX)
+    raw = torch.log_softmax(given, dim=1)
+    given = torch.where(raw.isnan().any(dim=1, keepdim=True), 0.0, given)
+    kth = given.topk(n_top, dim=1).values[:, -1:]
+    higher = given > kth
+    room = n_top - higher.sum(dim=1, keepdim=True)
+    ties = given == kth
+    chosen = higher | (ties & (ties.cumsum(dim=1) <= room))
+    ids = torch.arange(raw.shape[1], device=raw.device).expand_as(raw)[chosen].view(len(raw), n_top)
+    order = given.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, order.indices)
+    return result._replace(top_ids=ids, top_logprobs=raw.gather(1, ids))
 
 
 class Statistics(NamedTuple):
