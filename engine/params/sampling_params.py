@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ..errors import ParameterError
-from .aliases import DIALECTS, read
 from .checks import (
     FrozenDict,
     choice,
@@ -25,6 +24,8 @@ from .checks import (
     token_ids,
     words,
 )
+from .dialects import DIALECTS
+from .reading import read
 
 SMALLEST_TEMPERATURE = 1e-6  # below it, logits divided by it leave float32
 

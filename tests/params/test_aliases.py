@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from handloom import SamplingParams
 from handloom.errors import ParameterError
-from handloom.params.aliases import ALIASES, DIALECTS, ELSEWHERE, SPECIAL, UNLIMITED
+from handloom.params.aliases import ALIASES, ELSEWHERE, SPECIAL, UNLIMITED
+from handloom.params.dialects import DIALECTS
 
 
 def read(dialect, **settings):
