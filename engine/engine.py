@@ -21,7 +21,7 @@ from .loop.request import Prefilled, Request
 from .params.sampling_params import SamplingParams
 from .pipeline.pipeline import Pipeline
 from .state import State
-from .text.text import Prompt, chat_ids, encode_prompts
+from .text.prompts import Prompt, chat_ids, encode_prompts
 
 log = logging.getLogger("handloom")
 UNBOUNDED = 1 << 20  # positions of a model that names no limit

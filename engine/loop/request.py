@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..params.sampling_params import SamplingParams
-from ..text.text import Prompt
+from ..text.prompts import Prompt
 from .generation import Event, Generation, Timings
 from .stopping import Emission, Stopper
 

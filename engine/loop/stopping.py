@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ..errors import HandloomError, ParameterError
 from ..pipeline.foreign.huggingface import is_huggingface
-from ..text.text import Detokenizer
+from ..text.detokenizer import Detokenizer
 
 FINISH_REASONS = ("eos", "stop", "length", "time", "cancelled", "error")
 

@@ -22,7 +22,7 @@ from handloom.loop.graph import GraphBatch
 from handloom.loop.loop import prefill
 from handloom.loop.request import Prefilled, Request
 from handloom.pipeline.forms import Edit
-from handloom.text.text import Prompt
+from handloom.text.prompts import Prompt
 
 PROMPTS = [[3, 5, 7, 9, 11], [1] * 17, [4], [2, 3] * 20, [9, 8, 7, 6, 5, 4, 3, 2, 1], [5] * 23]
 MIXED = [

@@ -11,7 +11,8 @@ from tiny_tokenizers import CHAT, FIRST_BYTE, KINDS, byte_fallback, byte_level, 
 from transformers import BatchEncoding
 
 from handloom.errors import PromptError
-from handloom.text.text import Detokenizer, Prompt, chat_ids, encode_prompts, token_texts
+from handloom.text.detokenizer import Detokenizer, token_texts
+from handloom.text.prompts import Prompt, chat_ids, encode_prompts
 
 UNICODE = st.text(
     st.one_of(
