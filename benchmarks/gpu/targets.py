@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-SMALL, LARGE = "Llama-3.2-1B", "Llama-3.1-8B"
+SMALL, LARGE, PROMPT = "Llama-3.2-1B", "Llama-3.1-8B", 128
 
 
 @dataclass(frozen=True)
@@ -43,89 +43,123 @@ def over(rows, name: str, above: dict, below: dict) -> float | None:
     return None if one is None or not other else one / other
 
 
-def step(side: str, name: str = "tpot_p50_ms", **more):
-    """The large model's greedy step at batch 1."""
-    about = {"section": "large_steps", "model": LARGE, "mode": "greedy", "batch": 1, "side": side}
-    return lambda rows: field(rows, name, **(about | more))
+def step(side: str, model: str, name: str = "mbu", **more):
+    """A field of a model's greedy step at one row after a short prompt, whichever section measured it."""
+    about = {
+        "benchmark": "decode/speed",
+        "model": model,
+        "mode": "greedy",
+        "batch": 1,
+        "context": PROMPT,
+        "side": side,
+    }
+    return lambda rows: field([r for r in rows if r.get("section") != "first_tokens"], name, **(about | more))
 
 
-def faster(ours: str, theirs: str):
+def faster(ours: str, theirs: str, model: str):
     """How much faster one side's step is than another's."""
 
     def measure(rows):
-        mine, other = step(ours)(rows), step(theirs)(rows)
+        mine, other = (step(side, model, "tpot_p50_ms")(rows) for side in (ours, theirs))
         return None if not mine or other is None else other / mine
 
     return measure
 
 
-def best(rows, name: str, /, **wanted) -> float | None:
-    """The largest value among all rows that agree."""
-    found = [
-        row[name]
-        for row in rows
-        if row.get(name) is not None and all(row.get(k) == v for k, v in wanted.items())
-    ]
-    return max(found, default=None)
+def figure(name: str):
+    """The value of a figure."""
+    return lambda rows: field(rows, "value", figure=name)
 
 
-def of_one_read(rows) -> float | None:
-    """Sampling of 64 and 256 rows with all filters, over one read of the logits at full bandwidth: the worse."""
-    about = {
-        "benchmark": "kernels/sampling",
-        "mode": "k+p+min-p",
-        "side": "handloom",
-        "cache": "cold",
-        "rows": "typical",
-    }
-    shares = [field(rows, "bandwidth_share", batch=batch, **about) for batch in (64, 256)]
-    return None if None in shares or not all(shares) else max(1 / share for share in shares)
+def ragged(name: str, side: str = "handloom"):
+    """A field of the ragged requests."""
+    return lambda rows: field(rows, name, benchmark="decode/ragged", model=SMALL, side=side)
 
 
-def ragged(rows) -> float | None:
+def of_generate_batch(rows) -> float | None:
     """Ragged requests against `generate_batch`, tokens a second."""
-    about = {"benchmark": "decode/ragged", "section": "many_rows"}
-    return over(rows, "tokens_per_s", {"side": "handloom", **about}, {"side": "generate_batch", **about})
+    ours, theirs = (ragged("tokens_per_s", side)(rows) for side in ("handloom", "generate_batch"))
+    return None if ours is None or not theirs else ours / theirs
 
 
-def flashinfer(rows, batches: tuple[int, ...]) -> float | None:
-    """The smallest lead over FlashInfer."""
-    about = {"benchmark": "kernels/sampling", "side": "flashinfer", "cache": "warm", "mode": "k+p+min-p"}
-    found = [field(rows, "ratio", batch=batch, **about) for batch in batches]
-    return None if None in found else min(found)
+def sampling(mode: str, kind: str, batch: int):
+    """Microseconds of a sampling call."""
+    about = {"benchmark": "kernels/sampling", "mode": mode, "rows": kind, "batch": batch, "side": "handloom"}
+    return lambda rows: field(rows, "p50", cache="warm", **about)
 
 
-def quantised(rows, batch: int) -> float | None:
-    """How much faster the step is with our product of 4-bit weights than with bitsandbytes'."""
-    about = {"section": "four_bits", "batch": batch}
-    return over(rows, "value", {"weights": "nf4", **about}, {"weights": "nf4-triton", **about})
+def lead(side: str, batch: int, mode: str):
+    """How much faster a sampling call is than another library's."""
+    about = {"benchmark": "kernels/sampling", "side": side, "cache": "warm", "mode": mode, "batch": batch}
+    return lambda rows: field(rows, "ratio", **about)
 
 
-FEW_ROWS = {"benchmark": "kernels/sampling", "mode": "k+p+min-p", "side": "handloom", "cache": "warm"}
+def four_bits(batch: int):
+    """How much faster a product with our 4-bit weights is than the dense one: the worse of the layers."""
+
+    def measure(rows):
+        found = [r for r in rows if r.get("benchmark") == "kernels/nf4" and r.get("batch") == batch]
+        ratios = [r["ratio"] for r in found if r.get("side") == "dense" and r.get("ratio") is not None]
+        return min(ratios, default=None)
+
+    return measure
+
+
+def at_most(text: str, wanted: float, measure) -> Target:
+    """An aim of which less is better."""
+    return Target(text, wanted, measure, at_least=False)
+
+
+SAMPLING = {  # microseconds of a call at 1, 8, 64 and 256 rows
+    ("k+p+min-p", "typical"): (15, 15, 25, 60),
+    ("k+p+min-p", "flat"): (15, 15, 25, 60),
+    ("p", "typical"): (25, 30, 45, 110),
+    ("p", "flat"): (40, 45, 80, 200),
+    ("temperature", "typical"): (10, 12, 25, 60),
+    ("everything", "typical"): (22, 25, 40, 95),
+}
+BATCHES = (1, 8, 64, 256)
 TARGETS = [
-    Target("8B, batch 1, compiled: share of the bandwidth", 0.85, step("handloom compile", "mbu")),
-    Target("8B, batch 1: share of the bandwidth", 0.65, step("handloom", "mbu")),
-    Target("8B, batch 1: x generate", 5.0, faster("handloom", "generate")),
-    Target("8B, batch 1, compiled: x static + compile", 1.3, faster("handloom compile", "generate static+compile")),
+    Target("8B, one row: share of the bandwidth", 0.68, step("handloom", LARGE)),
+    Target("8B, one row, compiled: share of the bandwidth", 0.80, step("handloom compile", LARGE)),
+    Target("1B, one row: share of the bandwidth", 0.45, step("handloom", SMALL)),
+    Target("1B, one row, compiled: share of the bandwidth", 0.60, step("handloom compile", SMALL)),
+    Target("8B, one row: x generate", 5.0, faster("handloom", "generate", LARGE)),
     Target(
-        "8B: everything switched on, share of the step", 0.02,
-        lambda rows: field(rows, "value", figure=f"everything on, {LARGE}, batch 1"), at_least=False,
+        "8B, one row, compiled: x static + compile", 1.3, faster("handloom compile", "generate static+compile", LARGE)
     ),
-    Target(
-        "1B: everything switched on, share of the step", 0.08,
-        lambda rows: field(rows, "value", figure=f"everything on, {SMALL}, batch 1"), at_least=False,
+    Target("ragged requests, 1B: tokens/s", 8000, ragged("tokens_per_s")),
+    Target("ragged requests, 1B: x generate_batch", 16, of_generate_batch),
+    at_most("ragged requests, 1B: ms between tokens, p99", 30, ragged("tpot_p99_ms")),
+    at_most(
+        "8B, 128-token prompt: ms to the first token", 12,
+        lambda rows: field(rows, "ttft_ms", section="first_tokens", model=LARGE, side="handloom"),
     ),
-    Target("64 ragged rows with replacement: x generate_batch", 1.5, ragged),
-    Target("sampling, at most 8 rows, all filters: us", 12.0,
-           lambda rows: best([r for r in rows if r.get("batch", 99) <= 8], "p50", **FEW_ROWS), at_least=False),
-    Target("sampling, 64 and 256 rows, all filters: x one read", 2.5, of_one_read, at_least=False),
-    Target("sampling, at most 8 rows: x FlashInfer", 3.0, lambda rows: flashinfer(rows, (1, 8))),
-    Target("sampling, 256 rows: x FlashInfer", 1.0, lambda rows: flashinfer(rows, (256,))),
-    Target("a seed for every row: x one seed for all", 0.98, lambda rows: field(
-        rows, "ratio", benchmark="kernels/seeds", side="one seed")),
+    at_most("8B: step of a State over the loop's", 1.15, figure(f"step of a State over the loop's, {LARGE}")),
+    at_most(
+        "8B, 32,768-token context: ms a token", 6.5,
+        lambda rows: field(rows, "tpot_p50_ms", section="contexts", model=LARGE, context=32768, side="handloom"),
+    ),
+    at_most("8B: everything switched on, share of the step", 0.02, figure(f"everything on, {LARGE}, batch 1")),
+    at_most("1B: everything switched on, share of the step", 0.06, figure(f"everything on, {SMALL}, batch 1")),
     *(
-        Target(f"nf4, batch {batch}: our product x bitsandbytes'", 1.0, lambda rows, b=batch: quantised(rows, b))
-        for batch in (1, 4, 16, 64)
+        at_most(f"sampling {mode}, {kind}, {batch} rows: us", wanted, sampling(mode, kind, batch))
+        for (mode, kind), row in SAMPLING.items()
+        for batch, wanted in zip(BATCHES, row, strict=True)
+    ),
+    *(
+        Target(f"sampling {mode}, {batch} rows: x {side}", 1.0, lead(side, batch, mode))
+        for side in ("flashinfer", "vllm")
+        for mode in ("k+p+min-p", "p")
+        for batch in BATCHES
+    ),
+    Target(
+        "a seed for every row: x one seed for all", 0.98,
+        lambda rows: field(rows, "ratio", benchmark="kernels/seeds", side="one seed"),
+    ),
+    *(
+        Target(f"nf4, {batch} rows: x dense", wanted, four_bits(batch))
+        for batch, wanted in ((1, 1.8), (4, 1.0), (16, 1.0))
     ),
 ]  # fmt: skip
 

@@ -201,11 +201,12 @@ SIDES = {
 }
 
 
-def measure(heads, kind, batch, context, dtype, device, sides, repeats, caches=CACHES, budget=0.0):
+def measure(heads, kind, batch, context, dtype, device, sides, repeats, caches=CACHES, budget=0.0, **how):
     """Yield the rows of one setting, one a side and cache; sides take turns.
 
     Args:
         heads: `Heads`. kind, dtype, sides: of `ROWS`, `DTYPES`, `SIDES`. repeats, budget: see `kernels_timing.rounds`.
+        how: more of `kernels_timing.measure`.
     """
     about = {"benchmark": "kernels/attention", "shape": str(heads), "rows": kind, "batch": batch}
     about |= {"context": context, "dtype": dtype}
@@ -221,5 +222,5 @@ def measure(heads, kind, batch, context, dtype, device, sides, repeats, caches=C
     cells = cells_of(heads, kind, batch, context, DTYPES[dtype], device)
     yield from kernels_timing.measure(
         {side: SIDES[side] for side in sides}, cells, cells.needed,
-        device=device, caches=caches, repeats=repeats, budget=budget, about=about,
+        device=device, caches=caches, repeats=repeats, budget=budget, about=about, **how,
     )  # fmt: skip

@@ -166,12 +166,12 @@ SIDES = {
 }
 
 
-def measure(name, shape, batch, dtype, device, sides, repeats, caches=CACHES, budget=0.0):
+def measure(name, shape, batch, dtype, device, sides, repeats, caches=CACHES, budget=0.0, **how):
     """Yield the rows of one layer and batch, one a side and cache; sides take turns.
 
     Args:
         name: of the layer. shape: (N, K). dtype, sides: of `DTYPES`, `SIDES`. repeats, budget: see
-            `kernels_timing.rounds`.
+            `kernels_timing.rounds`. how: more of `kernels_timing.measure`.
     """
     about = {
         "benchmark": "kernels/nf4",
@@ -193,5 +193,5 @@ def measure(name, shape, batch, dtype, device, sides, repeats, caches=CACHES, bu
     size = four_bit_bytes(shape) + x.numel() * x.element_size()
     yield from kernels_timing.measure(
         {side: SIDES[side] for side in sides}, layer, size,
-        device=device, caches=caches, repeats=repeats, budget=budget, about=about,
+        device=device, caches=caches, repeats=repeats, budget=budget, about=about, **how,
     )  # fmt: skip

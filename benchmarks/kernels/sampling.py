@@ -242,11 +242,12 @@ SIDES = {
 }
 
 
-def measure(mode, kind, batch, vocab, dtype, device, sides, repeats, caches=CACHES, budget=0.0):
+def measure(mode, kind, batch, vocab, dtype, device, sides, repeats, caches=CACHES, budget=0.0, **how):
     """Yield the rows of one setting, one a side and cache; sides take turns.
 
     Args:
         mode, kind, dtype, sides: of `MODES`, `ROWS`, `DTYPES`, `SIDES`. repeats, budget: see `kernels_timing.rounds`.
+        how: more of `kernels_timing.measure`.
     """
     about = {"benchmark": "kernels/sampling", "mode": mode, "rows": kind, "batch": batch, "vocab": vocab}
     about["dtype"] = dtype
@@ -260,5 +261,5 @@ def measure(mode, kind, batch, vocab, dtype, device, sides, repeats, caches=CACH
     builders = {side: functools.partial(SIDES[side], mode) for side in sides}
     yield from kernels_timing.measure(
         builders, logits, logits.numel() * logits.element_size(),
-        device=device, caches=caches, repeats=repeats, budget=budget, about=about,
+        device=device, caches=caches, repeats=repeats, budget=budget, about=about, **how,
     )  # fmt: skip

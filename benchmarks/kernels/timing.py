@@ -4,6 +4,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,12 +158,23 @@ def rounds(sides: dict, repeats: int, budget: float, clock=time.perf_counter) ->
     return in_turn(sides, repeats, warmup=0) if repeats > 0 else first
 
 
-def measure(builders: dict[str, Build], inputs, size: int, *, device, caches, repeats, budget, about):
+def measure(
+    builders: dict[str, Build],
+    inputs,
+    size: int,
+    *,
+    device,
+    caches,
+    repeats,
+    budget,
+    about,
+    alone=nullcontext,
+):
     """Yield a row a side and cache: quantiles in microseconds, our lead, and what can be counted exactly.
 
     Args:
         builders: side -> its `Build`. inputs: what they take; one call has to read `size` bytes of it.
-        about: fields of every row.
+        about: fields of every row. alone: what keeps others off the device while the sides take turns.
     """
     if device == "cpu":  # built once; on CUDA cold calls need inputs of their own
         built = {side: build(inputs) for side, build in builders.items()}
@@ -170,7 +182,9 @@ def measure(builders: dict[str, Build], inputs, size: int, *, device, caches, re
     counted = {side: exact(build, inputs, size, device) for side, build in builders.items()}
     ceiling = bandwidth(device) if "cold" in caches else None
     for cache in caches:
-        measured = rounds(timers(builders, inputs, size, device, cache == "cold"), repeats, budget)
+        sides = timers(builders, inputs, size, device, cache == "cold")
+        with alone():
+            measured = rounds(sides, repeats, budget)
         ours = measured.get(OURS, measured.get(OURS + EAGER))
         for side, values in measured.items():
             row = {**about, "side": side, "cache": cache, "device": device, "repeats": len(values)}

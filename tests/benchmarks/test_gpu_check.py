@@ -1,48 +1,60 @@
 """The GPU check on a CPU, tiny: its sections, its clock, its interruptions, and the verdicts about its aims."""
 
-import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import __main__ as gpu_check
-from benchmarks.gpu import decode as gpu_decode
-from benchmarks.gpu import targets as gpu_targets
-from benchmarks.gpu.__main__ import Section, chosen, run
-from benchmarks.gpu.decode import DRY
+from benchmarks.gpu import checks, targets
+from benchmarks.gpu.__main__ import SECTIONS, Section, chosen, run, run_check, run_section, run_timing
+from benchmarks.gpu.scale import DRY
+from benchmarks.gpu.turns import Turns
 from benchmarks.support.common import read
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMINGS = ["many_rows", "four_bits", "contexts", "sampling_timings", "attention_timings", "nf4_timings"]
+SLOW = {"large_rivals", "small_rivals", "compiled_steps", "many_rows_rivals"}
 
 
-def section(kind, *found, name="made_up", seconds=1.0, pause=0.0):
+def made_up(*found, name="made_up", seconds=9.0, pause=0.0, check=False):
     """A section that yields what it is given, after a pause each."""
 
-    def body(_):
+    def body(scale):
         for one in found:
-            time.sleep(pause)
+            with scale.alone():
+                time.sleep(pause)
             if isinstance(one, BaseException):
                 raise one
             yield one
 
-    body.__name__ = name
-    return Section(body, seconds, kind)
+    body.__name__, body.__module__ = name, checks.__name__ if check else __name__
+    return Section(body, seconds, 3)
 
 
-def test_checks_of_the_engine_are_well_on_a_cpu(tmp_path):
-    names = ["recorded_steps", "recorded_rules", "silent_steps"]
-    well, rows = run(chosen(names, False, on_cuda=False), DRY, 500, tmp_path / "rows.jsonl")
-    kept = read(tmp_path / "rows.jsonl")
-    assert well
-    assert rows == []
-    assert [(row["check"], row["failed"], row["complete"]) for row in kept] == [
-        (name, 0, True) for name in names
-    ]
+@pytest.fixture
+def turns(tmp_path):
+    """A lock that this process shares."""
+    made = Turns(tmp_path / "turns")
+    with made.shared():
+        yield made
+
+
+def dry(name):
+    """A section that runs on a CPU."""
+    (found,) = chosen([name], False, on_cuda=False)
+    return found
+
+
+@pytest.mark.parametrize("name", ["recorded_steps", "recorded_rules", "silent_steps"])
+def test_checks_of_the_engine_are_well_on_a_cpu(name, tmp_path):
+    assert run_section(dry(name), DRY, tmp_path / "turns", tmp_path / "rows.jsonl")
+    (row,) = read(tmp_path / "rows.jsonl")
+    assert (row["check"], row["failed"], row["complete"]) == (name, 0, True)
 
 
 def test_a_recorded_step_that_draws_otherwise_is_a_failure(monkeypatch):
@@ -55,54 +67,42 @@ def test_a_recorded_step_that_draws_otherwise_is_a_failure(monkeypatch):
         self.logits[1] += 3 * (self.logits[1] < 0)
 
     monkeypatch.setattr(GraphBatch, "_advance", wrong)
-    found = list(gpu_decode.recorded_steps(DRY))
+    found = list(checks.recorded_steps(DRY))
     assert any("llama, turn 0, request" in text for text in found if text)
 
 
-def test_timings_run_to_their_end_and_keep_every_row(tmp_path):
-    well, rows = run(chosen(TIMINGS, False, on_cuda=False), DRY, 500, tmp_path / "rows.jsonl")
-    assert well
-    assert {row["section"] for row in rows} == set(TIMINGS)
-    assert read(tmp_path / "rows.jsonl") == json.loads(json.dumps(rows))
+@pytest.mark.parametrize(
+    "name", [s.name for s in SECTIONS if not s.cuda and not s.is_check and s.name not in SLOW]
+)
+def test_timings_run_to_their_end_and_keep_every_row(name, tmp_path):
+    assert run_section(dry(name), DRY, tmp_path / "turns", tmp_path / "rows.jsonl")
+    rows = read(tmp_path / "rows.jsonl")
+    assert rows
+    assert {row["section"] for row in rows} == {name}
     assert [row["skipped"] for row in rows if "skipped" in row] == []
-    ragged = {row["side"]: row for row in rows if row.get("benchmark") == "decode/ragged"}
-    assert set(ragged) == {"handloom", "generate_batch"}
-    assert all(row["tokens_per_s"] > 0 for row in ragged.values())
-    assert {row["weights"] for row in rows if row["section"] == "four_bits"} == {"dense", "nf4", "nf4-triton"}
-    gpu_check.tell(rows, tmp_path / "rows.jsonl")
-    aims = [row for row in read(tmp_path / "rows.jsonl") if "target" in row]
-    assert len(aims) == len(gpu_targets.TARGETS)
-    by_text = {aim["target"]: aim for aim in aims}
-    assert by_text["64 ragged rows with replacement: x generate_batch"]["measured"] == pytest.approx(
-        ragged["handloom"]["tokens_per_s"] / ragged["generate_batch"]["tokens_per_s"]
-    )
-    assert by_text["8B, batch 1: x generate"]["met"] == "not measured"
+    figures = [
+        row[key] for row in rows for key in ("value", "tokens_per_s", "p50") if row.get(key) is not None
+    ]
+    assert len(figures) >= len(rows)
+    gpu_check.tell(rows, tmp_path / "aims.jsonl")
+    aims = read(tmp_path / "aims.jsonl")
+    assert [aim["target"] for aim in aims] == [target.text for target in targets.TARGETS]
 
 
-def test_a_section_is_cut_off_and_what_it_leaves_over_is_used_by_the_next(tmp_path, capsys):
+def test_a_section_is_cut_off_when_it_had_the_device_for_its_time(turns, tmp_path, capsys):
     rows = [{"value": n} for n in range(50)]
-    slow = section("timing", *rows, name="slow", seconds=1.0, pause=0.05)
-    quick = section("timing", {"value": 0}, name="quick", seconds=1.0)
-    also = section("timing", *rows[:6], name="also", seconds=1.0, pause=0.05)
-    _, first = run([slow, quick, also], DRY, 0.6, tmp_path / "a.jsonl")  # 0.2 s each, so `also` has 0.4
-    found = [row["section"] for row in first]
-    assert 1 <= found.count("slow") < 50
-    assert found.count("quick") == 1
-    assert found.count("also") == 6
-    told = capsys.readouterr().out
-    assert "slow: " in told
-    assert "cut off" in told
+    slow = made_up(*rows, seconds=0.2, pause=0.05)
+    run_timing(slow, replace(DRY, alone=turns.alone), turns, tmp_path / "rows.jsonl")
+    assert 4 <= len(read(tmp_path / "rows.jsonl")) < 50
+    assert "cut off: its time is up" in capsys.readouterr().out
 
 
-def test_checks_that_fail_break_or_find_no_time_make_it_fail(tmp_path, capsys):
+def test_checks_that_fail_break_or_find_no_time_are_not_well(turns, tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
-    for found, well in (
-        ([None, None], True),
-        (["a wrong token"], False),
-        ([None, ValueError("it broke")], False),
-    ):
-        assert run([section("kernel", *found)], DRY, 9, output)[0] is well
-    assert run([section("kernel", *[None] * 90, pause=0.05)], DRY, 0.1, output)[0] is False
+    cases = (([None, None], True), (["a wrong token"], False), ([None, ValueError("it broke")], False))
+    for found, well in cases:
+        assert run_check(made_up(*found, check=True), DRY, turns, output) is well
+    assert run_check(made_up(*[None] * 90, seconds=0.1, pause=0.05, check=True), DRY, turns, output) is False
     last = read(output)[-1]
     assert (last["failed"], last["complete"]) == (0, False)
     told = capsys.readouterr().out
@@ -110,75 +110,139 @@ def test_checks_that_fail_break_or_find_no_time_make_it_fail(tmp_path, capsys):
     assert "SHORT" in told
 
 
-def test_a_broken_timing_keeps_its_rows_and_the_next_runs(tmp_path):
-    sections = [section("timing", {"value": 1}, RuntimeError("no memory")), section("timing", {"value": 2})]
-    well, rows = run(sections, DRY, 9, tmp_path / "rows.jsonl")
-    assert well
-    assert [row["value"] for row in rows] == [1, 2]
-
-
-def test_interruption_keeps_what_is_there(tmp_path):
-    sections = [section("timing", {"value": 1}, KeyboardInterrupt()), section("timing", {"value": 2})]
-    assert not run(sections, DRY, 9, tmp_path / "rows.jsonl")[0]
+def test_a_broken_timing_keeps_its_rows(turns, tmp_path, capsys):
+    run_timing(made_up({"value": 1}, RuntimeError("no memory")), DRY, turns, tmp_path / "rows.jsonl")
     assert [row["value"] for row in read(tmp_path / "rows.jsonl")] == [1]
+    assert "BROKEN: RuntimeError: no memory" in capsys.readouterr().out
 
 
-def test_what_does_not_come_back_is_broken_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "LAST_CALL", gpu_check.BUDGET + 0.2)
+def test_who_measures_is_alone_and_who_waits_for_it_is_not_overtaken(tmp_path):
+    path, heard = tmp_path / "turns", []
+
+    def measure():
+        other = Turns(path)
+        with other.shared(), other.alone():
+            heard.append("alone")
+            time.sleep(0.2)
+            heard.append("done")
+
+    mine = Turns(path)
+    with mine.shared():
+        thread = threading.Thread(target=measure)
+        thread.start()
+        time.sleep(0.3)
+        assert heard in ([], ["alone", "done"])  # both share the device, then the other waits for this one
+        mine.let_others()
+        assert heard == ["alone", "done"]
+    thread.join()
+
+
+def test_what_does_not_come_back_is_ended_and_rows_are_kept(tmp_path, monkeypatch, capsys):
+    output, stuck = tmp_path / "rows.jsonl", "import time; time.sleep(60)"
+    kept = f"open({str(output)!r}, 'a').write('{{\"value\": 1}}\\n')"
+    programs = {"quick": kept, "stuck": stuck, "later": kept}
+    original = gpu_check.Children.run
+
+    def other(self, command):
+        return original(self, [sys.executable, "-c", programs[command[command.index("--section") + 1]]])
+
+    monkeypatch.setattr(gpu_check.Children, "run", other)
     began = time.monotonic()
-    _, rows = run([section("timing", {"value": 1}, pause=30)], DRY, 0.1, tmp_path / "rows.jsonl")
-    assert rows == []
-    assert time.monotonic() - began < 25
+    sections = [made_up(name=name, check=name == "stuck") for name in programs]
+    well, rows = run(sections, [], 3.0, 1, output)
+    assert time.monotonic() - began < 30
+    assert not well  # a check that did not come back
+    assert rows == [{"value": 1}]  # what would have started after the end did not
+    told = capsys.readouterr().out
+    assert "stuck: time is up" in told
+    assert "later: time is up" in told
+
+
+def test_a_section_that_dies_spoils_no_other(tmp_path, monkeypatch, capsys):
+    programs = {"dies": "import os; print('at the brink'); os.abort()", "lives": "print('fine')"}
+    original = gpu_check.Children.run
+
+    def other(self, command):
+        return original(self, [sys.executable, "-c", programs[command[command.index("--section") + 1]]])
+
+    monkeypatch.setattr(gpu_check.Children, "run", other)
+    well, rows = run([made_up(name=name) for name in programs], [], 60, 2, tmp_path / "rows.jsonl")
+    told = capsys.readouterr().out
+    assert (well, rows) == (False, [])
+    assert "BROKEN dies: exit status -6" in told
+    assert "at the brink" in told
+    assert "fine" in told
+
+
+def test_an_error_without_text_is_named_by_its_kind():
+    assert checks.first_line(AssertionError()) == "AssertionError"
+    assert checks.first_line(ValueError("one\ntwo")) == "one"
 
 
 def decode(side, tpot, **more):
-    about = {"section": "large_steps", "model": gpu_targets.LARGE, "mode": "greedy", "batch": 1, "side": side}
+    about = {"benchmark": "decode/speed", "section": "large_steps", "model": targets.LARGE, "mode": "greedy"}
+    about |= {"batch": 1, "context": 128, "side": side}
     return {**about, "tpot_p50_ms": tpot, "mbu": 4.0 / tpot, **more}
 
 
 def test_verdicts_by_hand():
     rows = [decode("handloom", 5.0), decode("handloom compile", 4.5), decode("generate", 24.0)]
     rows += [decode("generate static+compile", 6.3), decode("generate", 1.0, mode="sampling")]
-    rows += [{"figure": f"everything on, {gpu_targets.LARGE}, batch 1", "value": 0.031}]
-    sampled = {"benchmark": "kernels/sampling", "mode": "k+p+min-p", "side": "handloom", "rows": "typical"}
     rows += [
-        {**sampled, "cache": "warm", "batch": 1, "p50": 8.0},
-        {**sampled, "cache": "warm", "batch": 8, "p50": 11.5},
+        decode("handloom", 1.0, section="first_tokens", ttft_ms=11.0),
+        decode("handloom", 6.4, context=32768),
     ]
-    rows += [{**sampled, "cache": "warm", "batch": 64, "p50": 40.0}]
+    rows += [decode("handloom", 6.6, context=32768, section="contexts")]
+    rows += [{"figure": f"everything on, {targets.LARGE}, batch 1", "value": 0.031}]
+    rows += [{"figure": f"step of a State over the loop's, {targets.LARGE}", "value": 1.1}]
+    served = {"benchmark": "decode/ragged", "model": targets.SMALL}
+    rows += [{**served, "side": "handloom", "tokens_per_s": 9000, "tpot_p99_ms": 31}]
+    rows += [{**served, "side": "generate_batch", "tokens_per_s": 500}]
+    sampled = {"benchmark": "kernels/sampling", "mode": "k+p+min-p", "rows": "typical", "cache": "warm"}
     rows += [
-        {**sampled, "cache": "cold", "batch": n, "bandwidth_share": s} for n, s in ((64, 0.8), (256, 0.5))
+        {**sampled, "side": "handloom", "batch": batch, "p50": us} for batch, us in ((1, 8.0), (8, 15.5))
     ]
-    rows += [
-        {"section": "four_bits", "batch": 1, "weights": w, "value": v}
-        for w, v in (("nf4", 3.0), ("nf4-triton", 4.0))
-    ]
-    found = {aim["target"]: (aim["measured"], aim["met"]) for aim in gpu_targets.verdicts(rows)}
-    assert found["8B, batch 1, compiled: share of the bandwidth"] == (pytest.approx(4 / 4.5), "yes")
-    assert found["8B, batch 1: share of the bandwidth"] == (0.8, "yes")
-    assert found["8B, batch 1: x generate"] == (pytest.approx(4.8), "no")
-    assert found["8B, batch 1, compiled: x static + compile"] == (pytest.approx(1.4), "yes")
+    rows += [{**sampled, "side": "flashinfer", "batch": 8, "ratio": 2.5}]
+    layer = {"benchmark": "kernels/nf4", "batch": 1, "side": "dense"}
+    rows += [{**layer, "layer": "a", "ratio": 2.0}, {**layer, "layer": "b", "ratio": 1.7}]
+    found = {aim["target"]: (aim["measured"], aim["met"]) for aim in targets.verdicts(rows)}
+    assert found["8B, one row, compiled: share of the bandwidth"] == (pytest.approx(4 / 4.5), "yes")
+    assert found["8B, one row: share of the bandwidth"] == (0.8, "yes")
+    assert found["1B, one row: share of the bandwidth"] == (None, "not measured")
+    assert found["8B, one row: x generate"] == (pytest.approx(4.8), "no")
+    assert found["8B, one row, compiled: x static + compile"] == (pytest.approx(1.4), "yes")
+    assert found["8B, 128-token prompt: ms to the first token"] == (11.0, "yes")
+    assert found["8B, 32,768-token context: ms a token"] == (6.6, "no")
     assert found["8B: everything switched on, share of the step"] == (0.031, "no")
-    assert found["1B: everything switched on, share of the step"] == (None, "not measured")
-    assert found["sampling, at most 8 rows, all filters: us"] == (11.5, "yes")
-    assert found["sampling, 64 and 256 rows, all filters: x one read"] == (2.0, "yes")
-    assert found["nf4, batch 1: our product x bitsandbytes'"] == (0.75, "no")
+    assert found["8B: step of a State over the loop's"] == (1.1, "yes")
+    assert found["ragged requests, 1B: tokens/s"] == (9000, "yes")
+    assert found["ragged requests, 1B: x generate_batch"] == (18.0, "yes")
+    assert found["ragged requests, 1B: ms between tokens, p99"] == (31, "no")
+    assert found["sampling k+p+min-p, typical, 1 rows: us"] == (8.0, "yes")
+    assert found["sampling k+p+min-p, typical, 8 rows: us"] == (15.5, "no")
+    assert found["sampling k+p+min-p, 8 rows: x flashinfer"] == (2.5, "yes")
+    assert found["nf4, 1 rows: x dense"] == (1.7, "no")
 
 
-def test_sections_by_name():
+def test_sections_by_name_and_size():
     assert [s.name for s in chosen(["contexts"], False)] == ["contexts"]
-    assert all(s.kind != "timing" for s in chosen(None, True))
-    assert sum(s.seconds for s in gpu_check.SECTIONS) <= gpu_check.BUDGET * 1.1
-    with pytest.raises(SystemExit, match="contxts: expected recorded_steps"):
+    assert all(s.is_check for s in chosen(None, True))
+    assert len({s.name for s in SECTIONS}) == len(SECTIONS)
+    sizes = [{s.name for s in chosen(None, False, minutes)} for minutes in gpu_check.MINUTES]
+    assert sizes[0] < sizes[1] < sizes[2] == {s.name for s in SECTIONS}
+    with pytest.raises(SystemExit, match="contxts: expected large_steps"):
         chosen(["contxts"], False)
 
 
 @pytest.mark.slow
-def test_the_whole_script_end_to_end(tmp_path):
+def test_the_whole_command_end_to_end(tmp_path):
     """Compiled sides too; some minutes on a slow machine."""
     output = tmp_path / "rows.jsonl"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--budget", "3000", "--output", output]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--jobs", "1", "--output", output]
+    command += [
+        part for name in ("silent_steps", "small_rivals", "compiled_steps") for part in ("--only", name)
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = read(output)
