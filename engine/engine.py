@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
@@ -326,6 +327,8 @@ class Engine:
             A State with `all_logits [B, n, V]`; `state.keep(counts)` goes back to a part of the extension.
         """
         given = self._ragged(state, tokens, counts)
+        if not given:
+            return replace(state, all_logits=state.logits[:, None], before=state.logits)
         rows, out = self.runner.extend(state.rows, given, state.states, hidden=hidden)
         fed = tuple(len(row) for row in given)
         last = torch.tensor(fed, device=out.logits.device) - 1
@@ -336,7 +339,8 @@ class Engine:
             counts=fed,
             hidden_states=out.hidden,
             states=out.states,
-            steps=out.steps,
+            steps=(state.states, *out.steps) if out.steps else (),
+            before=state.logits,
         )
 
     def score(self, state: State, tokens, counts=None) -> torch.Tensor:
@@ -350,6 +354,8 @@ class Engine:
             `[B, n]` float32, nats; 0 beyond a row's count.
         """
         given = self._ragged(state, tokens, counts)
+        if not given:
+            return state.logits.new_zeros(0, 0)
         width = max(len(row) for row in given)
         logits = [state.logits[:, None]]
         if width > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,8 @@ class State:
         counts: how many tokens the forward that made this State fed to each row.
         hidden_states: one `[B, n, D]` per layer (embeddings first) when they were asked for.
         states: recurrent states, `[B, ...]` each; empty for models that have none.
-        steps: recurrent states after each token of the last `extend`, for `keep`.
+        steps: recurrent states before the last `extend` and after each of its tokens, for `keep`.
+        before: `[B, V]` the logits before the last `extend`, for `keep`.
     """
 
     rows: tuple[Row, ...]
@@ -31,6 +33,7 @@ class State:
     hidden_states: tuple[torch.Tensor, ...] | None = None
     states: tuple[torch.Tensor, ...] = ()
     steps: tuple[tuple[torch.Tensor, ...], ...] = ()
+    before: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,11 +61,36 @@ class State:
         """Token ids of each row behind its prompt."""
         return [row.history.tolist()[row.prompt_length :] for row in self.rows]
 
+    @classmethod
+    def concat(cls, states: Sequence[State]) -> State:
+        """The rows of several States of one engine, in order; what `keep` goes back to is forgotten.
+
+        Args:
+            states: at least one; empty ones add nothing. Hidden states stay where all of them have some.
+        """
+        states = list(states)
+        if not states:
+            raise HandloomError("concat takes at least one State")
+        filled = [state for state in states if len(state)] or states[:1]
+        if len(filled) == 1:
+            return replace(filled[0], all_logits=None, steps=(), before=None)
+        hidden = None
+        if all(state.hidden_states is not None for state in filled):
+            layers = zip(*(state.hidden_states for state in filled), strict=True)
+            hidden = tuple(_stacked(layer) for layer in layers)
+        return cls(
+            rows=tuple(row for state in filled for row in state.rows),
+            logits=torch.cat([state.logits for state in filled]),
+            counts=tuple(count for state in filled for count in state.counts),
+            hidden_states=hidden,
+            states=tuple(torch.cat(parts) for parts in zip(*(s.states for s in filled), strict=True)),
+        )
+
     def select(self, index) -> State:
         """Fork, reorder or drop rows; keys and values are shared, not copied.
 
         Args:
-            index: row numbers, repeated ones fork; or a `[B]` bool mask.
+            index: row numbers, repeated ones fork, none give an empty State; or a `[B]` bool mask.
         """
         picked = torch.as_tensor(index)
         if picked.is_floating_point() and picked.numel():
@@ -89,13 +117,14 @@ class State:
             hidden_states=None if self.hidden_states is None else take(self.hidden_states),
             states=take(self.states),
             steps=tuple(take(step) for step in self.steps),
+            before=None if self.before is None else self.before.index_select(0, where),
         )
 
     def keep(self, counts) -> State:
         """Keep only the first `counts[i]` tokens of the last `extend` in row i, as after a speculative check.
 
         Args:
-            counts: `[B]` int, from 1 to the number of tokens that row was extended by.
+            counts: `[B]` int, from 0 (before the extension) to the number of tokens that row was extended by.
         """
         numbers = [int(c) for c in torch.as_tensor(counts).tolist()]
         if self.all_logits is None or len(numbers) != len(self):
@@ -103,25 +132,26 @@ class State:
                 f"keep needs a State made by extend and one count per row, got {len(numbers)} counts"
             )
         for i, (count, fed) in enumerate(zip(numbers, self.counts, strict=True)):
-            if not 1 <= count <= fed:
+            if not 0 <= count <= fed:
                 raise HandloomError(
-                    f"keep: row {i} was extended by {fed} tokens, count {count} is not in 1..{fed}"
+                    f"keep: row {i} was extended by {fed} tokens, count {count} is not in 0..{fed}"
                 )
-        last = torch.tensor(numbers, device=self.logits.device) - 1
+        kept = torch.tensor(numbers, dtype=torch.long, device=self.logits.device)
         each = torch.arange(len(self), device=self.logits.device)
+        logits = self.all_logits[each, (kept - 1).clamp(min=0)]
+        if 0 in numbers:
+            logits = torch.where(kept[:, None] > 0, logits, self.before)
         states = self.states
         if self.steps:
             states = tuple(
-                torch.stack([after[step][row] for row, step in enumerate(last.tolist())])
+                torch.stack([after[count][row] for row, count in enumerate(numbers)])
                 for after in zip(*self.steps, strict=True)
             )
         rows = tuple(
             row.cut(row.length - fed + count)
             for row, fed, count in zip(self.rows, self.counts, numbers, strict=True)
         )
-        return replace(
-            self, rows=rows, logits=self.all_logits[each, last], counts=tuple(numbers), states=states
-        )
+        return replace(self, rows=rows, logits=logits, counts=tuple(numbers), states=states)
 
     def hidden(self, layer: int = -1) -> torch.Tensor:
         """`[B, n, D]` hidden states of the tokens that the last forward fed, rows left-aligned, zero beyond `counts`.
@@ -138,3 +168,10 @@ class State:
         fed = torch.tensor(self.counts, device=states.device)[:, None]
         real = torch.arange(states.shape[1], device=states.device) < fed
         return states.masked_fill(~real[..., None], 0)
+
+
+def _stacked(parts) -> torch.Tensor:
+    """`[B, n, D]` of several widths n in one, padded with zeros on the right."""
+    width = max(part.shape[1] for part in parts)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])

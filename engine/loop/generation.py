@@ -68,6 +68,7 @@ class Generation:
         seed: seed of the draws; the same seed and prompt give the same output.
         params: the request's SamplingParams.
         token_texts: the text that each output token added; joins to `text`.
+        extra: what a strategy tells beside it: weights, acceptance, scores of beams, branches.
     """
 
     request: int
@@ -86,6 +87,7 @@ class Generation:
     seed: int | None = None
     params: Any = None
     token_texts: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_new(self) -> int:

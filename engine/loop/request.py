@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..params.sampling_params import SamplingParams
@@ -57,12 +57,24 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     error: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # what a strategy tells with the result
 
     def start(self, engine) -> None:
         """The clock of `max_time` begins here."""
         self.admitted = time.monotonic()
         self.stopper = Stopper(
             self.params, engine.tokenizer, engine.eos_token_ids, self.prompt.ids, engine.max_length
+        )
+
+    def fork(self) -> Request:
+        """An independent copy that goes on from here, as a second branch of the same sample."""
+        return replace(
+            self,
+            stopper=self.stopper and self.stopper.fork(),
+            raw_logprobs=list(self.raw_logprobs),
+            logprobs=list(self.logprobs),
+            top_logprobs=list(self.top_logprobs),
+            extra=dict(self.extra),
         )
 
     def prefill_done(self) -> None:
@@ -137,4 +149,5 @@ class Request:
             seed=self.seed,
             params=self.params,
             token_texts=stopper.token_texts if stopper._detokenizer else [],
+            extra=self.extra,
         )

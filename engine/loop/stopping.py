@@ -1,5 +1,6 @@
 """When a request ends, and which text may be shown before it does."""
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -174,6 +175,19 @@ class Stopper:
     def elapsed(self) -> float:
         """Seconds since the request was admitted."""
         return self._clock() - self._start
+
+    def fork(self) -> "Stopper":
+        """An independent copy: what is pushed to either does not change the other; its criteria are copies too."""
+        twin = copy.copy(self)
+        twin.token_ids, twin._deltas, twin._emitted = (
+            list(self.token_ids),
+            list(self._deltas),
+            [*self._emitted],
+        )
+        twin._search = copy.copy(self._search)
+        twin._detokenizer = self._detokenizer and self._detokenizer.fork()
+        twin._criteria = tuple(map(for_one_request, self._criteria))
+        return twin
 
     def push(self, token_id: int) -> Emission:
         """Take one generated token; return the text that is now final and whether the request ends.

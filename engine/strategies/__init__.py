@@ -28,15 +28,19 @@ from .beam import beam_search
 from .best_of_n import best_of_n
 from .contrastive import contrastive_search
 from .drafting import prompt_lookup
+from .kit.decode import Decoding, Now, decode
 from .kit.requests import Requests
 from .speculative import Speculation, speculative
 
 __all__ = [
+    "Decoding",
+    "Now",
     "Requests",
     "Speculation",
     "beam_search",
     "best_of_n",
     "contrastive_search",
+    "decode",
     "prompt_lookup",
     "speculative",
 ]

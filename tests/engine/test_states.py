@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from handloom import Engine
+from handloom import Engine, HandloomError, State
 
 TOKENS = st.integers(0, 96)
 # fp32 rounding moves the logits by up to 1e-4; a wrong cell, mask or position moves them by 0.05 at least.
@@ -82,7 +82,7 @@ class Programs(RuleBasedStateMachine):
         """Extend, keep a part, and go on from that part."""
         state, rows, prompts = self.pick(data)
         new = [data.draw(st.lists(TOKENS, min_size=1, max_size=6)) for _ in rows]
-        counts = [data.draw(st.integers(1, len(more))) for more in new]
+        counts = [data.draw(st.integers(0, len(more))) for more in new]
         shorter = [row + more[:count] for row, more, count in zip(rows, new, counts, strict=True)]
         self.checked(self.engine.extend(state, new).keep(counts), shorter, prompts)
 
@@ -93,6 +93,17 @@ class Programs(RuleBasedStateMachine):
         index = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=MOST_ROWS))
         picked = [rows[i] for i in index], [prompts[i] for i in index]
         self.checked(state.select(index), *picked)
+
+    @precondition(has_room)
+    @rule(data=st.data())
+    def concat(self, data):
+        """Rows of two States made at any time, one of them often emptied first, go on together."""
+        one, other = self.pick(data), self.pick(data)
+        if data.draw(st.booleans()):
+            one = one[0].select([]), [], []
+        rows, prompts = one[1] + other[1], one[2] + other[2]
+        if len(rows) <= MOST_ROWS:
+            self.checked(State.concat([one[0], other[0]]), rows, prompts)
 
     @precondition(has_room)
     @rule(data=st.data())
@@ -166,3 +177,29 @@ TestNoPrefixCache = programs("NoPrefixCache", tiny_llama(), 6, 10, block_size=4,
 def test_random_programs_on_other_architectures(name):
     case = programs(f"Programs_{name}", ARCHITECTURES[name](), 3, 8, block_size=4)
     case("runTest").runTest()
+
+
+def test_an_empty_state_goes_through_everything():
+    engine = Engine(tiny_llama())
+    state = engine.prefill([[1, 2, 3], [4]], hidden=True)
+    empty = state.select([])
+    assert (len(empty), empty.logits.shape) == (0, (0, 101))
+    for more in (engine.step(empty, []), engine.extend(empty, []).keep([]), empty.select([])):
+        assert (len(more), more.tokens, more.logits.shape) == (0, [], (0, 101))
+    assert engine.score(empty, []).shape == (0, 0)
+    back = State.concat([empty, state, empty])
+    assert back.tokens == state.tokens
+    assert torch.equal(back.hidden(), state.hidden())
+
+
+def test_concat_pads_hidden_states_and_forgets_the_extension():
+    engine = Engine(tiny_llama())
+    one, other = engine.prefill([[1, 2, 3]], hidden=True), engine.prefill([[4]], hidden=True)
+    both = State.concat([one, engine.extend(other, [[5, 6]], hidden=True)])
+    assert both.counts == (3, 2)
+    assert torch.equal(both.hidden()[0], one.hidden()[0])
+    assert not both.hidden()[1, 2].any()
+    with pytest.raises(HandloomError, match="made by extend"):
+        both.keep([1, 1])
+    with pytest.raises(HandloomError, match="at least one State"):
+        State.concat([])

@@ -27,6 +27,12 @@ class Joint:
     engines: tuple[Engine, ...]
     states: tuple[State, ...]
 
+    @classmethod
+    def concat(cls, parts: Sequence[Joint]) -> Joint:
+        """The rows of several Joints of the same engines, in order; see `State.concat`."""
+        members = zip(*(part.states for part in parts), strict=True)
+        return cls(parts[0].engines, tuple(State.concat(states) for states in members))
+
     def __len__(self) -> int:
         return len(self.states[0])
 
@@ -47,11 +53,11 @@ class Joint:
 
     def step(self, tokens, *, hidden: bool = False) -> Joint:
         """All members after one more token per row, `tokens [B]`."""
-        return self._with(e.step(s, tokens, hidden=hidden) for e, s in self._members())
+        return self._with(e.step(s, tokens, hidden=hidden) for e, s in self.members())
 
     def extend(self, tokens, counts=None, *, hidden: bool = False) -> Joint:
         """All members after several more tokens per row; see `Engine.extend`."""
-        return self._with(e.extend(s, tokens, counts, hidden=hidden) for e, s in self._members())
+        return self._with(e.extend(s, tokens, counts, hidden=hidden) for e, s in self.members())
 
     def select(self, index) -> Joint:
         """Fork, reorder or drop rows of all members; see `State.select`."""
@@ -61,8 +67,9 @@ class Joint:
         """Go back to a part of the last extension in all members; see `State.keep`."""
         return self._with(state.keep(counts) for state in self.states)
 
-    def _members(self):
-        return zip(self.engines, self.states, strict=True)
+    def members(self) -> list[tuple[Engine, State]]:
+        """Each member's engine and State."""
+        return list(zip(self.engines, self.states, strict=True))
 
     def _with(self, states) -> Joint:
         return Joint(self.engines, tuple(states))

@@ -46,21 +46,35 @@ class Requests:
         for request in asked:
             for field in ("logprobs", "prompt_logprobs"):
                 if getattr(request.params, field) is not None:
-                    raise ParameterError(f"request {request.index}: {field} is for Engine.generate only")
+                    raise ParameterError(f"request {request.index}: {field} is for generate and decode alone")
         state = engine.prefill([request.prompt for request in asked if request.sample == 0], hidden=hidden)
+        return state.select([request.index for request in asked]), cls.bind(engine, asked)
+
+    @classmethod
+    def bind(cls, engine, asked: Sequence[Request]) -> Requests:
+        """What is kept for requests that have not drawn yet; none make an empty value."""
         seeds, streams = [request.seed for request in asked], [request.sample for request in asked]
-        device = state.logits.device
         rows = engine.pipeline.bind(
             [request.params for request in asked],
             [request.prompt.ids for request in asked],
-            device=device,
+            device=engine.device,
             vocab_size=engine.vocab_size,
             eos_token_ids=engine.eos_token_ids,
             seeds=seeds,
             streams=streams,
         )
-        keys = torch.tensor(seeds, device=device), torch.tensor(streams, device=device)
-        return state.select([request.index for request in asked]), cls(tuple(asked), rows, *keys)
+        keys = (torch.tensor(key, dtype=torch.long, device=engine.device) for key in (seeds, streams))
+        return cls(tuple(asked), rows, *keys)
+
+    def admit(self, fresh: Requests) -> Requests:
+        """These rows, and behind them those of `fresh`, which have not drawn yet."""
+        if not len(self) or not len(fresh):
+            return self if len(self) else fresh
+        rows = self.rows.select([*range(len(self)), *[0] * len(fresh)])
+        for row, asked in enumerate(fresh.asked, len(self)):
+            rows.fill(row, asked.params, asked.prompt.ids, asked.seed, asked.sample)
+        keys = torch.cat([self.seeds, fresh.seeds]), torch.cat([self.streams, fresh.streams])
+        return Requests(self.asked + fresh.asked, rows, *keys)
 
     def __len__(self) -> int:
         return len(self.asked)
@@ -117,11 +131,18 @@ class Requests:
         return running
 
 
-def push(request: Request, token: int, raw_logprob: float, logprob: float) -> Event:
-    """Commit one token; the Event says whether it ended the row. NaN log-probabilities end it in error."""
-    if raw_logprob != raw_logprob or logprob != logprob:
-        return request.end("error", f"request {request.index}: {blame(raw_logprob)}")
-    return request.push(token, raw_logprob, logprob, None)
+def push(request: Request, token: int, raw: float, logprob: float, top=None, failure=None) -> Event:
+    """Commit one token; the Event says whether it ended the row. NaN log-probabilities end it in error.
+
+    Args:
+        raw, logprob: log-probabilities of the token, the model's and the pipeline's.
+        top: (ids, log-probabilities) of the most probable tokens, where the request asked for them.
+        failure: why a processor left no token.
+    """
+    if raw != raw or logprob != logprob:
+        reason = blame(raw) if raw != raw else failure or blame(raw)
+        return request.end("error", f"request {request.index}: {reason}")
+    return request.push(token, raw, logprob, top)
 
 
 def stop_ids(request: Request, engine) -> frozenset[int]:
