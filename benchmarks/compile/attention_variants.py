@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from handloom.kernels.attention import attention_triton
+from handloom.kernels.attention import attention_triton, packed_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -76,25 +76,50 @@ def builds():
         ("tree 16, gemma-2, fp32", FP32, {**gemma, **tree, "queries": 16}, 152, 192),
     ]
     found = [_decode(name, dtype, {**shape, **change}, *limits) for name, dtype, change, *limits in rows]
+    packed = {"rows": 64, "group": 4, "dim": 128, "dim_v": 128, "block_size": 16}
+    rows = [
+        ("packed llama-8b", BF16, {}, 255, 512),
+        ("packed llama-8b, fp32", FP32, {}, 255, 512),
+        ("packed multi-head 64", BF16, multi_head, 255, 512),
+        ("packed head size 96", BF16, {"group": 1, "dim": 96, "dim_v": 96}, 255, 512),
+        ("packed gemma-2", BF16, gemma, 255, 512),
+        ("packed gemma-2, whole", BF16, {**gemma, "window": 0}, 255, 512),
+        ("packed gemma-2, fp32", FP32, gemma, 255, 512),
+        ("packed gpt-oss", BF16, gpt_oss, 255, 512),
+    ]
+    found += [_packed(name, dtype, {**packed, **change}, *limits) for name, dtype, change, *limits in rows]
     return [*found, *(_merge(splits) for splits in (8, 64))]
 
 
 def _decode(name, dtype, shape, registers, vgprs):
-    variant = attention_triton.variant(dtype, **shape)
+    variant, kernel = attention_triton.variant(dtype, **shape), attention_triton._decode_kernel
+    return _attention(name, kernel, variant, dtype, registers, vgprs)
+
+
+def _packed(name, dtype, shape, registers, vgprs):
+    variant, kernel = packed_triton.variant(dtype, **shape), packed_triton._packed_kernel
+    return _attention(name, kernel, variant, dtype, registers, vgprs)
+
+
+def _attention(name, kernel, variant, dtype, registers, vgprs):
     element, constexprs = TYPES[dtype], dict(variant.constexprs)
     types = {"scale": "fp32", "softcap": "fp32", "tree_ptr": "*u8"}
     types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "sinks_ptr"), f"*{element}")
     types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32")
-    types |= dict.fromkeys(("table_ptr", "lengths_ptr", "counts_ptr", "depth_ptr"), "*i32")
-    depth = constexprs["TREE"] and constexprs["WINDOW"] > 0
-    absent = {"counts_ptr": "COUNTS", "sinks_ptr": "SINKS", "tree_ptr": "TREE"}
-    constexprs |= {pointer: None for pointer, flag in absent.items() if not constexprs[flag]}
-    constexprs |= {} if depth else {"depth_ptr": None}
-    free = [n for n in attention_triton._decode_kernel.arg_names if n not in constexprs]
+    integers = ("table_ptr", "lengths_ptr", "counts_ptr", "depth_ptr", "starts_ptr")
+    types |= dict.fromkeys(integers, "*i32")
+    flags = {"counts_ptr": "COUNTS", "sinks_ptr": "SINKS", "tree_ptr": "TREE"}
+    names = kernel.arg_names
+    constexprs |= {
+        pointer: None for pointer, flag in flags.items() if pointer in names and not constexprs[flag]
+    }
+    if "depth_ptr" in names and not (constexprs["TREE"] and constexprs["WINDOW"] > 0):
+        constexprs["depth_ptr"] = None
+    free = [n for n in names if n not in constexprs]
     types = {n: types.get(n, "i32") for n in free}
-    aligned = frozenset(free) - {"scale", "softcap", "kv_heads", "table_stride"}
+    aligned = frozenset(free) - {"scale", "softcap", "kv_heads", "table_stride", "rows"}
     sizes = (variant.num_warps, variant.num_stages)
-    return Build(name, attention_triton._decode_kernel, types, constexprs, aligned, *sizes, registers, vgprs)
+    return Build(name, kernel, types, constexprs, aligned, *sizes, registers, vgprs)
 
 
 def _merge(splits):

@@ -42,7 +42,9 @@ def paged_attention(
         ValueError: shapes that do not fit, or a workspace that is too small.
         dispatch.KernelUnavailable: kernels="triton" cannot run here or does not cover this call.
     """
-    _check(q, keys, values, block_table)
+    check_heads(q, keys, values)
+    if len(block_table) != len(q):
+        raise ValueError(f"block_table has {len(block_table)} rows, q has {len(q)}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = {
         "scale": scale,
@@ -95,15 +97,14 @@ def _workspace_views(workspace, outputs, splits, dim_v):
     return workspace[:parts], workspace[parts : parts + weights]
 
 
-def _check(q, keys, values, block_table):
-    heads, dim, kv_heads = q.shape[2], q.shape[3], keys.shape[2]
+def check_heads(q, keys, values):
+    """Raise ValueError where head sizes or their numbers do not fit; q [..., Hq, D]."""
+    (heads, dim), kv_heads = q.shape[-2:], keys.shape[2]
     if keys.shape[3] != dim or heads % kv_heads or values.shape[:3] != keys.shape[:3]:
         raise ValueError(
             f"q {tuple(q.shape)}, keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit: "
             f"head size and a whole number of query heads per key head are needed"
         )
-    if len(block_table) != len(q):
-        raise ValueError(f"block_table has {len(block_table)} rows, q has {len(q)}")
 
 
 def uncovered(q, keys, values):

@@ -160,22 +160,59 @@ def paged_attention_cpu(
         return _attend_lone(q, keys, values, plan, scale)
     if plan.together and q.shape[1] == 1 and softcap is None and sinks is None:
         return _attend_rectangle(q, keys, values, plan, sliding_window, scale)
-    flat_keys, flat_values = flat_cells(keys), flat_cells(values)
     rows = []
-    for row, length in enumerate(plan.lengths):
+    attend = _row_attention(keys, values, plan, scale, sliding_window, softcap, sinks)
+    for row in range(len(plan.lengths)):
         count = q.shape[1] if plan.counts is None else plan.counts[row]
-        first, window = 0, None
-        if sliding_window is not None and sliding_window < length:
-            first, window = max(0, length - count - sliding_window + 1), sliding_window
-        k, v = plan.cells(keys, flat_keys, row, first), plan.cells(values, flat_values, row, first)
-        if softcap is None and sinks is None:
-            out = _attend(q[row, :count], k, v, plan, row, window, scale)
-        else:
-            out = _attend_explicitly(q[row, :count], k, v, plan, row, window, scale, softcap, sinks)
+        out = attend(row, q[row, :count])
         if count < q.shape[1]:
             out = torch.cat([out, out.new_zeros(q.shape[1] - count, *out.shape[1:])])
         rows.append(out)
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
+def packed_attention_cpu(
+    q, keys, values, plan, *, scale=None, sliding_window=None, softcap=None, sinks=None
+):  # fmt: skip
+    """`packed.paged_attention_packed` on the CPU: each row over its own cells, so no row's bits see another.
+
+    Args:
+        q: [T, Hq, D] queries of the plan's rows, one row after another.
+        keys: [N_blocks, block_size, Hk, D], contiguous. values: [N_blocks, block_size, Hk, Dv], contiguous.
+        plan: `CellPlan` with `counts`, how many of the tokens each row has; those beyond their sum get zeros.
+        scale, sliding_window, softcap, sinks: see `attention.paged_attention`.
+
+    Returns:
+        [T, Hq, Dv] in q's dtype.
+
+    Raises:
+        ValueError: the plan has no counts, or more tokens than q.
+    """
+    if plan.counts is None or sum(plan.counts) > len(q):
+        raise ValueError(f"counts {plan.counts} of the plan do not fit {len(q)} tokens")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    attend = _row_attention(keys, values, plan, scale, sliding_window, softcap, sinks)
+    pieces = q[: sum(plan.counts)].split(plan.counts)
+    rows = [attend(row, piece) for row, piece in enumerate(pieces)]
+    if (rest := len(q) - sum(plan.counts)) > 0:
+        rows.append(q.new_zeros(rest, q.shape[1], values.shape[3]))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _row_attention(keys, values, plan, scale, sliding_window, softcap, sinks):
+    """The attention of one row by its number: (row, q [n, Hq, D]) -> [n, Hq, Dv]."""
+    flat_keys, flat_values = flat_cells(keys), flat_cells(values)
+
+    def attend(row, q):
+        length, first, window = plan.lengths[row], 0, None
+        if sliding_window is not None and sliding_window < length:
+            first, window = max(0, length - len(q) - sliding_window + 1), sliding_window
+        k, v = plan.cells(keys, flat_keys, row, first), plan.cells(values, flat_values, row, first)
+        if softcap is None and sinks is None:
+            return _attend(q, k, v, plan, row, window, scale)
+        return _attend_explicitly(q, k, v, plan, row, window, scale, softcap, sinks)
+
+    return attend
 
 
 def _attend_lone(q, keys, values, plan, scale):
