@@ -89,6 +89,7 @@ class Engine:
         self.capabilities = self.runner.capabilities()
         self.graphs = self._wants_graphs(graph)
         self._batches: dict[tuple[int, int], Batch] = {}
+        self._head: tuple | None = None
         self.slots = slots if self.capabilities.ragged else 1
         self.fixed_slots, self.compile = fixed_slots, compile
         self.runner.alone = fixed_slots
@@ -364,6 +365,25 @@ class Engine:
         logp = torch.cat(logits, 1).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         real = torch.arange(width) < torch.tensor([len(row) for row in given])[:, None]
         return logp.masked_fill(~real.to(logp.device), 0.0)
+
+    def head(self, hidden: torch.Tensor, *, norm: bool = True) -> torch.Tensor:
+        """The logits that hidden states of any layer would give: the model's final norm and output layer.
+
+        Args:
+            hidden: `[N, D]`, such as `state.hidden(layer)[:, -1]` of inner layers.
+            norm: through the final norm first; False for the last layer's, which `State.hidden` gives normed.
+
+        Returns:
+            `[N, V]` float32, scaled and capped as the model does.
+
+        Raises:
+            CapabilityError: the model's logits are not a function of its last hidden state.
+        """
+        if self._head is None or self._head[0] is not self.model:
+            from .forward.head import Head
+
+            self._head = self.model, Head(self.runner.module)
+        return self._head[1](hidden.to(self.dtype), norm)
 
     # -- inputs
 
