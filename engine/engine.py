@@ -10,22 +10,21 @@ from dataclasses import replace
 
 import torch
 
-from .errors import CapabilityError, HandloomError, ParameterError, PromptError
+from .errors import CapabilityError, ParameterError, PromptError
 from .forward.compiling import compile_step
 from .forward.probe import adapt
-from .loading.parallel import fresh_seed, is_split
+from .loading.limits import eos_token_ids, longest
 from .loop.batch import Batch
 from .loop.generation import Event, Generation
 from .loop.graph import GraphBatch
+from .loop.intake import encoded, requests_of
 from .loop.loop import run
-from .loop.request import Prefilled, Request
-from .params.sampling_params import SamplingParams
+from .loop.request import Request
 from .pipeline.pipeline import Pipeline
-from .state import State
-from .text.prompts import Prompt, chat_ids, encode_prompts
+from .state import State, continuations, stacked, whole_numbers
+from .text.prompts import chat_ids
 
 log = logging.getLogger("handloom")
-UNBOUNDED = 1 << 20  # positions of a model that names no limit
 
 
 class Engine:
@@ -96,8 +95,8 @@ class Engine:
         if compile:
             compile_step(self.runner, {self.bucket(rows) for rows in range(1, self.slots + 1)})
         self.pipeline = Pipeline.default() if pipeline is None else pipeline
-        self.eos_token_ids = frozenset(_eos(model, tokenizer))
-        self.max_length = self._limit(max_length)
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self.max_length = longest(model, max_length)
 
     @classmethod
     def from_pretrained(
@@ -189,7 +188,7 @@ class Engine:
         Raises:
             PromptError, ParameterError: before anything is decoded.
         """
-        requests, single = self._requests(prompts, params, defaults, overrides)
+        requests, single = requests_of(self, prompts, params, defaults, overrides)
         results: dict[tuple[int, int], Generation] = {}
         with _bar(len(requests), progress) as bar, closing(run(self, requests)) as events:
             try:
@@ -260,7 +259,7 @@ class Engine:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds by default."""
-        return self._encode(text)[0][0].ids
+        return encoded(self, text)[0][0].ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
@@ -284,14 +283,16 @@ class Engine:
         """
         if (prompts is None) == (embeddings is None):
             raise PromptError("prefill takes prompts or embeddings, one of them")
-        given = self._encode(prompts if embeddings is None else embeddings)[0]
+        given = encoded(self, prompts if embeddings is None else embeddings)[0]
         filled = [self.runner.prefill(p.ids, p.embeddings, hidden=hidden) for p in given]
         rows, outs = zip(*filled, strict=True)
         return State(
             rows=tuple(rows),
             logits=torch.cat([out.logits[:, -1] for out in outs]),
             counts=tuple(row.length for row in rows),
-            hidden_states=_stack_hidden(outs) if hidden else None,
+            hidden_states=tuple(map(stacked, zip(*(out.hidden for out in outs), strict=True)))
+            if hidden
+            else None,
             states=tuple(torch.cat(parts) for parts in zip(*(out.states for out in outs), strict=True)),
         )
 
@@ -304,7 +305,7 @@ class Engine:
             tokens: `[B]` token ids.
             hidden: keep hidden states.
         """
-        ids = _whole_numbers(tokens, "tokens")
+        ids = whole_numbers(tokens, "tokens")
         longer = self.extend(state, [[t] for t in ids], hidden=hidden)
         return State(
             rows=longer.rows,
@@ -327,7 +328,7 @@ class Engine:
         Returns:
             A State with `all_logits [B, n, V]`; `state.keep(counts)` goes back to a part of the extension.
         """
-        given = self._ragged(state, tokens, counts)
+        given = continuations(state, tokens, counts, self.vocab_size, self.max_length)
         if not given:
             return replace(state, all_logits=state.logits[:, None], before=state.logits)
         rows, out = self.runner.extend(state.rows, given, state.states, hidden=hidden)
@@ -354,7 +355,7 @@ class Engine:
         Returns:
             `[B, n]` float32, nats; 0 beyond a row's count.
         """
-        given = self._ragged(state, tokens, counts)
+        given = continuations(state, tokens, counts, self.vocab_size, self.max_length)
         if not given:
             return state.logits.new_zeros(0, 0)
         width = max(len(row) for row in given)
@@ -387,41 +388,6 @@ class Engine:
 
     # -- inputs
 
-    def _ragged(self, state: State, tokens, counts) -> list[list[int]]:
-        if not torch.is_tensor(tokens) and not isinstance(tokens, list | tuple):
-            raise HandloomError(f"tokens must be [B, n] ids or one list of ids per row, got {tokens!r}")
-        rows = [_whole_numbers(row, f"row {i}") for i, row in enumerate(tokens)]
-        if counts is not None:
-            wanted = _whole_numbers(counts, "counts")
-            if len(wanted) != len(rows):
-                raise HandloomError(f"{len(wanted)} counts for {len(rows)} rows of tokens")
-            for i, (n, row) in enumerate(zip(wanted, rows, strict=True)):
-                if not 1 <= n <= len(row):
-                    raise HandloomError(f"row {i}: count {n} is not in 1..{len(row)}")
-            rows = [row[:n] for row, n in zip(rows, wanted, strict=True)]
-        if len(rows) != len(state):
-            raise HandloomError(f"{len(rows)} rows of tokens for a State of {len(state)} rows")
-        for i, (new, row) in enumerate(zip(rows, state.rows, strict=True)):
-            if not new:
-                raise HandloomError(f"row {i} is given no token; select the rows that go on first")
-            wrong = [t for t in new if not 0 <= t < self.vocab_size]
-            if wrong:
-                raise HandloomError(f"row {i}: token id {wrong[0]} is not in 0..{self.vocab_size - 1}")
-            if row.length + len(new) > self.max_length:
-                raise CapabilityError(
-                    f"row {i} would have {row.length + len(new)} tokens, more than max_length={self.max_length}"
-                )
-        return rows
-
-    def _encode(self, prompts) -> tuple[list[Prompt], bool]:
-        return encode_prompts(
-            self.tokenizer,
-            prompts,
-            vocab_size=self.model.get_input_embeddings().weight.shape[0],
-            hidden_size=self.model.get_input_embeddings().weight.shape[1],
-            max_length=self.max_length,
-        )
-
     def requests(self, prompts, params=None, *, defaults: str = "none", **overrides) -> list[Request]:
         """What `generate` would run, validated and nothing computed: for a loop or a strategy of one's own.
 
@@ -434,129 +400,13 @@ class Engine:
         Raises:
             PromptError, ParameterError: a prompt or a parameter is not usable.
         """
-        return self._requests(prompts, params, defaults, overrides)[0]
-
-    def _requests(self, prompts, params, defaults, overrides) -> tuple[list[Request], bool]:
-        encoded, single = self._encode(prompts)
-        wanted = self._params(params, len(encoded), defaults, overrides)
-        requests = []
-        for index, (prompt, asked) in enumerate(zip(encoded, wanted, strict=True)):
-            try:
-                asked = self._checked(asked, len(prompt))
-            except ParameterError as error:
-                raise ParameterError(f"request {index}: {error}") from error
-            seed = fresh_seed(self.model) if asked.seed is None else asked.seed
-            shared = Prefilled(waiting=asked.n)
-            requests += [Request(index, sample, prompt, asked, seed, shared) for sample in range(asked.n)]
-        return requests, single
-
-    def _checked(self, asked: SamplingParams, prompt_length: int) -> SamplingParams:
-        """The parameters with every string as ids, or a ParameterError."""
-        if asked.stop and self.tokenizer is None:
-            raise ParameterError(f"stop={asked.stop!r} needs a tokenizer; use stop_token_ids")
-        if asked.max_length is not None and asked.max_length <= prompt_length:
-            raise ParameterError(
-                f"max_length={asked.max_length} counts the prompt, which has {prompt_length} tokens"
-            )
-        if asked.max_time is not None and is_split(self.model):
-            raise ParameterError(
-                f"max_time={asked.max_time} is read from each rank's own clock, and a rank that stops alone leaves "
-                "the others waiting for ever; use max_new_tokens"
-            )
-        asked = asked.resolve(self.tokenizer)
-        asked.check_vocabulary(self.vocab_size)
-        self.pipeline.for_params(asked).check(asked)
-        return asked
-
-    def _params(self, params, count: int, defaults: str, overrides) -> list[SamplingParams]:
-        if defaults not in ("none", "model"):
-            raise ParameterError(f'defaults={defaults!r} is not "none" or "model"')
-        listed = list(params) if isinstance(params, list | tuple) else [params] * count
-        if len(listed) != count:
-            raise ParameterError(f"{len(listed)} params for {count} prompts; give one, or one for each")
-        return [self._one(item, defaults == "model", overrides) for item in listed]
-
-    def _one(self, item, model_defaults: bool, overrides) -> SamplingParams:
-        if isinstance(item, SamplingParams):
-            return item.replace(**overrides) if overrides else item
-        if item is not None and not isinstance(item, dict):
-            if not hasattr(item, "to_diff_dict"):
-                raise ParameterError(
-                    f"params={item!r} is not SamplingParams, a GenerationConfig, a dict, or a list of one per prompt"
-                )
-            return self._from_config(item, overrides)
-        named = {**(item or {}), **overrides}
-        return (
-            self._from_config(self.model.generation_config, named)
-            if model_defaults
-            else SamplingParams(**named)
-        )
-
-    def _from_config(self, config, overrides) -> SamplingParams:
-        return SamplingParams.from_generation_config(config, eos_token_ids=self.eos_token_ids, **overrides)
+        return requests_of(self, prompts, params, defaults, overrides)[0]
 
     def _wants_graphs(self, graph: bool | None) -> bool:
         able = self.capabilities.graph
         if graph and not able:
             raise CapabilityError(f"graph=True: {able.reason}")
         return bool(able) and self.device.type == "cuda" if graph is None else graph
-
-    def _limit(self, max_length: int | None) -> int:
-        names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
-        limits = [getattr(self.config, name, None) for name in names]
-        own = next((n for n in limits if isinstance(n, int) and n > 0), UNBOUNDED)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "dynamic":
-            own = int(own * rope.get("factor", 1.0))
-        if max_length is None:
-            return own
-        if not isinstance(max_length, int) or max_length < 2:
-            raise ParameterError(f"max_length={max_length!r} must be a whole number of at least 2")
-        if max_length > own:
-            if _learned_positions(self.model, own):
-                raise ParameterError(
-                    f"max_length={max_length} is beyond the {own} positions this model has learned"
-                )
-            log.warning("max_length=%d is beyond the %d tokens this model was made for", max_length, own)
-        return max_length
-
-
-def _whole_numbers(values, what: str) -> list[int]:
-    """A flat list of ints from a list or an integer tensor."""
-    tensor = values if torch.is_tensor(values) else None
-    if tensor is None:
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise HandloomError(f"{what} must be a list of token ids, got {values!r}")
-        wrong = [v for v in values if isinstance(v, bool) or not hasattr(v, "__index__")]
-        if wrong:
-            raise HandloomError(f"{what}: {wrong[0]!r} is not an integer token id")
-        return [int(v) for v in values]
-    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() > 1:
-        shape = list(tensor.shape)
-        raise HandloomError(f"{what} must be integer token ids, got {tensor.dtype} of shape {shape}")
-    return tensor.reshape(-1).tolist()
-
-
-def _eos(model, tokenizer) -> set[int]:
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or ())
-    return found
-
-
-def _learned_positions(model, limit: int) -> bool:
-    words = model.get_input_embeddings()
-    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words)
-    # Some models keep a few rows in front for padding positions.
-    return any(limit <= table.num_embeddings <= limit + 2 for table in tables)
-
-
-def _stack_hidden(outs) -> tuple[torch.Tensor, ...]:
-    width = max(out.hidden[0].shape[1] for out in outs)
-    layers = zip(*(out.hidden for out in outs), strict=True)
-    pad = torch.nn.functional.pad
-    return tuple(torch.cat([pad(h, (0, 0, 0, width - h.shape[1])) for h in layer]) for layer in layers)
 
 
 def _bar(total: int, progress: bool | None):

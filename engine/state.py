@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .cache.sequence import Row
-from .errors import HandloomError
+from .errors import CapabilityError, HandloomError
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,7 +77,7 @@ class State:
         hidden = None
         if all(state.hidden_states is not None for state in filled):
             layers = zip(*(state.hidden_states for state in filled), strict=True)
-            hidden = tuple(_stacked(layer) for layer in layers)
+            hidden = tuple(stacked(layer) for layer in layers)
         return cls(
             rows=tuple(row for state in filled for row in state.rows),
             logits=torch.cat([state.logits for state in filled]),
@@ -170,7 +170,51 @@ class State:
         return states.masked_fill(~real[..., None], 0)
 
 
-def _stacked(parts) -> torch.Tensor:
+def continuations(state: State, tokens, counts, vocab_size: int, max_length: int) -> list[list[int]]:
+    """The ids that each row of a State is to be fed, or an error that names the row."""
+    if not torch.is_tensor(tokens) and not isinstance(tokens, list | tuple):
+        raise HandloomError(f"tokens must be [B, n] ids or one list of ids per row, got {tokens!r}")
+    rows = [whole_numbers(row, f"row {i}") for i, row in enumerate(tokens)]
+    if counts is not None:
+        wanted = whole_numbers(counts, "counts")
+        if len(wanted) != len(rows):
+            raise HandloomError(f"{len(wanted)} counts for {len(rows)} rows of tokens")
+        for i, (n, row) in enumerate(zip(wanted, rows, strict=True)):
+            if not 1 <= n <= len(row):
+                raise HandloomError(f"row {i}: count {n} is not in 1..{len(row)}")
+        rows = [row[:n] for row, n in zip(rows, wanted, strict=True)]
+    if len(rows) != len(state):
+        raise HandloomError(f"{len(rows)} rows of tokens for a State of {len(state)} rows")
+    for i, (new, row) in enumerate(zip(rows, state.rows, strict=True)):
+        if not new:
+            raise HandloomError(f"row {i} is given no token; select the rows that go on first")
+        wrong = [t for t in new if not 0 <= t < vocab_size]
+        if wrong:
+            raise HandloomError(f"row {i}: token id {wrong[0]} is not in 0..{vocab_size - 1}")
+        if row.length + len(new) > max_length:
+            raise CapabilityError(
+                f"row {i} would have {row.length + len(new)} tokens, more than max_length={max_length}"
+            )
+    return rows
+
+
+def whole_numbers(values, what: str) -> list[int]:
+    """A flat list of ints from a list or an integer tensor."""
+    tensor = values if torch.is_tensor(values) else None
+    if tensor is None:
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise HandloomError(f"{what} must be a list of token ids, got {values!r}")
+        wrong = [v for v in values if isinstance(v, bool) or not hasattr(v, "__index__")]
+        if wrong:
+            raise HandloomError(f"{what}: {wrong[0]!r} is not an integer token id")
+        return [int(v) for v in values]
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() > 1:
+        shape = list(tensor.shape)
+        raise HandloomError(f"{what} must be integer token ids, got {tensor.dtype} of shape {shape}")
+    return tensor.reshape(-1).tolist()
+
+
+def stacked(parts) -> torch.Tensor:
     """`[B, n, D]` of several widths n in one, padded with zeros on the right."""
     width = max(part.shape[1] for part in parts)
     pad = torch.nn.functional.pad

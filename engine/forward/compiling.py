@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..cache.feed import Feed
 from ..cache.paged import ATTENTION
 from ..errors import CapabilityError
-from .model import FOREIGN, Model
+from .model import Model
+from .passes import FOREIGN
 
 log = logging.getLogger("handloom")
 # Largest mean difference to the eager logits, in standard deviations of them, that is rounding and not structure.

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 
 from ..cache.sequence import History, Row
 from .capabilities import Capabilities, Capability
-from .model import Output, _longer, _padded
+from .model import longer_rows
+from .passes import Output, padded
 
 
 @dataclass(eq=False)
@@ -63,12 +64,12 @@ class SoloModel:
         for row, new in zip(rows, tokens, strict=True):
             session = self._session(row)
             parts = [self._feed(session, [token], None, hidden) for token in new]
-            logits.append(_padded(torch.cat([p.logits for p in parts], 1), width))
+            logits.append(padded(torch.cat([p.logits for p in parts], 1), width))
             if hidden:
                 joined = [torch.cat(h, 1) for h in zip(*(p.hidden for p in parts), strict=True)]
-                layers.append([_padded(h, width) for h in joined])
+                layers.append([padded(h, width) for h in joined])
             row = Row(None, row.history, row.prompt_length, session)
-            longer += _longer([row], [None], [new])
+            longer += longer_rows([row], [None], [new])
         joined = tuple(torch.cat(parts) for parts in zip(*layers, strict=True)) if hidden else None
         return tuple(longer), Output(torch.cat(logits), joined)
 

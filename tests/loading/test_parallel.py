@@ -13,6 +13,7 @@ from helpers import tiny_llama
 
 from handloom import Engine
 from handloom.errors import ModelError, ParameterError
+from handloom.loop.intake import checked, one_params
 
 PROMPTS = prompts_of([3, 9, 1])  # two slots: the third row replaces another
 SCRIPT = """
@@ -80,7 +81,7 @@ def test_time_limits_are_refused_where_ranks_could_stop_apart():
     split = SimpleNamespace(_tp_size=2)
     engine.model = split
     with pytest.raises(ParameterError, match=r"max_time=60.*clock"):
-        engine._checked(engine._one(None, False, {"max_time": 60}), 3)
+        checked(engine, one_params(engine, None, False, {"max_time": 60}), 3)
 
 
 def test_a_model_spread_by_accelerate_answers_as_one_in_one_piece(tmp_path):

@@ -1,0 +1,210 @@
+"""One forward pass of a Hugging Face causal LM over the block pool; nothing of the model is patched."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import weakref
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface
+
+from ..cache.feed import Feed
+from ..cache.paged import ATTENTION, HYBRID, RECURRENT, PagedCache, layer_plan
+from ..cache.pool import BlockPool
+from ..errors import CapabilityError
+from ..kernels.attention.attention import paged_attention
+from ..kernels.attention.attention_cpu import CellPlan, paged_attention_cpu
+from .ragged import install_mask_hook, rope_switch, rotate_rows, row_wise_ropes
+
+_names = itertools.count()
+LONG = 32  # more new tokens than this are a prompt: torch's own attention over gathered cells is faster
+# Arguments by which a model asks its attention for something that ours does not do.
+FOREIGN = ("position_bias", "indices", "block_indices", "head_mask")
+
+
+@dataclass
+class Output:
+    """What a forward pass gives: `logits [B, n, V]` float32, hidden states, recurrent states and their steps."""
+
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] | None = None
+    states: tuple[torch.Tensor, ...] = ()
+    steps: tuple[tuple[torch.Tensor, ...], ...] = ()
+
+
+class Pass:
+    """One ragged, paged forward pass over a model; the arguments are those of `Model`."""
+
+    def __init__(self, module, pool: BlockPool, path: str, prefill_chunk: int = 512):
+        self.module, self.pool, self.path, self.prefill_chunk = module, pool, path, prefill_chunk
+        self.config = module.config.get_text_config(decoder=True)
+        self.plan = layer_plan(module.config)
+        self.recurrent = any(kind in RECURRENT | HYBRID for kind, _ in self.plan)
+        self.paged = any(kind in ATTENTION | HYBRID for kind, _ in self.plan)
+        self.alone = False  # attend every row by itself, whatever it costs
+        pool.scrub = True  # rectangles of cells are read and masked afterwards
+        self.cache = PagedCache(self.plan, pool, path)
+        self.layout = self.cache  # a cache whose recurrent states are laid out as the model wants them
+        self._arguments = self._accepted(module)
+        self._name = f"handloom_{next(_names)}"
+        self._step: CellPlan | None = None
+        self._feed: Feed | None = None
+        self._ropes = row_wise_ropes(module)
+        self.restart = rope_switch(self.config)
+        self.compiled = None  # a CompiledStep that runs passes of one token per row
+        if path == "attention":
+            me = weakref.ref(self)
+            AttentionInterface.register(self._name, lambda *a, **kw: me().attend(*a, **kw))
+            weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
+        elif path == "mask":
+            install_mask_hook()
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what a cell holds depends on the tokens up to it alone, so that equal prefixes may share it."""
+        return self.paged and not self.recurrent and not self._ropes
+
+    @property
+    def takes_prompts_together(self) -> bool:
+        """Whether several prompts may share a pass; not where a row's bits must not depend on its neighbours."""
+        return self.path == "attention" and self.shares_prefixes and not self.restart and not self.alone
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        return self.module.get_input_embeddings().weight.device
+
+    @staticmethod
+    def _accepted(module) -> set[str]:
+        return set(inspect.signature(module.forward).parameters)
+
+    # -- one forward pass
+
+    def forward(
+        self, feed: Feed, cache: PagedCache | None = None, *, hidden=False, last_only=False
+    ) -> Output:
+        """Run the model over `feed`, writing its keys and values to the pool.
+
+        Args:
+            feed: the new tokens of each row.
+            cache: a cache that holds recurrent states, updated in place; None for models without.
+            hidden: return hidden states as well.
+            last_only: logits of each row's last token only, `[B, 1, V]`.
+        """
+        if self.path == "rows" and len(feed.tables) > 1:
+            return self._forward_rows(feed, hidden, last_only)
+        cache = self.cache if cache is None else cache
+        cache.bind(feed)
+        self._aim(feed)
+        if self.compiled is not None and not last_only and self.compiled.takes(feed, hidden):
+            return Output(self.compiled(feed))
+        arguments = {"use_cache": True}
+        arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
+        if feed.embeddings is None:
+            arguments["input_ids"] = feed.ids
+        else:
+            arguments["inputs_embeds"] = feed.embeddings
+        if "position_ids" in self._arguments:
+            arguments["position_ids"] = feed.positions
+        ragged = last_only and feed.counts is not None
+        if last_only and not ragged and "logits_to_keep" in self._arguments:
+            arguments["logits_to_keep"] = 1
+        if hidden:
+            arguments["output_hidden_states"] = True
+        with self._ours(), self._last_of_each(feed) if ragged else nullcontext():
+            out = self.module(**arguments)
+        logits = out.logits
+        if last_only:
+            logits = logits[:, -1:] if logits.shape[1] == 1 or not ragged else last_of_rows(logits, feed)
+        states = tuple(out.hidden_states) if hidden else None
+        return Output(logits.float(), states, cache.states() if self.recurrent else ())
+
+    def _forward_rows(self, feed: Feed, hidden, last_only) -> Output:
+        """One forward pass per row, for models that take the position of a whole batch from its first row."""
+        parts = [self.forward(row, hidden=hidden, last_only=last_only) for row in feed.rows()]
+        width = 1 if last_only else feed.width
+        logits = torch.cat([padded(part.logits, width) for part in parts])
+        if not hidden:
+            return Output(logits)
+        layers = zip(*(part.hidden for part in parts), strict=True)
+        return Output(logits, tuple(torch.cat([padded(h, feed.width) for h in layer]) for layer in layers))
+
+    def _aim(self, feed: Feed) -> None:
+        """What our attention function reads in the coming pass."""
+        self._feed, self._step = feed, None
+        known = feed.positions.device.type == "cpu" and len(feed.tables) > 0  # not so in a recorded step
+        if self.path == "attention" and (known or feed.width > LONG):
+            self._step = CellPlan(
+                feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts, alone=self.alone
+            )
+
+    @contextmanager
+    def _ours(self):
+        """Our attention function and rotations for the length of one pass; the model is left as it was."""
+        handles = [part.register_forward_hook(rotate_rows, with_kwargs=True) for part in self._ropes]
+        settings = vars(self.config)  # the property's setter walks all sub-configurations, at every step
+        theirs = settings["_attn_implementation_internal"]
+        if self.path == "attention":
+            settings["_attn_implementation_internal"] = self._name
+        try:
+            yield
+        finally:
+            settings["_attn_implementation_internal"] = theirs
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _last_of_each(self, feed: Feed):
+        """The output layer sees each row's last token alone, for the length of one pass.
+
+        A model that calls it in another way computes all logits, from which they are picked afterwards.
+        """
+        output = self.module.get_output_embeddings()
+        if output is None:
+            yield
+            return
+
+        def pick(layer, inputs):
+            states = inputs[0] if inputs else None
+            if torch.is_tensor(states) and states.shape[:2] == feed.positions.shape:
+                return last_of_rows(states, feed), *inputs[1:]
+            return None
+
+        handle = output.register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def attend(
+        self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
+        s_aux=None, **kwargs,
+    ):  # fmt: skip
+        """The attention function that transformers calls: query `[B, H, Q, D]`, key and value as the pool has them."""
+        for name in FOREIGN:
+            if kwargs.get(name) is not None:
+                raise CapabilityError(f"attention with {name} is not paged")
+        if key.dim() != 4 or key.shape[:2] != (self.pool.capacity, self.pool.block_size):
+            raise CapabilityError("the model reshapes what its cache returns, so its attention is not paged")
+        feed, query = self._feed, query.transpose(1, 2)
+        options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        if self._step is not None:
+            return paged_attention_cpu(query, key, value, plan=self._step, **options), None
+        counts, place = feed.fresh(), query.device
+        counts = None if counts is None else counts.to(place)
+        table, lengths = feed.blocks().to(place), feed.valid().to(place)
+        return paged_attention(query, key, value, table, lengths, counts=counts, **options), None
+
+
+def last_of_rows(part, feed):
+    """`[B, Q, ...]` -> `[B, 1, ...]`: the last real entry of each row."""
+    rows = torch.arange(part.shape[0], device=part.device)
+    return part[rows, feed.fresh().to(part.device) - 1][:, None]
+
+
+def padded(part, width):
+    """`[B, n, ...]` -> `[B, width, ...]`, zero behind what there is."""
+    return torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1]))

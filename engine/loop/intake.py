@@ -1,0 +1,86 @@
+"""What a caller asks for, as requests: prompts encoded, parameters read and validated, nothing computed."""
+
+from __future__ import annotations
+
+from ..errors import ParameterError
+from ..loading.parallel import fresh_seed, is_split
+from ..params.sampling_params import SamplingParams
+from ..text.prompts import Prompt, encode_prompts
+from .request import Prefilled, Request
+
+
+def encoded(engine, prompts) -> tuple[list[Prompt], bool]:
+    """The prompts as ids or embeddings, and whether a single one was given."""
+    return encode_prompts(
+        engine.tokenizer,
+        prompts,
+        vocab_size=engine.model.get_input_embeddings().weight.shape[0],
+        hidden_size=engine.model.get_input_embeddings().weight.shape[1],
+        max_length=engine.max_length,
+    )
+
+
+def requests_of(engine, prompts, params, defaults, overrides) -> tuple[list[Request], bool]:
+    """One Request a sample, in request order, and whether a single prompt was given; see `Engine.requests`."""
+    given, single = encoded(engine, prompts)
+    wanted = _params(engine, params, len(given), defaults, overrides)
+    requests = []
+    for index, (prompt, asked) in enumerate(zip(given, wanted, strict=True)):
+        try:
+            asked = checked(engine, asked, len(prompt))
+        except ParameterError as error:
+            raise ParameterError(f"request {index}: {error}") from error
+        seed = fresh_seed(engine.model) if asked.seed is None else asked.seed
+        shared = Prefilled(waiting=asked.n)
+        requests += [Request(index, sample, prompt, asked, seed, shared) for sample in range(asked.n)]
+    return requests, single
+
+
+def checked(engine, asked: SamplingParams, prompt_length: int) -> SamplingParams:
+    """The parameters with every string as ids, or a ParameterError."""
+    if asked.stop and engine.tokenizer is None:
+        raise ParameterError(f"stop={asked.stop!r} needs a tokenizer; use stop_token_ids")
+    if asked.max_length is not None and asked.max_length <= prompt_length:
+        raise ParameterError(
+            f"max_length={asked.max_length} counts the prompt, which has {prompt_length} tokens"
+        )
+    if asked.max_time is not None and is_split(engine.model):
+        raise ParameterError(
+            f"max_time={asked.max_time} is read from each rank's own clock, and a rank that stops alone leaves "
+            "the others waiting for ever; use max_new_tokens"
+        )
+    asked = asked.resolve(engine.tokenizer)
+    asked.check_vocabulary(engine.vocab_size)
+    engine.pipeline.for_params(asked).check(asked)
+    return asked
+
+
+def _params(engine, params, count: int, defaults: str, overrides) -> list[SamplingParams]:
+    if defaults not in ("none", "model"):
+        raise ParameterError(f'defaults={defaults!r} is not "none" or "model"')
+    listed = list(params) if isinstance(params, list | tuple) else [params] * count
+    if len(listed) != count:
+        raise ParameterError(f"{len(listed)} params for {count} prompts; give one, or one for each")
+    return [one_params(engine, item, defaults == "model", overrides) for item in listed]
+
+
+def one_params(engine, item, model_defaults: bool, overrides) -> SamplingParams:
+    """The parameters of one prompt, from anything that `Engine.generate` takes."""
+    if isinstance(item, SamplingParams):
+        return item.replace(**overrides) if overrides else item
+    if item is not None and not isinstance(item, dict):
+        if not hasattr(item, "to_diff_dict"):
+            raise ParameterError(
+                f"params={item!r} is not SamplingParams, a GenerationConfig, a dict, or a list of one per prompt"
+            )
+        return _from_config(engine, item, overrides)
+    named = {**(item or {}), **overrides}
+    return (
+        _from_config(engine, engine.model.generation_config, named)
+        if model_defaults
+        else SamplingParams(**named)
+    )
+
+
+def _from_config(engine, config, overrides) -> SamplingParams:
+    return SamplingParams.from_generation_config(config, eos_token_ids=engine.eos_token_ids, **overrides)
