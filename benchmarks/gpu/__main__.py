@@ -8,8 +8,9 @@
 Every section is a process of its own, so that a fault in one spoils no other. They start together, compile and warm
 up side by side, and measure one at a time, with the device to themselves. Every row is appended to
 benchmarks/results/gpu_check.jsonl as soon as it is there, with commit, GPU and versions; last comes what was aimed at,
-what was measured and whether it was met. Exit status: 0 all well, 1 a check failed, was interrupted or found no time,
-2 no GPU. An aim that was missed is no failure.
+what was measured and whether it was met. Other libraries (flashinfer, vllm) are timed beside where they can be imported.
+Exit status: 0 all well, 1 a check failed, was interrupted or found no time, 2 no GPU. An aim that was missed is no
+failure.
 """
 
 import argparse
@@ -100,6 +101,7 @@ SECTIONS = [
     Section(kernels.sampling_peers, 40, 9),
     Section(decode.four_bits, 25, 9),
     Section(decode.waits_of_replacement, 5, 9),
+    Section(checks.tensor_parallel, 120, 9, cuda=True),
     Section(checks.memory_faults, 240, 9, cuda=True),
 ]
 

@@ -3,12 +3,15 @@
 Every check takes a `Scale` and yields one text a failure, and None for a case that is well.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -251,6 +254,35 @@ def silent_steps(scale: Scale) -> Iterator[str]:
             yield f"the decode loop waits for the device: {error}"
         finally:
             events.close()
+
+
+def tensor_parallel(scale: Scale) -> Iterator[str | None]:
+    """Two ranks under NCCL, where there are two devices, draw the tokens that one draws, also on the second device."""
+    from helpers import tiny_llama
+
+    if torch.cuda.device_count() < 2:
+        yield None
+        return
+    model = tiny_llama()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += [str(ROOT / "tests" / "support" / "ranks.py"), folder, json.dumps(PROMPTS[:3])]
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        if done.returncode:
+            yield f"exit status {done.returncode}: {done.stderr[-600:]}"
+            return
+        found = [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(2)]
+    for device in ("cuda:0", "cuda:1"):
+        engine = Engine(model.to(device), slots=2, max_length=64)
+        answers = engine.generate(PROMPTS[:3], max_new_tokens=8, progress=False)
+        alone = [answer.token_ids for answer in answers]
+        yield from (
+            f"rank {rank} and {device} alone differ: {ranks['greedy']} != {alone}"
+            for rank, ranks in enumerate(found)
+            if ranks["greedy"] != alone
+        )
+        yield None
 
 
 ODD_SHAPES = "import benchmarks.gpu.checks as checks; checks.odd_shapes()"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,30 +17,15 @@ from handloom.errors import ModelError, ParameterError
 from handloom.loop.intake import checked, one_params
 
 PROMPTS = prompts_of([3, 9, 1])  # two slots: the third row replaces another
-SCRIPT = """
-import json, os, sys
-import torch
-from handloom import Engine
-torch.set_num_threads(1)
-folder, prompts = sys.argv[1], json.loads(sys.argv[2])
-engine = Engine.from_pretrained(folder, tp_plan="auto", dtype="float32", slots=2, max_length=64)
-torch.manual_seed(100 + int(os.environ["RANK"]))
-def ask(**params):
-    return [g.token_ids for g in engine.generate(prompts, max_new_tokens=8, **params)]
-found = {"greedy": ask(), "seeded": ask(temperature=1.0, seed=7), "unseeded": ask(temperature=1.0)}
-found["heads"] = engine.pool.stores[0].keys.shape[-2]
-with open(f"{folder}/rank{os.environ['RANK']}.json", "w") as file:
-    json.dump(found, file)
-"""
+RANKS = Path(__file__).resolve().parents[1] / "support" / "ranks.py"
 
 
 @pytest.mark.slow
 def test_two_processes_draw_the_tokens_of_one(tmp_path):
     model = tiny_llama()
     model.save_pretrained(tmp_path)
-    (tmp_path / "script.py").write_text(SCRIPT)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(tmp_path / "script.py"), str(tmp_path), json.dumps(PROMPTS)]
+    arguments = [str(RANKS), str(tmp_path), json.dumps(PROMPTS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *launch, *arguments], env=environment, capture_output=True, text=True, timeout=600
