@@ -8,7 +8,7 @@
 Every section is a process of its own, so that a fault in one spoils no other. They start together, compile and warm
 up side by side, and measure one at a time, with the device to themselves. Every row is appended to
 benchmarks/results/gpu_check.jsonl as soon as it is there, with commit, GPU and versions; last comes what was aimed at,
-what was measured and whether it was met. Other libraries (flashinfer, vllm) are timed beside where they can be imported.
+what was measured and whether it was met. FlashInfer and vLLM are timed beside where they can be imported.
 Exit status: 0 all well, 1 a check failed, was interrupted or found no time, 2 no GPU. An aim that was missed is no
 failure.
 """
