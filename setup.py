@@ -19,6 +19,11 @@ QUANT = [
 GRAMMAR = [
     "llguidance>=1.3",
 ]
+EXPERIMENTS = [
+    "matplotlib>=3.9",
+    "pyyaml>=6",
+    "sacrebleu>=2.4",
+]
 BENCH = [
     "matplotlib>=3.9",
     "psutil>=5.9",
@@ -28,6 +33,7 @@ DEV = [
     *QUANT,
     *GRAMMAR,
     *BENCH,
+    *EXPERIMENTS,
     "build>=1.2",
     "hypothesis>=6.100",
     "logits-processor-zoo>=0.2.1",
@@ -72,6 +78,13 @@ setup(
         "transformers>=5.17",
         'triton>=3.6; sys_platform == "linux"',
     ],
-    extras_require={"demo": DEMO, "quant": QUANT, "grammar": GRAMMAR, "bench": BENCH, "dev": DEV},
+    extras_require={
+        "demo": DEMO,
+        "quant": QUANT,
+        "grammar": GRAMMAR,
+        "experiments": EXPERIMENTS,
+        "bench": BENCH,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["handloom = handloom.cli:main"]},
 )

@@ -28,9 +28,9 @@ except ModuleNotFoundError as error:
 import handloom
 
 from ..errors import HandloomError, ParameterError, PromptError
+from ..experiments.records import Record, ResultFile, read_records
 from ..loading import demo
 from . import options, terminal
-from .records import Record, ResultFile, read_records
 
 if TYPE_CHECKING:
     from ..engine import Engine

@@ -16,8 +16,8 @@ import pytest
 import handloom
 from handloom.cli import command as cli
 from handloom.cli import options
-from handloom.cli.records import ResultFile, read_records
 from handloom.errors import HandloomError, ParameterError, PromptError
+from handloom.experiments.records import ResultFile, read_records
 from handloom.params.sampling_params import SamplingParams
 
 COMMAND = [sys.executable, str(Path(fake_engine.__file__)), "--model", "fake/model"]

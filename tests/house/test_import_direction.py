@@ -22,6 +22,7 @@ LAYERS = [
     {"loop"},
     {"engine", "state"},
     {"strategies", "laws", "compat"},
+    {"experiments"},
     {"cli"},
     {"__main__"},
     {"benchmarks"},
