@@ -13,9 +13,10 @@ from torch import Tensor
 from ..errors import ParameterError
 from .foreign.huggingface import HFProcessor, is_huggingface
 from .forms import Adapted, Context, Edit, Function, Keep, Processor
+from .members import reasons, unfused_alone
 from .processors import DEFAULT_ORDER
 from .processors.temperature import Temperature
-from .rows import Drawn, Rows, reasons, unfused_alone
+from .rows import Drawn, Rows
 
 __all__ = [
     "Context",

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from handloom import Engine, SamplingParams
 from handloom.kernels.sampling.reference import apply_edits
 from handloom.pipeline import rows as rows_module
+from handloom.pipeline.members import unfused_alone
 from handloom.pipeline.pipeline import Context, Pipeline
 from handloom.pipeline.processors import (
     DEFAULT_ORDER,
@@ -30,7 +31,6 @@ from handloom.pipeline.processors import (
     Temperature,
     TopK,
 )
-from handloom.pipeline.rows import unfused_alone
 
 VOCAB = 150
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from handloom.errors import ParameterError
 from handloom.kernels.sampling.draw import draw
 from handloom.params.sampling_params import SamplingParams
+from handloom.pipeline.members import merge, reasons
 from handloom.pipeline.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning
 from handloom.pipeline.processors import (
     DEFAULT_ORDER,
@@ -25,7 +26,6 @@ from handloom.pipeline.processors import (
     TopK,
     TopP,
 )
-from handloom.pipeline.rows import merge, reasons
 
 VOCAB = 300
 

@@ -12,8 +12,8 @@ from ...errors import ParameterError
 from ...loop.generation import Event
 from ...loop.loop import blame
 from ...loop.request import Prefilled, Request
+from ...pipeline.members import put_memory, select_memory
 from ...pipeline.pipeline import Context, Rows
-from ...pipeline.rows import put_memory, select_memory
 from ...state import State
 
 

@@ -1,0 +1,77 @@
+"""What a processor may read about one decode step."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Context:
+    """Everything a processor may read about one decode step of B rows.
+
+    tokens: [B, T] int64 history (prompt and output), -1 beyond a row's length and at embedding positions; may
+        be given as a function without arguments, which is called the first time a processor asks for history.
+    lengths, prompt_lengths: [B] int64. `positions` is `lengths`: the absolute position of the token drawn
+    now. seeds, streams: [B] int64, the keys of the draw's noise.
+    params: one `SamplingParams` or None per row.
+    values: parameters of the processor that is running, one attribute per field, [B, 1].
+    memory: memory of the processor that is running, or None.
+    notes: what `apply` leaves for the `accept` of the same step (same Context).
+    cache: what several processors of one step share, such as the history once it is built. A processor that
+        must give up on a row leaves it without a token and says why in `cache["failures"][row]`.
+    exclusive: nobody goes back to the memory of an earlier step, so that it may be changed where it lies.
+    """
+
+    tokens: Any = None
+    lengths: Tensor | None = None
+    prompt_lengths: Tensor | None = None
+    seeds: Tensor | None = None
+    streams: Tensor | None = None
+    params: Sequence[Any] | None = None
+    vocab_size: int | None = None
+    device: Any = None
+    eos_token_ids: frozenset[int] = frozenset()
+    values: Any = None
+    memory: Any = None
+    notes: dict = dataclasses.field(default_factory=dict)
+    cache: dict = dataclasses.field(default_factory=dict)
+    exclusive: bool = False
+    key: Any = None
+
+    @property
+    def positions(self) -> Tensor:
+        """[B] int64: absolute position of the token that is drawn in this step."""
+        return self.lengths
+
+    @property
+    def history(self) -> Tensor:
+        """[B, T] int64: the token history, built on first use."""
+        if not callable(self.tokens):
+            return self.tokens
+        if "history" not in self.cache:
+            self.cache["history"] = self.tokens()
+        return self.cache["history"]
+
+    @property
+    def output_lengths(self) -> Tensor:
+        """[B] int64: how many tokens each row has generated so far."""
+        return self.lengths - self.prompt_lengths
+
+    def view(self, key: Any, values: Any, memory: Any) -> Context:
+        """The same step as one processor sees it: its own values, memory and notes."""
+        other = copy.copy(self)
+        other.key, other.values, other.memory = key, values, memory
+        return other
+
+    def note(self, value: Any) -> None:
+        """Leave `value` for the `accept` that follows this `apply`."""
+        self.notes[self.key] = value
+
+    def noted(self) -> Any:
+        """What `apply` left in this step, or None."""
+        return self.notes.get(self.key)

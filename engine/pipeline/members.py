@@ -1,0 +1,157 @@
+"""The members of a `Rows`: one processor's settings and memory of every row, and where each of them can run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import ParameterError
+from ..kernels.sampling.rules import Rule
+from .forms import Context, Edit, Keep, Processor, values_of
+from .processors.temperature import Temperature
+
+
+class Member:
+    """One processor of a `Rows`: for which rows it is on, their settings, packed values and memory."""
+
+    def __init__(self, processor: Processor, size: int):
+        self.processor = processor
+        self.settings: list[dict[str, Any]] = [processor.settings(None)] * size
+        self.on = [False] * size
+        self.memory: Any = None
+        self.values: Any = None
+
+    def copy(self, **changes: Any) -> Member:
+        """A shallow copy with some attributes replaced."""
+        other = Member.__new__(Member)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.update(changes)
+        return other
+
+    def set(self, row: int, settings: dict[str, Any], on: bool) -> None:
+        """Replace one row's settings; the packed values are rebuilt when they are next needed."""
+        self.settings[row], self.on[row], self.values = settings, on, None
+
+    def ready(self, site: Context) -> Any:
+        """The packed values, built if a row has changed."""
+        if self.values is None:
+            self.values = values_of(self.processor, self.settings, self.on, site)
+        return self.values
+
+
+def select_memory(memory: Any, index: Tensor) -> Any:
+    """Memory of the rows `index` [N] int64, in that order; repeated rows get memory of their own."""
+    if memory is None:
+        return None
+    if isinstance(memory, dict):
+        return {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in memory.items()}
+    return memory.select(index.tolist())
+
+
+def put_memory(memory: Any, row: int, fresh: Any) -> Any:
+    """`memory` with one row replaced by the memory `fresh` of a single row."""
+    if not isinstance(memory, dict):
+        return memory.put(row, fresh)
+    memory = {name: tensor.clone() for name, tensor in memory.items()}
+    for name, tensor in memory.items():
+        tensor[row] = fresh[name][0]
+    return memory
+
+
+@dataclasses.dataclass
+class Plan:
+    """Where the members of a `Rows` run: the first `unfused` members one by one, then the fused sampler.
+
+    edits: members that edit there. remembering: truncation rules there that have memory. rules: the truncation
+    rules in order, a member's index where its parameter is in memory, and made in every step. temperature: [B]
+    float32, 0 for greedy rows; None: no row needs one. untouched: [B] bool, greedy rows for which no member is on;
+    None: none. Where all rows are greedy, the last three are not needed: what the sampler truncates by keeps the
+    most probable token.
+    """
+
+    unfused: list[int]
+    edits: list[int]
+    remembering: list[int]
+    rules: list[Rule | int] = dataclasses.field(default_factory=list)
+    temperature: Tensor | None = None
+    untouched: Tensor | None = None
+
+
+def reasons(
+    processors: Sequence[Processor],
+    settings: Sequence[Sequence[dict]],
+    device_type: str = "cpu",
+    greedy: Sequence[bool] | None = None,
+) -> list[str]:
+    """Why each processor, on beside the others, cannot run in the fused sampler; "" for those that can.
+
+    The sampler takes edits, then a temperature, then truncation rules, and nothing before it may come after it:
+    so what it runs is the longest end of the pipeline in that order.
+
+    settings: of each processor, those of the rows for which it is on. greedy: whether it is on for a greedy row.
+    """
+    found, follower, ends = [""] * len(processors), "", len(processors) - 1
+    keeps, sparse = True, ""
+    for i in range(ends, -1, -1):
+        processor = processors[i]
+        own = unfused_alone(processor, settings[i], device_type)
+        if isinstance(processor, Keep) and not own and greedy and greedy[i] and not processor.keeps_argmax:
+            own = "it may drop the most probable token of a greedy row, which the sampler takes"
+        if not own and follower:
+            own = f"runs before {follower}, which the sampler cannot follow"
+        elif not own and isinstance(processor, Keep):
+            if not keeps:
+                own = f"runs before {processors[i + 1].name}, and the sampler truncates last"
+            elif i < ends and remembers(processor):
+                own = f"runs before {processors[i + 1].name}, and remembers what it left itself"
+        elif not own and isinstance(processor, Temperature):
+            if not keeps:
+                own = f"runs before {processors[i + 1].name}, and the sampler edits first"
+            keeps = False
+        elif not own:
+            keeps = False
+            if processor.form == "pointwise" and sparse:
+                own = f"runs before {sparse}, and the sampler edits listed tokens first"
+            sparse = processor.name if processor.listed is not None else sparse
+        found[i], follower = own, follower or (processor.name if own else "")
+    return found
+
+
+def unfused_alone(processor: Processor, rows: Sequence[dict] = (), device_type: str = "cpu") -> str:
+    """Why a processor cannot run in the fused sampler, whatever stands beside it; "" if it can.
+
+    rows: settings of the rows for which it is on.
+    """
+    if isinstance(processor, Temperature) and type(processor).edit is Temperature.edit:
+        return ""
+    return processor.unfused(device_type, rows) if isinstance(processor, Edit | Keep) else "opaque"
+
+
+def remembers(processor: Processor) -> bool:
+    """Whether a processor has memory."""
+    return type(processor).start is not Processor.start
+
+
+def merge(chains: Sequence[Sequence[Processor]]) -> list[Processor]:
+    """One order of all chains' processors that keeps the order of each; shared processors appear once.
+
+    Raises ParameterError when two chains hold the same two processors in opposite orders.
+    """
+    merged: list[Processor] = []
+    for chain in chains:
+        place = 0
+        for processor in chain:
+            found = next((i for i, other in enumerate(merged) if other is processor), None)
+            if found is None:
+                merged.insert(place, processor)
+                place += 1
+            elif found < place:
+                raise ParameterError(
+                    f"{processor!r} stands at different places in the pipelines of this batch"
+                )
+            else:
+                place = found + 1
+    return merged
