@@ -23,10 +23,10 @@ from transformers import (
     TextStreamer,
 )
 
+from handloom import laws
 from handloom.compat import bridge as compat
 from handloom.engine import Engine
 from handloom.errors import CapabilityError, ParameterError
-from handloom.laws import laws
 from handloom.params.sampling_params import SamplingParams
 from handloom.pipeline.foreign import zoo
 from handloom.pipeline.pipeline import Context, Pipeline

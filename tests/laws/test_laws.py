@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import tiny_llama
 
-from handloom import Engine, ParameterError, Processor, SamplingParams
+from handloom import Engine, ParameterError, Processor, SamplingParams, laws
 from handloom.kernels import dispatch
-from handloom.laws import laws, naive
+from handloom.laws import naive
 from handloom.pipeline.processors import DEFAULT_ORDER, Edit
 from handloom.strategies import beam_search, speculative
 

@@ -10,8 +10,7 @@ from languages import ASKED, END, A, B, Letters, Nested, V, Word, after, allowed
 from recorded_graph import install
 from tiny_tokenizers import byte_fallback, byte_level
 
-from handloom import Engine, SamplingParams, draw
-from handloom.laws import laws
+from handloom import Engine, SamplingParams, draw, laws
 from handloom.pipeline.grammars.matchers import forbid
 from handloom.pipeline.pipeline import Context, Pipeline
 from handloom.pipeline.processors import Grammar, allow

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import assert_nothing_leaked, tiny_llama
 
-from handloom import Engine, ParameterError, Processor, SamplingParams
-from handloom.laws import laws, naive
+from handloom import Engine, ParameterError, Processor, SamplingParams, laws
+from handloom.laws import naive
 from handloom.strategies import beam_search
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11, 3, 3], [7, 70]]

@@ -3,8 +3,7 @@
 import pytest
 from helpers import assert_nothing_leaked, recorded, text_engine, tiny_llama
 
-from handloom import Engine, ParameterError, SamplingParams
-from handloom.laws import laws
+from handloom import Engine, ParameterError, SamplingParams, laws
 from handloom.strategies import best_of_n
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]

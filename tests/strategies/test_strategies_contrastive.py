@@ -4,8 +4,7 @@ import pytest
 import torch
 from helpers import assert_nothing_leaked, poisoned, tiny_llama
 
-from handloom import Engine, ParameterError, SamplingParams
-from handloom.laws import laws
+from handloom import Engine, ParameterError, SamplingParams, laws
 from handloom.strategies import contrastive_search
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
