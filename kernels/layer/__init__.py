@@ -1,0 +1,1 @@
+"""layer: what a decoder layer does between its products."""
