@@ -116,11 +116,11 @@ def graph_replay(scale: Scale) -> Iterator[str | None]:
     )
     plan = Plan(x, rules=settings["rules"])
     first = settings["positions"].clone()
-    sample_fused(x, plan=plan, **settings)
+    sample_fused(rules.Call(x, **settings), plan=plan)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = sample_fused(x, plan=plan, **settings)
+        captured = sample_fused(rules.Call(x, **settings), plan=plan)
         settings["positions"] += 1
     settings["positions"].copy_(first)
     held = torch.cuda.memory_allocated()
@@ -129,7 +129,7 @@ def graph_replay(scale: Scale) -> Iterator[str | None]:
             settings["rules"][0].parameter.fill_(3.0)
             settings["temperature"].fill_(0.5)
         graph.replay()
-        eager = sample_fused(x, **{**settings, "positions": first + step}).tokens
+        eager = sample_fused(rules.Call(x, **{**settings, "positions": first + step})).tokens
         if not torch.equal(captured.tokens, eager):
             yield f"replay {step}: {captured.tokens.tolist()} != {eager.tolist()}"
         del eager
@@ -325,7 +325,7 @@ def odd_shapes(device: str = "cuda") -> None:
         for several in ((), chosen[1:], chosen):
             plan = Plan(x, rules=several, logprobs=True)
             for _ in range(2):
-                sample_fused(x, plan=plan, logprobs=True, **settings | {"rules": plan.rules})
+                sample_fused(rules.Call(x, logprobs=True, **settings | {"rules": plan.rules}), plan=plan)
     keys, values = (torch.randn(9, 16, 2, 64, device=device).bfloat16() for _ in range(2))
     table = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], dtype=torch.int32, device=device)
     lengths = torch.tensor([61, 17], dtype=torch.int32, device=device)

@@ -89,7 +89,7 @@ def fused(mode, logits) -> Run:
     plan = Plan(logits, rules=settings["rules"], edits=edits, logprobs=logprobs)
     traffic = fused_traffic(mode, logits, settings)
     settings["rules"] = plan.rules
-    return Call(lambda: sample_fused(logits, plan=plan, **settings), traffic)
+    return Call(lambda: sample_fused(rules.Call(logits, **settings), plan=plan), traffic)
 
 
 def fused_traffic(mode, logits, settings):

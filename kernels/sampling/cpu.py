@@ -23,34 +23,21 @@ SORT_BELOW = 4096  # candidates that are sorted rather than binned
 WEIGHT_SPAN = 64.0  # tokens further below the maximum share the last bin
 
 
-def sample_cpu(
-    logits,
-    *,
-    seeds,
-    positions,
-    streams=None,
-    temperature=None,
-    rules=(),
-    edits=None,
-    bitmask=None,
-    pointwise=(),
-    logprobs=False,
-    n_top=0,
-):
-    """`sample` for CPU tensors; arguments and result as `sample_reference`."""
-    if edits is None and bitmask is None and not pointwise:
+def sample_cpu(call):
+    """`sample` for CPU tensors: Call -> Drawn."""
+    logits, rules, temperature = call.logits, call.rules, call.temperature
+    if call.edits is None and call.bitmask is None and not call.pointwise:
         rows = logits.detach().float().numpy()
     else:
         hidden = logits.isnan().any(dim=1)  # a ban must not hide a NaN
-        rows = apply_edits(logits.detach(), edits=edits, bitmask=bitmask, pointwise=pointwise)
+        rows = apply_edits(logits.detach(), **call.changes)
         rows = rows.masked_fill_(hidden[:, None], torch.nan).numpy()
     temperature = np.ones(len(rows), np.float32) if temperature is None else temperature.numpy()
-    streams = torch.zeros_like(seeds) if streams is None else streams
-    key = seeds.numpy(), positions.numpy(), streams.numpy()
+    key = tuple(part.numpy() for part in call.key)
     parameters = [rule.parameter.numpy() for rule in rules]
     seconds = [rule.parameter.numpy() if rule.second is None else rule.second.numpy() for rule in rules]
     tossed = any(rule.kind == "xtc" for rule in rules)
-    coins = coin(seeds, positions, streams).numpy() if tossed else None
+    coins = coin(*call.key).numpy() if tossed else None
     drawn = [None] * len(rows)
     pending = []
     for index, row in enumerate(rows):
@@ -68,12 +55,12 @@ def sample_cpu(
         index, winners = draw_ragged(pending, *key)
         tokens[index] = winners
     result = Drawn(torch.from_numpy(tokens))
-    if logprobs == "chosen":
+    if call.logprobs == "chosen":
         chosen = [left.logprob(token) for left, token in zip(drawn, tokens, strict=True)]
         result = result._replace(logprob=torch.from_numpy(np.array(chosen, dtype=np.float32)))
-    elif logprobs:
+    elif call.logprobs:
         result = _describe(logits, drawn, tokens)
-    return with_top(result, logits, n_top) if n_top else result
+    return with_top(result, logits, call.n_top) if call.n_top else result
 
 
 class _Row:

@@ -95,6 +95,12 @@ class Plan:
             point._replace(parameter=at) for point, at in zip(pointwise, self.point_values, strict=False)
         )
 
+    @classmethod
+    def of(cls, call):
+        """A plan for calls like this one."""
+        asked = {"logprobs": call.logprobs, "n_top": call.n_top}
+        return cls(call.logits, rules=call.rules, edits=call.edits, pointwise=call.pointwise, **asked)
+
     def constants(self, groups, edits, bitmask):
         """Compile-time arguments that both launches share."""
         return {
@@ -146,46 +152,33 @@ def device_function(rule):
     return getattr(triton_rules, rule.device) if isinstance(rule.device, str) else rule.device
 
 
-def sample_fused(
-    logits,
-    *,
-    seeds,
-    positions,
-    streams=None,
-    temperature=None,
-    rules=(),
-    edits=None,
-    bitmask=None,
-    pointwise=(),
-    logprobs=False,
-    n_top=0,
-    out=None,
-    plan=None,
-):
-    """`sample` by the Triton kernels; arguments and result as `sample_reference`.
+def sample_fused(call, *, out=None, plan=None):
+    """`sample` by the Triton kernels: Call -> Drawn.
 
     Args:
         out: int64 [B] or None; receives the tokens.
         plan: Plan or None; holds every buffer. Its result tensors are overwritten by the next call with it.
             With a plan the call allocates nothing and can be captured in a CUDA graph; limits are copied from
             the rules' parameters inside the graph, so changing those in place takes effect on replay.
-        n_top: up to TOP_MOST they come from the same two launches (of a plan that was made for as many);
-            more take a torch operation after them, which allocates.
+
+    The highest log-probabilities, up to TOP_MOST of them, come from the same two launches (of a plan that was made
+    for as many); more take a torch operation after them, which allocates.
     """
+    logits, rules, edits, n_top = call.logits, call.rules, call.edits, call.n_top
     if plan is None:
-        plan = Plan(logits, rules=rules, edits=edits, pointwise=pointwise, logprobs=logprobs, n_top=n_top)
+        plan = Plan.of(call)
     if plan.rows == 0:
         return _result(plan, plan.tokens if out is None else out, logits, n_top)
     fill(plan.limits, parameters_of(rules))
-    fill(plan.point_values, [point.parameter for point in pointwise])
+    fill(plan.point_values, [point.parameter for point in call.pointwise])
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     tokens = plan.tokens if out is None else out
-    sparse, mask, mask_stride = _edit_arguments(logits, plan, edits, bitmask)
+    sparse, mask, mask_stride = _edit_arguments(logits, plan, edits, call.bitmask)
     row_arguments = (
-        seeds,
-        positions,
-        plan.zeros if streams is None else streams,
-        plan.ones if temperature is None else temperature,
+        call.seeds,
+        call.positions,
+        plan.zeros if call.streams is None else call.streams,
+        plan.ones if call.temperature is None else call.temperature,
         plan.limits,
         mask,
         mask_stride,
@@ -199,7 +192,7 @@ def sample_fused(
         *row_arguments,
         RAW=plan.raw,
         num_warps=first_warps(plan.moments, edits is not None, logits.element_size()),
-        **plan.constants(FIRST_GROUPS, edits, bitmask),
+        **plan.constants(FIRST_GROUPS, edits, call.bitmask),
     )
     groups = second_groups(plan.moments, edits is not None, plan.entropy)
     sample_kernel[(plan.rows,)](
@@ -214,7 +207,7 @@ def sample_fused(
         TOP=max(16, triton.next_power_of_2(plan.n_top)) if plan.n_top else 0,
         PLAIN=variant(groups, 0, False, (), (), False),
         **second_options(),
-        **plan.constants(groups, edits, bitmask),
+        **plan.constants(groups, edits, call.bitmask),
     )
     return _result(plan, tokens, logits, n_top)
 

@@ -184,32 +184,19 @@ def truncate(x, rules, key=None):
     return x
 
 
-def sample_reference(
-    logits,
-    *,
-    seeds,
-    positions,
-    streams=None,
-    temperature=None,
-    rules=(),
-    edits=None,
-    bitmask=None,
-    pointwise=(),
-    logprobs=False,
-    n_top=0,
-):
-    """`sample` in plain torch on any device; `rules` is the tuple of all truncation rules in order."""
-    edited = apply_edits(logits, edits=edits, bitmask=bitmask, pointwise=pointwise)
+def sample_reference(call):
+    """`sample` in plain torch on any device: Call -> Drawn."""
+    logits, temperature = call.logits, call.temperature
+    edited = apply_edits(logits, **call.changes)
     temperature = torch.ones(len(logits), device=logits.device) if temperature is None else temperature
     greedy = temperature <= 0
     bad = ~(edited.amax(dim=1) > -torch.inf) | logits.isnan().any(dim=1)
     scaled = scale(edited, temperature)
     usable = torch.where(bad[:, None], 0.0, scaled)
-    key = seeds, positions, torch.zeros_like(seeds) if streams is None else streams
-    left = torch.where(greedy[:, None], usable, truncate(usable, rules, key))
-    tokens = draw_reference(left, seeds, positions, streams, greedy)
+    left = torch.where(greedy[:, None], usable, truncate(usable, call.rules, call.key))
+    tokens = draw_reference(left, *call.key, greedy)
     tokens = torch.where(bad, NO_TOKEN, tokens)
-    return describe(logits, usable, left, tokens, logprobs, n_top)
+    return describe(logits, usable, left, tokens, call.logprobs, call.n_top)
 
 
 def describe(logits, usable, left, tokens, logprobs, n_top):

@@ -15,8 +15,9 @@ an XTC probability within 1e-6 of the threshold, or by two tokens on either side
 distances from it differ by less than 1e-5.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +31,39 @@ ENTROPY_SHARE = 1 + 2.0**-20  # an entropy limit counts as kept this close to it
 HEAD_TOKENS = 100  # tokens that the "code" form of top-H looks at
 LIGHTEST = 24.25  # top-H leaves out tokens this far below the maximum: 2**-35 of its weight
 TIES = {"keep": "count", "lowest": "exact_count"}  # what becomes of ties at the k-th -> kind of rule
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """A sampling call: rows of logits, and what is asked of each; the arguments are those of `sample`.
+
+    Every implementation (`sample_reference`, `sample_cpu`, `sample_fused`) takes one of these. `rules` holds all
+    truncation rules, in order.
+    """
+
+    logits: torch.Tensor  # [B, V]
+    _: dataclasses.KW_ONLY
+    seeds: torch.Tensor  # int64 [B]
+    positions: torch.Tensor  # int64 [B]
+    streams: torch.Tensor | None = None  # int64 [B]
+    temperature: torch.Tensor | None = None  # float32 [B]
+    rules: "tuple[Rule, ...]" = ()
+    edits: "SparseEdits | Replaced | None" = None
+    bitmask: torch.Tensor | None = None  # int32 [B, ceil(V / 32)]
+    pointwise: "tuple[Pointwise, ...]" = ()
+    logprobs: bool | str = False
+    n_top: int = 0
+
+    @property
+    def key(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(seeds, positions, streams) of the noise, int64 [B] each."""
+        streams = torch.zeros_like(self.seeds) if self.streams is None else self.streams
+        return self.seeds, self.positions, streams
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The edits, as arguments of `reference.apply_edits`."""
+        return {"edits": self.edits, "bitmask": self.bitmask, "pointwise": self.pointwise}
 
 
 class Drawn(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from .. import dispatch
 from .cpu import sample_cpu
 from .reference import sample_reference
-from .rules import Drawn
+from .rules import Call, Drawn
 from .rules import min_p as min_p_rule
 from .rules import top_k as top_k_rule
 from .rules import top_p as top_p_rule
@@ -66,45 +66,47 @@ def sample(
     Raises:
         ValueError: a shape or n_top is wrong. dispatch.KernelUnavailable: kernels="triton" cannot run here.
     """
-    check(logits, seeds=seeds, positions=positions, streams=streams, temperature=temperature, n_top=n_top)
     short = ((top_k, top_k_rule), (top_p, top_p_rule), (min_p, min_p_rule))
-    rules = (*(make(value) for value, make in short if value is not None), *rules)
-    arguments = {
-        "seeds": seeds,
-        "positions": positions,
-        "streams": streams,
-        "temperature": temperature,
-        "rules": rules,
-        "edits": edits,
-        "bitmask": bitmask,
-        "pointwise": pointwise,
-        "logprobs": logprobs,
-        "n_top": n_top,
-    }
-    if dispatch.select("sample", logits.device, kernels, _unfused(rules, pointwise)) == "triton":
+    call = Call(
+        logits,
+        seeds=seeds,
+        positions=positions,
+        streams=streams,
+        temperature=temperature,
+        rules=(*(make(value) for value, make in short if value is not None), *rules),
+        edits=edits,
+        bitmask=bitmask,
+        pointwise=pointwise,
+        logprobs=logprobs,
+        n_top=n_top,
+    )
+    check(call)
+    if dispatch.select("sample", logits.device, kernels, _unfused(call)) == "triton":
         from .fused import sample_fused
 
-        return sample_fused(logits, out=out, **arguments)
-    drawn = (sample_cpu if logits.device.type == "cpu" else sample_reference)(logits, **arguments)
+        return sample_fused(call, out=out)
+    drawn = (sample_cpu if logits.device.type == "cpu" else sample_reference)(call)
     return drawn if out is None else drawn._replace(tokens=out.copy_(drawn.tokens))
 
 
-def _unfused(rules, pointwise):
+def _unfused(call):
     """Why these rules and edits have no fused kernel, or None."""
-    for rule in rules:
+    for rule in call.rules:
         if rule.kind == "value" and rule.device is None:
             return f"rule {getattr(rule.threshold, '__name__', rule.threshold)!r} has no device function"
-    for point in pointwise:
+    for point in call.pointwise:
         if point.device is None:
             return f"edit {getattr(point.edit, '__name__', point.edit)!r} has no device function"
     return None
 
 
-def check(logits, *, n_top, **rows):
+def check(call):
     """Raise ValueError, naming value and expectation, unless shapes fit together."""
+    logits, n_top = call.logits, call.n_top
     if logits.dim() != 2:
         raise ValueError(f"logits of shape {tuple(logits.shape)}: expected [rows, vocabulary]")
-    for name, value in rows.items():
+    for name in ("seeds", "positions", "streams", "temperature"):
+        value = getattr(call, name)
         if value is not None and tuple(value.shape) != (len(logits),):
             raise ValueError(
                 f"{name} of shape {tuple(value.shape)}: expected ({len(logits)},), one value a row"

@@ -20,7 +20,10 @@ from handloom.kernels.sampling.sample import sample, sample_reference
 from handloom.pipeline.pipeline import Context
 
 VOCAB = 40
-PATHS = {"reference": sample_reference, "cpu": lambda x, **call: sample(x, kernels="torch", **call)}
+PATHS = {
+    "reference": lambda x, **call: sample_reference(rules.Call(x, **call)),
+    "cpu": lambda x, **call: sample(x, kernels="torch", **call),
+}
 either = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 

@@ -224,7 +224,7 @@ def test_every_rule_of_the_kernels_keeps_what_its_definition_keeps(name):
             assert not (kept[row] & ~most).any(), label
             assert least.sum() <= drawn.kept[row] <= most.sum(), label
             assert most[drawn.tokens[row]], label
-        assert torch.equal(sample_reference(x, rules=chain, **parts).tokens, drawn.tokens)
+        assert torch.equal(sample_reference(rules.Call(x, rules=chain, **parts)).tokens, drawn.tokens)
 
 
 CHAINS = [

@@ -165,7 +165,7 @@ def check(x, given, order, *, least_exact):
     assert left[np.arange(len(x)), tokens].all()
     greedy = given["temperature"] == 0
     assert (tokens[greedy] == x.float().numpy()[greedy].argmax(axis=1)).all()
-    reference = sample_reference(x, rules=chain, temperature=temperature, **parts)
+    reference = sample_reference(rules.Call(x, rules=chain, temperature=temperature, **parts))
     assert torch.equal(reference.tokens, drawn.tokens)
 
 
@@ -271,7 +271,9 @@ def test_rows_without_a_token_are_reported_in_every_dtype(dtype):
     temperature = torch.from_numpy(given["temperature"]).float()
     for kernels in ("torch", None):
         call = {"rules": chain, "temperature": temperature, "logprobs": True, **key(6)}
-        drawn = sample_reference(x, **call) if kernels is None else sample(x, kernels=kernels, **call)
+        drawn = (
+            sample_reference(rules.Call(x, **call)) if kernels is None else sample(x, kernels=kernels, **call)
+        )
         assert (drawn.tokens < 0).tolist() == [True, False, True, False, True, False]
         for field in (drawn.logprob, drawn.raw_logprob, drawn.entropy):
             assert field.isnan().tolist() == [True, False, True, False, True, False]
@@ -333,4 +335,4 @@ def test_exactly_k_are_kept_of_ties_the_lowest_ids(kind):
     drawn = sample(x, rules=chain, logprobs=True, kernels="torch", **parts)
     assert (drawn.kept.numpy() == left.sum(axis=1)).all()
     assert left[np.arange(len(ks)), drawn.tokens.numpy()].all()
-    assert torch.equal(sample_reference(x, rules=chain, **parts).tokens, drawn.tokens)
+    assert torch.equal(sample_reference(rules.Call(x, rules=chain, **parts)).tokens, drawn.tokens)

@@ -194,7 +194,7 @@ def test_fast_path_is_the_reference(name, vocab):
             settings["edits"] = edits(4, vocab, case)
         if case % 4 == 3:
             settings["bitmask"] = rules.pack_mask(torch.rand(4, vocab, generator=g) < 0.8)
-        expected = sample_reference(x, rules=chosen, **settings)
+        expected = sample_reference(rules.Call(x, rules=chosen, **settings))
         assert not differences(expected, sample(x, rules=chosen, kernels="torch", **settings)), case
 
 
@@ -204,7 +204,7 @@ def test_fast_path_is_the_reference_at_full_size(vocab):
     for name, x in rows(2, vocab):
         for k, p, m in ((50, 0.95, 0.05), (0, 0.9, 0.0), (0, 1.0, 0.05), (0, 1.0, 0.0), (1000, 0.999, 0.0)):
             settings = {**key(2), "temperature": torch.tensor([0.8, 1.0]), "rules": short(2, k, p, m)}
-            expected = sample_reference(x, logprobs=True, **settings)
+            expected = sample_reference(rules.Call(x, logprobs=True, **settings))
             assert not differences(expected, sample(x, logprobs=True, **settings)), (name, k, p, m)
 
 

@@ -20,7 +20,7 @@ HEATS = (0.0, 1e-6, 0.001, 0.01, 1.0, 5.0, float("inf"))
 
 def compared(name, device, x, settings):
     """Differences between the kernel and the reference, each under the check's name."""
-    expected = sample_reference(x, **settings)
+    expected = sample_reference(rules.Call(x, **settings))
     got = back(sample(on(device, x), kernels="triton", **on(device, settings)))
     yield from (f"{name}: {text}" for text in differences(expected, got))
 
@@ -128,7 +128,7 @@ def masks(device, vocab=77):
     tail = torch.tensor(-1 << (vocab % 32), dtype=torch.int32)
     settings = {**key(2), "logprobs": True}
     for name, bitmask in (("clean", clean), ("garbage", torch.cat([clean[:, :-1], clean[:, -1:] | tail], 1))):
-        expected = sample_reference(x, bitmask=clean, **settings)
+        expected = sample_reference(rules.Call(x, bitmask=clean, **settings))
         got = back(
             sample(on(device, x), kernels="triton", bitmask=bitmask.to(device), **on(device, settings))
         )

@@ -88,7 +88,7 @@ def sampling(device, batch, vocab, kinds=None, capacity=1024):
                 settings["edits"] = edits(batch, vocab, number)
             if (number + case) % 3 == 0:
                 settings["bitmask"] = rules.pack_mask(torch.rand(batch, vocab, generator=g) < 0.8)
-            expected = sample_reference(x_given, **settings)
+            expected = sample_reference(rules.Call(x_given, **settings))
             got = back(sample(on(device, x_given), kernels="triton", **on(device, settings)))
             yield from (f"{name} {pipeline} V={vocab}: {text}" for text in differences(expected, got))
     sample_fused.CAPACITY = before
@@ -120,7 +120,7 @@ def outputs(device):
     x = wide[1:-1, 16 : 16 + vocab]
     chosen = (rules.top_k(torch.tensor([20, 0, 5])),)
     settings = {**key(batch), "rules": chosen, "logprobs": True}
-    expected = sample_reference(x, **settings)
+    expected = sample_reference(rules.Call(x, **settings))
     held = on(device, settings)
     given = on(device, wide)[1:-1, 16 : 16 + vocab]
     plan = sample_fused.Plan(given, rules=held["rules"], logprobs=True)
@@ -130,14 +130,14 @@ def outputs(device):
     plan.active.fill_(2**30)
     for turn in range(2):
         out = canary[1:-1]
-        drawn = back(sample_fused.sample_fused(given, out=out, plan=plan, **held))
+        drawn = back(sample_fused.sample_fused(rules.Call(given, **held), plan=plan, out=out))
         yield from (f"outputs, turn {turn}: {text}" for text in differences(expected, drawn))
         if canary[[0, -1]].tolist() != [-77, -77]:
             yield "outputs: a canary was overwritten"
     held["rules"] = plan.rules
     held["positions"] += 1  # parameters and positions are read from memory, not baked in
-    moved = back(sample_fused.sample_fused(given, plan=plan, **held))
-    later = sample_reference(x, **{**settings, "positions": settings["positions"] + 1})
+    moved = back(sample_fused.sample_fused(rules.Call(given, **held), plan=plan))
+    later = sample_reference(rules.Call(x, **{**settings, "positions": settings["positions"] + 1}))
     yield from (f"outputs, moved: {text}" for text in differences(later, moved))
 
 
@@ -151,7 +151,7 @@ def highest(device, capacity=1024):
         if number % 2:
             settings["edits"] = edits(2, 600)
         x = x.bfloat16() if number % 3 == 0 else x
-        expected = sample_reference(x, **settings)
+        expected = sample_reference(rules.Call(x, **settings))
         got = back(sample(on(device, x), kernels="triton", **on(device, settings)))
         yield from (f"highest {name}: {text}" for text in differences(expected, got))
     sample_fused.CAPACITY = before
@@ -159,11 +159,12 @@ def highest(device, capacity=1024):
     given, held = on(device, x), on(device, settings)
     plan = sample_fused.Plan(given, n_top=3)
     plan.top_ids.fill_(-5)
-    drawn = sample_fused.sample_fused(given, plan=plan, **held)
+    drawn = sample_fused.sample_fused(rules.Call(given, **held), plan=plan)
     if drawn.top_ids.data_ptr() != plan.top_ids.data_ptr():
         yield "highest: the plan's buffer was not used"
     yield from (
-        f"highest, plan: {text}" for text in differences(sample_reference(x, **settings), back(drawn))
+        f"highest, plan: {text}"
+        for text in differences(sample_reference(rules.Call(x, **settings)), back(drawn))
     )
 
 
@@ -180,7 +181,7 @@ def far_rows(device):
     far_mask.copy_(mask)
     near = far.to("cpu", copy=True).contiguous()
     settings = {**key(batch), "logprobs": True, "n_top": 3}
-    expected = sample_reference(near, bitmask=mask, **settings)
+    expected = sample_reference(rules.Call(near, bitmask=mask, **settings))
     got = back(sample(far, kernels="triton", bitmask=far_mask, **on(device, settings)))
     yield from (f"far rows: {text}" for text in differences(expected, got))
 
@@ -205,7 +206,10 @@ def far_masks(device):
     for n in (0.5, 2.1, 2.15):  # a third is masked: it lies 1 / sqrt(2 / 9) = 2.12 deviations down
         settings = {**key(3), "rules": (rules.top_n_sigma(torch.full((3,), n)),), "logprobs": True}
         got = back(sample(on(device, x), kernels="triton", **on(device, settings)))
-        yield from (f"far masks n={n}: {text}" for text in differences(sample_reference(x, **settings), got))
+        yield from (
+            f"far masks n={n}: {text}"
+            for text in differences(sample_reference(rules.Call(x, **settings)), got)
+        )
 
 
 class Counted:
@@ -276,7 +280,7 @@ def own_rule(device):
         torch.tensor([4.0, 6.0]), lambda logits, ids, cap: torch.minimum(logits, cap), capped
     )
     settings = {**key(batch), "logprobs": True}
-    expected = sample_reference(x, rules=(limit,), pointwise=(edit,), **settings)
+    expected = sample_reference(rules.Call(x, rules=(limit,), pointwise=(edit,), **settings))
     moved = {"rules": (limit._replace(parameter=limit.parameter.to(device)),)}
     moved["pointwise"] = (edit._replace(parameter=edit.parameter.to(device)),)
     got = back(sample(x.to(device), kernels="triton", **on(device, settings), **moved))
