@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..errors import ParameterError
 from ..params.sampling_params import SamplingParams
@@ -27,6 +28,7 @@ def exact_distribution(
     seed: int = 0,
     samples: bool = True,
     false_alarm: float = 1e-6,
+    next_logits: Callable[[list[list[int]]], Tensor] | None = None,
     **options,
 ) -> float:
     """The strategy samples whole sequences with exactly the probabilities that model and pipeline define.
@@ -44,12 +46,13 @@ def exact_distribution(
         samples: ask for n samples of the prompt, which is prefilled once; False gives the strategy the prompt
             many times, each time with another seed.
         false_alarm: probability of failing a strategy that is right.
+        next_logits: for a strategy with a law of its own, see `sequence_law`.
         options: fields of `SamplingParams`, and options of the strategy.
 
     Returns:
         The p-value.
     """
-    law, counts = sequence_law(engine, prompt, params), Counter()
+    law, counts = sequence_law(engine, prompt, params, next_logits), Counter()
     for start in range(seed, seed + draws, batch):
         count = min(batch, seed + draws - start)
         if samples:
@@ -72,13 +75,17 @@ def exact_distribution(
 
 
 @torch.no_grad()
-def sequence_law(engine, prompt, params: SamplingParams) -> dict[tuple[int, ...], float]:
+def sequence_law(
+    engine, prompt, params: SamplingParams, next_logits: Callable[[list[list[int]]], Tensor] | None = None
+) -> dict[tuple[int, ...], float]:
     """The probability of every sequence that can be drawn, by enumerating the tree without a cache.
 
     Args:
         engine: with a small vocabulary; about V ** max_new_tokens sequences are enumerated.
         prompt: one prompt of ids or text.
         params: its `max_new_tokens` is the depth; EOS and stop token ids end a sequence earlier.
+        next_logits: what the pipeline is given, `[N, V]` behind N sequences of equal length, prompt included; None:
+            the model's logits.
 
     Returns:
         {token ids: probability} of the sequences whose probability is above 0.
@@ -89,14 +96,13 @@ def sequence_law(engine, prompt, params: SamplingParams) -> dict[tuple[int, ...]
     (request, *_) = engine.requests([prompt], params.replace(n=1))
     params, prompt = request.params, request.prompt.ids
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else engine.eos_token_ids)
+    given = next_logits or (lambda ids: naive.next_logits(engine.model, ids))
     rows, paths = bind(engine, request), [()]
     weights, law = torch.ones(1, dtype=torch.float64), {}
     for depth in range(params.max_new_tokens):
         ids = [prompt + list(path) for path in paths]
         context = context_of(request, ids, len(prompt), engine)
-        logits = torch.cat(
-            [naive.next_logits(engine.model, ids[i : i + 512]) for i in range(0, len(ids), 512)]
-        )
+        logits = torch.cat([given(ids[i : i + 512]) for i in range(0, len(ids), 512)])
         processed = rows.apply(logits, context).double().cpu()
         if params.greedy:
             step = torch.zeros_like(processed).scatter_(1, processed.argmax(-1, keepdim=True), 1.0)

@@ -24,13 +24,19 @@ States are values: an older one can be continued at any time (rewind), or twice 
 forks, reorders and drops rows. `Requests` adds what `SamplingParams` asks for: processors, noise, stopping.
 """
 
-from .beam import beam_search
-from .best_of_n import best_of_n
-from .contrastive import contrastive_search
-from .drafting import prompt_lookup
+from .acceleration.drafting import prompt_lookup
+from .acceleration.speculative import Speculation, speculative
+from .degeneration.contrastive import contrastive_search
+from .guidance.classifier_free import classifier_free_guidance, context_aware
+from .guidance.contrastive_decoding import contrastive_decoding
+from .guidance.dola import dola
+from .guidance.ensemble import ensemble
+from .guidance.experts import experts
+from .guidance.scored import scored
 from .kit.decode import Decoding, Now, decode
 from .kit.requests import Requests
-from .speculative import Speculation, speculative
+from .search.beam import beam_search
+from .selection.best_of_n import best_of_n
 
 __all__ = [
     "Decoding",
@@ -39,8 +45,15 @@ __all__ = [
     "Speculation",
     "beam_search",
     "best_of_n",
+    "classifier_free_guidance",
+    "context_aware",
+    "contrastive_decoding",
     "contrastive_search",
     "decode",
+    "dola",
+    "ensemble",
+    "experts",
     "prompt_lookup",
+    "scored",
     "speculative",
 ]

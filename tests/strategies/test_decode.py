@@ -4,8 +4,7 @@ import pytest
 import torch
 from helpers import assert_nothing_leaked, forced, nothing_left, poisoned, recorded, text_engine, tiny_llama
 
-from handloom import Engine, ParameterError, SamplingParams
-from handloom.laws import laws
+from handloom import Engine, ParameterError, SamplingParams, laws
 from handloom.strategies import decode
 
 PROMPTS = [[5, 9, 17, 5, 9], [40], [3, 3, 8, 21, 60, 2, 11, 3, 3], [7, 70, 7, 70]]

@@ -1,5 +1,8 @@
 """Contrastive search against an independent, cache-free reading of its definition."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import assert_nothing_leaked, poisoned, tiny_llama
@@ -7,6 +10,7 @@ from helpers import assert_nothing_leaked, poisoned, tiny_llama
 from handloom import Engine, ParameterError, SamplingParams, laws
 from handloom.strategies import contrastive_search
 
+VECTORS = json.loads(Path(__file__).with_name("transformers_4_49.json").read_text())
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
 
 
@@ -40,6 +44,14 @@ def test_equals_the_definition(engine, k, alpha):
     for prompt, result in zip(PROMPTS, ours, strict=True):
         assert result.token_ids == by_definition(engine.model, prompt, 7, k, alpha)
     assert_nothing_leaked(engine)
+
+
+@pytest.mark.parametrize("case", VECTORS["contrastive"], ids=lambda case: f"alpha {case['alpha']}")
+def test_it_is_that_of_transformers(engine, case):
+    results = contrastive_search(
+        engine, [prompt for prompt, _ in case["runs"]], alpha=case["alpha"], k=case["k"], max_new_tokens=10
+    )
+    assert [r.token_ids for r in results] == [tokens for _, tokens in case["runs"]]
 
 
 def test_it_differs_from_greedy_search_and_greedy_is_its_limit(engine):

@@ -8,7 +8,8 @@ import torch
 from helpers import assert_nothing_leaked, poisoned, recorded, text_engine, tiny_llama
 
 from handloom import Engine, ParameterError, SamplingParams, laws
-from handloom.strategies import acceptance, prompt_lookup, speculative
+from handloom.strategies import prompt_lookup, speculative
+from handloom.strategies.acceleration import acceptance
 
 PROMPTS = [[5, 9, 17, 5, 9], [40], [3, 3, 8, 21, 60, 2, 11, 3, 3], [7, 70, 7, 70]]
 

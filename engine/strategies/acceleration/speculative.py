@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import ParameterError
-from ..loop.generation import Generation
-from ..pipeline.rows import logprob_of
+from ...errors import ParameterError
+from ...loop.generation import Generation
+from ...pipeline.rows import logprob_of
+from ..kit.requests import Requests, limit, push
 from .acceptance import DRAFT, RULES
 from .drafting import DraftModel, prompt_lookup
-from .kit.requests import Requests, limit, push
 
 
 @dataclass(kw_only=True, repr=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import ParameterError
-from ..loop.generation import Generation
-from .kit.requests import Requests, limit, stop_ids
+from ...errors import ParameterError
+from ...loop.generation import Generation
+from ..kit.requests import Requests, limit, stop_ids
 
 NEVER = -1e9  # added to scores that must not win; finite, so that it makes no NaN
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.sampling.draw import draw
+from ...kernels.sampling.draw import draw
 
 DRAFT, COIN = 2**30, 2**31  # streams of the drafts and of the acceptance tests, clear of the samples' own
 

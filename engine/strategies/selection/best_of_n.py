@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import ParameterError
-from ..loop.generation import Generation
-from ..params.sampling_params import SamplingParams
+from ...errors import ParameterError
+from ...loop.generation import Generation
+from ...params.sampling_params import SamplingParams
 
 
 def best_of_n(

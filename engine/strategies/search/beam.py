@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ParameterError
-from ..kernels.noise.philox import gumbel
-from ..loop.generation import Generation
+from ...errors import ParameterError
+from ...kernels.noise.philox import gumbel
+from ...loop.generation import Generation
+from ..kit.requests import Requests
 from .hypotheses import NEVER, Hypotheses
-from .kit.requests import Requests
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ParameterError
-from ..kernels.sampling.draw import draw
+from ...errors import ParameterError
+from ...kernels.sampling.draw import draw
+from ..kit.requests import Requests
 from .acceptance import law
-from .kit.requests import Requests
 
 
 def prompt_lookup(tokens: list[int], count: int, max_ngram: int = 3) -> list[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
-from ..errors import ParameterError
-from ..loop.generation import Generation
-from .kit.decode import decode
+from ...errors import ParameterError
+from ...loop.generation import Generation
+from ..kit.decode import decode
 
 
 def contrastive_search(engine, prompts, params=None, *, k=4, alpha=0.6, **options) -> list[Generation]:

@@ -1,0 +1,1 @@
+"""degeneration: tokens that keep a text from repeating itself or going astray."""

@@ -1,0 +1,1 @@
+"""guidance: the step of one distribution, steered by a second one."""

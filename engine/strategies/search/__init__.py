@@ -1,0 +1,1 @@
+"""search: the most probable sequences, or those that hold what they must."""
