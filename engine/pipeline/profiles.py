@@ -106,6 +106,27 @@ def counting_prompt(penalty: Processor) -> Processor:
     return penalty
 
 
+def constraints() -> list[Processor]:
+    """What llama.cpp and text-generation-webui apply before all penalties and filters."""
+    return [
+        rules.LogitBias(),
+        rules.SequenceBias(),
+        rules.AllowedTokens(),
+        rules.BannedTokens(),
+        rules.BadWords(),
+        rules.PrefixFunction(),
+        rules.SuppressFirst(),
+        rules.MinNewTokens(),
+        rules.ForcedTokens(),
+    ]
+
+
+def around_own(name: str, tested_against: str, before: list[Processor], after: list[Processor]) -> Pipeline:
+    """The profile of an engine that has a request's own processors, whatever they are, between two lists."""
+    place = {"own_place": len(before), "own_all_here": True}
+    return Pipeline([*before, *after], name=name, tested_against=tested_against, **place)
+
+
 def hf(params: Any) -> Pipeline:
     """transformers 5.23.0: a request's own processors come right before the temperature."""
     before = [
@@ -132,13 +153,7 @@ def hf(params: Any) -> Pipeline:
         rules.Epsilon(),
         rules.Eta(),
     ]
-    return Pipeline(
-        [*before, *after],
-        name="hf",
-        tested_against="transformers 5.23.0",
-        own_place=len(before),
-        own_all_here=True,
-    )
+    return around_own("hf", "transformers 5.23.0", before, after)
 
 
 def vllm(params: Any) -> Pipeline:
@@ -163,10 +178,7 @@ def vllm(params: Any) -> Pipeline:
         rules.TopK(),
         rules.TopP(),
     ]
-    return Pipeline(
-        [*before, *after], name="vllm", tested_against="vLLM 0.33.0",
-        own_place=len(before), own_all_here=True,
-    )  # fmt: skip
+    return around_own("vllm", "vLLM 0.33.0", before, after)
 
 
 def llamacpp(params: Any) -> Pipeline:
@@ -176,17 +188,6 @@ def llamacpp(params: Any) -> Pipeline:
     are not copied: typical after top-n-sigma (its entropy is NaN there) and the count of mirostat 1 beyond
     the largest int32.
     """
-    before = [
-        rules.LogitBias(),
-        rules.SequenceBias(),
-        rules.AllowedTokens(),
-        rules.BannedTokens(),
-        rules.BadWords(),
-        rules.PrefixFunction(),
-        rules.SuppressFirst(),
-        rules.MinNewTokens(),
-        rules.ForcedTokens(),
-    ]
     chain = [
         rules.RepetitionPenalty(),
         counting_prompt(rules.FrequencyPenalty()),
@@ -204,9 +205,8 @@ def llamacpp(params: Any) -> Pipeline:
     ]
     if getattr(params, "mirostat", 0):
         chain = [rules.Temperature(), rules.Mirostat()]
-    return Pipeline(
-        [*before, *chain], name="llamacpp", tested_against="llama.cpp b11549", chain_when_greedy=True
-    )
+    rest = {"tested_against": "llama.cpp b11549", "chain_when_greedy": True}
+    return Pipeline([*constraints(), *chain], name="llamacpp", **rest)
 
 
 def textgen(params: Any) -> Pipeline:
@@ -214,18 +214,7 @@ def textgen(params: Any) -> Pipeline:
 
     There, XTC spares the newline token besides the end tokens; here, only a tokenizer could tell which that is.
     """
-    before = [
-        rules.LogitBias(),
-        rules.SequenceBias(),
-        rules.AllowedTokens(),
-        rules.BannedTokens(),
-        rules.BadWords(),
-        rules.PrefixFunction(),
-        rules.SuppressFirst(),
-        rules.MinNewTokens(),
-        rules.ForcedTokens(),
-        rules.ExponentialDecay(),
-    ]
+    before = [*constraints(), rules.ExponentialDecay()]
     after = [
         rules.RepetitionPenalty(),
         counting_prompt(rules.PresencePenalty()),
@@ -248,10 +237,7 @@ def textgen(params: Any) -> Pipeline:
         rules.XTC(xtc_guard="eos"),
         rules.NoRepeatNGram(),
     ]
-    return Pipeline(
-        [*before, *after], name="textgen", tested_against="text-generation-webui 4.7.3",
-        own_place=len(before), own_all_here=True,
-    )  # fmt: skip
+    return around_own("textgen", "text-generation-webui 4.7.3", before, after)
 
 
 PROFILES: dict[str, Callable[[Any], Pipeline]] = {
