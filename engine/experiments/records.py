@@ -84,6 +84,7 @@ class ResultFile:
 
     Attributes:
         done: {(id, sample): key} of the records in the file, `key` naming the settings that made them.
+        header: what the first line says of all of them (model, versions, defaults), or None.
 
     Raises:
         HandloomError: the file is in use, or holds something else than results.
@@ -97,6 +98,7 @@ class ResultFile:
         except Timeout as error:
             raise HandloomError(f"{path} is being written by another process") from error
         self._file = path.open("ab", buffering=0)
+        self.header: dict[str, Any] | None = None
         try:
             self.done = self._repair()
         except BaseException:
@@ -114,7 +116,10 @@ class ResultFile:
                 whole += len(line)
                 try:
                     entry = json.loads(line)
-                    done[entry["id"], entry["sample"]] = entry["key"]
+                    if number == 1 and "header" in entry:
+                        self.header = entry["header"]
+                    else:
+                        done[entry["id"], entry["sample"]] = entry["key"]
                 except (ValueError, KeyError, TypeError) as error:
                     raise HandloomError(
                         f"{self.path}, line {number} is not a result of this command; name another --output"
@@ -122,12 +127,21 @@ class ResultFile:
         os.truncate(self.path, whole)
         return done
 
+    def begin(self, header: dict[str, Any]) -> None:
+        """Say what all records have in common; only a file that is still empty takes it."""
+        if self.header is None and not self.done:
+            self._append({"header": header})
+            self.header = header
+
     def write(self, entry: dict[str, Any]) -> None:
         """Append one record; it needs `id`, `sample` and `key`, and must be JSON."""
+        self._append(entry)
+        self.done[entry["id"], entry["sample"]] = entry["key"]
+
+    def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
         if self._file.write(line + b"\n") != len(line) + 1:
             raise OSError(f"{self.path}: only part of a record could be written; is the disk full?")
-        self.done[entry["id"], entry["sample"]] = entry["key"]
 
     def close(self) -> None:
         """Close the file and let others open it."""
@@ -141,3 +155,77 @@ class ResultFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def read_results(paths: Iterable[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and records of result files of one plan, the first of records that come twice.
+
+    Raises:
+        HandloomError: a file that is missing, holds something else, or was made from another plan.
+    """
+    header: dict[str, Any] | None = None
+    found: dict[tuple[int | str, int], dict[str, Any]] = {}
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise HandloomError(f"there is no {path}")
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith("\n"):
+                    break  # torn by a kill
+                try:
+                    entry = json.loads(line)
+                    own = entry.get("header")
+                    if own is None:
+                        found.setdefault((entry["id"], entry["sample"]), entry)
+                except (ValueError, KeyError, AttributeError) as error:
+                    raise HandloomError(f"{path}, line {number} is not a record") from error
+                if own is not None and header is not None and own.get("same") != header.get("same"):
+                    raise HandloomError(f"{path} holds the samples of another plan than the files before it")
+                header = header or own
+    return header or {}, list(found.values())
+
+
+def merge(paths: Iterable[Path], output: Path) -> int:
+    """Write the records of several files into one, each once; returns their number.
+
+    Args:
+        paths: results of the shards of one plan. output: replaced as a whole when all is written.
+    """
+    header, records = read_results(paths)
+    records.sort(key=lambda record: (str(record["id"]), record["sample"]))
+    fresh = output.with_name(f".{output.name}.new")
+    with fresh.open("w", encoding="utf-8") as file:
+        for entry in [{"header": header}, *records]:
+            file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+    os.replace(fresh, output)
+    return len(records)
+
+
+def export(records: Iterable[dict[str, Any]], path: Path, form: str) -> None:
+    """Records in a form that other tools read.
+
+    Args:
+        form: "parquet" (needs pyarrow), "human-eval" (task_id, completion), "alpaca-eval" (instruction, output,
+            generator), or "open-ended" (prefix_text, generated_result) of the papers on open-ended generation.
+    """
+    forms = {
+        "human-eval": lambda r: {"task_id": r["prompt_id"], "completion": r["text"]},
+        "alpaca-eval": lambda r: {"instruction": r["prompt"], "output": r["text"], "generator": r["setting"]},
+        "open-ended": lambda r: {"prefix_text": r["prompt"], "generated_result": r["text"]},
+    }
+    if form == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = [
+            {k: json.dumps(v) if isinstance(v, dict) else v for k, v in record.items()} for record in records
+        ]
+        names = {name: None for row in rows for name in row}
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        return
+    if form not in forms:
+        raise HandloomError(f"form {form!r}: expected parquet, {', '.join(forms)}")
+    rows = [forms[form](record) for record in records]
+    text = json.dumps(rows) if form == "alpaca-eval" else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")

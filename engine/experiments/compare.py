@@ -1,0 +1,210 @@
+"""Settings side by side on the same prompts with the same noise: paired differences, and where texts part."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+from ..engine import Engine
+from ..errors import ParameterError
+from .metrics import Metric, find
+from .plan import Plan
+from .run import outcomes, record_of
+from .statistics import Interval, mcnemar, mean_interval, paired_difference
+
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One setting against the baseline.
+
+    Args:
+        name: of the setting. differences: metric -> setting minus baseline, over prompts.
+        p_value: McNemar's for `correct` or a right number, None where nothing says what is right.
+        diverged: first step at which the two differ, one a shared sample; None where they never do.
+        equal: share of positions with equal tokens, of the longer answer. samples: shared ones.
+    """
+
+    name: str
+    differences: Mapping[str, Interval]
+    p_value: float | None
+    diverged: Sequence[int | None]
+    equal: Interval
+    samples: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; prints as a table.
+
+    Args:
+        baseline: name of the setting that all others are compared with. values: setting -> metric -> its mean.
+    """
+
+    baseline: str
+    values: Mapping[str, Mapping[str, Interval]]
+    pairs: Sequence[Pair]
+    records: Records = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
+        lines = [
+            f"{name}: " + ", ".join(f"{m} {v}" for m, v in row.items()) for name, row in self.values.items()
+        ]
+        for pair in self.pairs:
+            parted = [step for step in pair.diverged if step is not None]
+            where = (
+                f"first differ at step {sorted(parted)[len(parted) // 2]} (median)"
+                if parted
+                else "never differ"
+            )
+            title = f"{pair.name} against {self.baseline}, {pair.samples} samples in pairs"
+            lines += ["", f"{title}: {where}, tokens equal {pair.equal}"]
+            lines += [f"  {name}: {difference}" for name, difference in pair.differences.items()]
+            lines += [] if pair.p_value is None else [f"  McNemar p = {pair.p_value:.3g}"]
+        return lines
+
+    def text(self, setting: str, prompt: str, sample: int = 0) -> str:
+        """A sample of the baseline and of a setting as one text: {-only in the first-}{+only in the second+}."""
+        sides = []
+        for name in (self.baseline, setting):
+            key = (name, str(prompt), sample)
+            sides.append(next((r["text"] for r in self.records if identity(r) == key), None))
+            if sides[-1] is None:
+                raise ParameterError(f"there is no sample {sample} of prompt {prompt!r} by {name!r}")
+        return marked(*sides)
+
+
+def identity(record: Mapping[str, Any]) -> tuple[str, str, int]:
+    """What names a record in a comparison: setting, prompt, sample."""
+    return record["setting"], str(record["prompt_id"]), record["sample"]
+
+
+def compare_records(records: Records, metrics: Sequence[Any], baseline: str | None = None) -> Comparison:
+    """Compare the settings in the records of a run.
+
+    Args:
+        records: of one model. metrics: names, `Metric`s, or functions of a record. baseline: a setting's name; None is
+            the first.
+
+    Raises:
+        ParameterError: fewer than two settings, or an unknown name.
+    """
+    names = list(dict.fromkeys(record["setting"] for record in records))
+    baseline = names[0] if baseline is None and names else baseline
+    if baseline not in names or len(names) < 2:
+        raise ParameterError(
+            f"compare: baseline {baseline!r} and another are needed; the records have {', '.join(names)}"
+        )
+    if len({record.get("model") for record in records}) > 1:
+        raise ParameterError("compare: the records are of several models; choose those of one")
+    chosen, groups = find(metrics), grouped(records)
+    values = {name: {m.name: v for m in chosen if (v := mean_of(m, groups[name]))} for name in names}
+    pairs = [_pair(name, groups[baseline], groups[name], chosen) for name in names if name != baseline]
+    return Comparison(baseline, values, pairs, records)
+
+
+def compare(
+    engine: Engine,
+    prompts: Any,
+    settings: Mapping[str, Mapping[str, Any]],
+    metrics: Sequence[Any] = ("logprob",),
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    params: Mapping[str, Any] | None = None,
+    chat: bool = False,
+) -> Comparison:
+    """Draw from several settings on the same prompts with the same noise, and compare.
+
+    Args:
+        engine: that draws. prompts: as `read_items` takes them. settings: name -> parameters, a library's strategy
+            under `strategy`; the first is the baseline. metrics: see `compare_records`.
+        samples: of each prompt. seed: base of all seeds. params: of all settings.
+        chat: whether texts go through the chat template.
+    """
+    source = {"model": "engine", "prompts": prompts, "settings": settings, "params": params or {}}
+    plan = Plan.of(source | {"samples": samples, "seed": seed, "chat": chat})
+    units = list(plan.units())
+    drawn = {
+        unit.id: outcome for unit, outcome in outcomes(engine, list({u.id: u for u in units}.values()), chat)
+    }
+    records = [record_of(unit, drawn[unit.id]) for unit in units]
+    return compare_records(records, metrics)
+
+
+def grouped(records: Records) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Setting -> prompt -> its samples in order."""
+    groups: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for record in sorted(records, key=lambda record: record["sample"]):
+        groups[record["setting"]][str(record["prompt_id"])].append(record)
+    return groups
+
+
+def mean_of(metric: Metric, prompts: Mapping[str, Records]) -> Interval | None:
+    """A metric's mean over prompts, each the mean of its samples; None where it applies to none of them."""
+    means = [sum(found) / len(found) for samples in prompts.values() if (found := metric.of(samples))]
+    return mean_interval(means) if means else None
+
+
+def _pair(
+    name: str, first: Mapping[str, Records], second: Mapping[str, Records], metrics: Sequence[Metric]
+) -> Pair:
+    differences = {}
+    for metric in metrics:
+        a, b = ({prompt: metric.of(samples) for prompt, samples in side.items()} for side in (first, second))
+        if any(a[prompt] and b.get(prompt) for prompt in a):
+            differences[metric.name] = paired_difference(a, b)
+    partner = {(p, r["sample"]): r for p, samples in second.items() for r in samples}
+    both = [
+        (r, partner[p, r["sample"]]) for p, rs in first.items() for r in rs if (p, r["sample"]) in partner
+    ]
+    steps = [first_difference(a["token_ids"], b["token_ids"]) for a, b in both]
+    shares: dict[str, list[float]] = defaultdict(list)
+    for a, b in both:
+        shares[str(a["prompt_id"])].append(equal_share(a["token_ids"], b["token_ids"]))
+    equal = mean_interval([sum(found) / len(found) for found in shares.values()])
+    return Pair(name, differences, _correctness(both), steps, equal, len(both))
+
+
+def _correctness(both: Sequence[tuple[Mapping, Mapping]]) -> float | None:
+    for name in ("correct", "numeric_match", "exact_match"):
+        (metric,) = find([name])
+        outcomes = [(metric.of([a]), metric.of([b])) for a, b in both]
+        known = [(bool(a[0]), bool(b[0])) for a, b in outcomes if a and b]
+        if known:
+            return mcnemar(*zip(*known, strict=True))
+    return None
+
+
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """The first step, from 0, at which two answers differ, one's end included; None where they are equal."""
+    if list(first) == list(second):
+        return None
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def equal_share(first: Sequence[int], second: Sequence[int]) -> float:
+    """Share of positions of the longer answer at which both have the same token."""
+    longer = max(len(first), len(second))
+    return sum(a == b for a, b in zip(first, second, strict=False)) / longer if longer else 1.0
+
+
+def marked(first: str, second: str) -> str:
+    """Two texts as one, word by word: {-only in the first-}{+only in the second+}."""
+    a, b = first.split(" "), second.split(" ")
+    parts = []
+    for kind, i, j, k, m in difflib.SequenceMatcher(a=a, b=b, autojunk=False).get_opcodes():
+        if kind == "equal":
+            parts.append(" ".join(a[i:j]))
+            continue
+        gone, new = " ".join(a[i:j]), " ".join(b[k:m])
+        parts.append((f"{{-{gone}-}}" if gone else "") + (f"{{+{new}+}}" if new else ""))
+    return " ".join(parts)

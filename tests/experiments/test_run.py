@@ -1,0 +1,181 @@
+"""Running plans: nothing lost, nothing drawn twice, the same samples in whichever pieces."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from helpers import text_engine
+
+from handloom import HandloomError
+from handloom.experiments.plan import Plan
+from handloom.experiments.records import export, merge, read_results
+from handloom.experiments.run import run
+
+SOURCE = {
+    "model": "tiny",
+    "prompts": ["the cat", "a dog sat", "once upon a time", "x"],
+    "settings": {
+        "min-p": {"min_p": 0.2},
+        "top-p": {"top_p": 0.7},
+        "beam": {"strategy": "beam_search", "num_beams": 2},
+    },
+    "params": {"temperature": 1.2, "max_new_tokens": 5, "ignore_eos": True},
+    "samples": 3,
+    "seed": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """One engine for every run of this file."""
+    return text_engine(slots=3, fixed_slots=True)
+
+
+@pytest.fixture
+def load(engine):
+    """What a run loads its engine with."""
+    return lambda **arguments: engine
+
+
+NUMBERS = ("logprobs", "raw_logprobs")
+
+
+def assert_same(first, second):
+    """Two sets of files hold the same samples; numbers to rounding, as a strategy may share its passes otherwise."""
+    sides = [{r["id"]: r for r in read_results(paths)[1]} for paths in (first, second)]
+    told = [
+        {i: {k: v for k, v in r.items() if k not in ("timings", *NUMBERS)} for i, r in s.items()}
+        for s in sides
+    ]
+    assert told[0] == told[1]
+    for name in NUMBERS:
+        assert all(sides[0][i][name] == pytest.approx(sides[1][i][name], abs=1e-4) for i in sides[0])
+
+
+def test_a_run_writes_every_sample_and_what_they_share(tmp_path, load, engine):
+    plan, seen = Plan.of(SOURCE), []
+    assert run(plan, tmp_path / "a.jsonl", load=load, progress=lambda *now: seen.append(now)) == 0
+    header, records = read_results([tmp_path / "a.jsonl"])
+    assert set(header) >= {"models", "weights", "versions", "defaults", "device", "seed"}
+    assert len(records) == len(plan) == len(seen) == 36
+    assert seen[-1][:2] == (36, 36)
+    units = {unit.id: unit for unit in plan.units()}
+    for record in records:
+        unit = units[record["id"]]
+        assert (record["setting"], record["prompt_id"], record["seed"]) == (
+            unit.setting.name,
+            unit.item.id,
+            unit.seed,
+        )
+        assert len(record["token_ids"]) == len(record["raw_logprobs"]) == 5
+        if unit.setting.strategy is None:
+            values = {**unit.setting.params, "seed": unit.seed}
+            assert engine.generate(unit.item.content, **values).token_ids == record["token_ids"]
+    engine.pool.check()
+
+
+def test_a_second_run_draws_nothing_and_a_torn_line_is_drawn_again(tmp_path, load):
+    plan, path = Plan.of(SOURCE), tmp_path / "a.jsonl"
+    run(plan, path, load=load)
+    whole = path.read_bytes()
+    run(plan, path, load=lambda **arguments: pytest.fail("a model was loaded"))
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-20])
+    run(plan, path, load=load)
+    (tmp_path / "before.jsonl").write_bytes(whole)
+    assert_same([path], [tmp_path / "before.jsonl"])
+
+
+def test_shards_merge_to_the_whole(tmp_path, load):
+    plan = Plan.of(SOURCE)
+    run(plan, tmp_path / "whole.jsonl", load=load)
+    parts = [tmp_path / f"part{i}.jsonl" for i in range(3)]
+    for i, part in enumerate(parts):
+        run(plan, part, shard=(i, 3), load=load)
+    assert merge([*parts, parts[0]], tmp_path / "merged.jsonl") == 36
+    assert_same([tmp_path / "merged.jsonl"], [tmp_path / "whole.jsonl"])
+    twins = SOURCE | {"settings": {"a": {"top_k": 3}, "b": {"top_k": 3}}}
+    with pytest.raises(HandloomError, match="setting 'a' is another one under a second name"):
+        run(Plan.of(twins), tmp_path / "twins.jsonl", load=load)
+    run(Plan.of(SOURCE | {"seed": 5}), tmp_path / "other.jsonl", load=load)
+    with pytest.raises(HandloomError, match="another plan"):
+        merge([parts[0], tmp_path / "other.jsonl"], tmp_path / "merged.jsonl")
+    with pytest.raises(HandloomError, match="another plan"):
+        run(Plan.of(SOURCE | {"seed": 5}), parts[0], load=load)
+
+
+def test_a_unit_that_fails_is_a_record_and_the_others_go_on(tmp_path, load):
+    bad = {"top-k": {"top_k": 5}, "plain": {}}
+    source = SOURCE | {"settings": bad, "prompts": ["the cat", "word " * 400, "x"], "samples": 1}
+    assert run(Plan.of(source), tmp_path / "a.jsonl", load=load) == 2
+    records = read_results([tmp_path / "a.jsonl"])[1]
+    failed = [r for r in records if r["finish_reason"] == "error"]
+    assert {r["prompt_id"] for r in failed} == {"1"}
+    assert all("max_length" in r["error"] or "tokens" in r["error"] for r in failed)
+    assert len([r for r in records if len(r["token_ids"]) == 5]) == 4
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from helpers import text_engine
+from handloom.experiments.plan import Plan
+from handloom.experiments.run import run
+import handloom.experiments.run as module
+module.CHUNK = 4
+run(Plan.read(sys.argv[2]), sys.argv[3], load=lambda **arguments: text_engine(slots=3, fixed_slots=True))
+"""
+
+
+def test_what_is_killed_twice_goes_on_with_nothing_lost_or_doubled(tmp_path, load):
+    plan = SOURCE | {"samples": 8}
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+    path = tmp_path / "a.jsonl"
+    support = Path(__file__).resolve().parents[1] / "support"
+    command = [sys.executable, "-c", PROGRAM, str(support), str(tmp_path / "plan.yaml"), str(path)]
+    for lines in (5, 40):
+        child = subprocess.Popen(command, env=os.environ)
+        end = time.monotonic() + 120
+        while time.monotonic() < end and (not path.exists() or path.read_bytes().count(b"\n") < lines):
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert subprocess.run(command, env=os.environ).returncode == 0
+    ids = [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]]
+    assert len(ids) == len(set(ids)) == 4 * 3 * 8
+    run(Plan.of(plan), tmp_path / "b.jsonl", load=load)
+    assert_same([path], [tmp_path / "b.jsonl"])
+
+
+def test_ten_thousand_units_are_not_held_in_memory():
+    plan = Plan.of(SOURCE | {"samples": 10_000 // 12 + 1})
+    tracemalloc.start()
+    assert sum(1 for _ in plan.units()) >= 10_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_records_in_forms_that_others_read(tmp_path, load):
+    run(Plan.of(SOURCE | {"samples": 1}), tmp_path / "a.jsonl", load=load)
+    records = read_results([tmp_path / "a.jsonl"])[1]
+    export(records, tmp_path / "h.jsonl", "human-eval")
+    line = json.loads((tmp_path / "h.jsonl").read_text().splitlines()[0])
+    assert line == {"task_id": records[0]["prompt_id"], "completion": records[0]["text"]}
+    export(records, tmp_path / "a.json", "alpaca-eval")
+    assert {entry["generator"] for entry in json.loads((tmp_path / "a.json").read_text())} == {
+        "min-p",
+        "top-p",
+        "beam",
+    }
+    with pytest.raises(HandloomError, match="'parqet': expected parquet, human-eval"):
+        export(records, tmp_path / "x", "parqet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    export(records, tmp_path / "a.parquet", "parquet")
+    assert parquet.read_table(tmp_path / "a.parquet").column("id").to_pylist() == [r["id"] for r in records]
