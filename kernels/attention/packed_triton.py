@@ -12,7 +12,7 @@ from .. import dispatch
 from .attention_triton import LOG2E, Variant, _store
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows", "table_stride"])
 def _packed_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, starts_ptr, lengths_ptr, sinks_ptr, scale, softcap, tokens, rows,
     kv_heads, table_stride, q_token, q_head, k_block, k_cell, k_head, v_block, v_cell, v_head,
