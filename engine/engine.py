@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from os import PathLike
 
 import torch
 
 from .errors import CapabilityError, ParameterError, PromptError
 from .forward.compiling import compile_step
 from .forward.probe import adapt
-from .loading.limits import eos_token_ids, longest
+from .loading import limits
 from .loop.batch import Batch
 from .loop.generation import Event, Generation
 from .loop.graph import GraphBatch
@@ -37,6 +38,9 @@ class Engine:
         fixed_slots: always decode all slots, so that a row's logits do not depend, to the last bit, on how many
             requests there are. Otherwise the batch shrinks with them. Prompts then share no computed prefix.
         max_length: most tokens of prompt and output together; None takes the model's limit.
+        eos_token_ids: ids that end a text, unless a request names its own; None takes those of the model's
+            `generation_config`, as transformers does. An end that only the tokenizer or a chat template knows is
+            added here: `eos_token_ids=[*ids, tokenizer.eos_token_id]`.
         block_size: tokens in a block of the key/value pool, >= 1.
         max_blocks: most blocks in the pool; None lets it grow.
         prefill_chunk: most prompt tokens in one forward pass, >= 1.
@@ -62,6 +66,7 @@ class Engine:
         slots: int = 8,
         fixed_slots: bool = False,
         max_length: int | None = None,
+        eos_token_ids: Iterable[int] | None = None,
         block_size: int = 16,
         max_blocks: int | None = None,
         prefill_chunk: int = 512,
@@ -71,6 +76,10 @@ class Engine:
         compile: bool = False,
         self_check: bool = True,
     ):
+        if isinstance(model, str | PathLike):
+            raise ParameterError(
+                f"Engine takes a model that is loaded: Engine.from_pretrained({str(model)!r}) loads one"
+            )
         whole = {"slots": slots, "block_size": block_size, "prefill_chunk": prefill_chunk}
         whole |= {} if max_blocks is None else {"max_blocks": max_blocks}
         for name, value in whole.items():
@@ -95,8 +104,8 @@ class Engine:
         if compile:
             compile_step(self.runner, {self.bucket(rows) for rows in range(1, self.slots + 1)})
         self.pipeline = Pipeline.default() if pipeline is None else pipeline
-        self.eos_token_ids = eos_token_ids(model, tokenizer)
-        self.max_length = longest(model, max_length)
+        self.eos_token_ids = limits.eos_token_ids(model, tokenizer, eos_token_ids)
+        self.max_length = limits.longest(model, max_length)
 
     @classmethod
     def from_pretrained(

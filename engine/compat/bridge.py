@@ -4,14 +4,16 @@ custom_generate.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..engine import Engine
-from ..errors import CapabilityError, ParameterError
+from ..errors import CapabilityError, HandloomError, ParameterError
 from ..loop.generation import Event, Generation
 from ..loop.stopping import HFCriterion
 from ..params.sampling_params import SamplingParams
@@ -19,7 +21,8 @@ from ..pipeline.foreign.huggingface import HFProcessor
 
 __all__ = ["HFCriterion", "HFProcessor", "as_custom_generate", "stream_to"]
 
-NATIVE_CRITERIA = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"}
+RUN_AS_CRITERIA = ("max_time", "stop_strings")  # fields for which `generate` has prepared a criterion
+WATERMARKS = ("WatermarkLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -61,9 +64,11 @@ def as_custom_generate(
     such as slots.
 
     The generation config is read onto the `hf` profile; the logits processors and stopping criteria that were
-    passed to `generate` run at their place. Sampling seeds come from torch's global generator, so `set_seed`
-    makes runs repeatable; the draws differ from `torch.multinomial`'s. Raises ParameterError for what the
-    loop does in another way (beams, guidance), CapabilityError for outputs it does not keep.
+    passed to `generate` run at their place, called with one row without padding at a time. Sampling seeds come
+    from torch's global generator, so `set_seed` makes runs repeatable; the draws differ from
+    `torch.multinomial`'s. The model runs in evaluation mode and is left in the mode it was in. Raises
+    ParameterError for what the loop does in another way (beams, guidance), CapabilityError for outputs it does
+    not keep, and HandloomError where rows ended in error; its `results` holds all that was generated.
     """
     held: list[Engine] = []  # the engine of the last model
 
@@ -75,28 +80,50 @@ def as_custom_generate(
             raise CapabilityError(
                 f"{', '.join(wanted)}: this loop keeps no such tensors; use SamplingParams(logprobs=n)"
             )
-        if not held or held[0].model is not model:
-            held[:] = [Engine(model, tokenizer, **engine_options)]
-        engine = held[0]
-        own = own_processors(model, generation_config, logits_processor or [], input_ids, kwargs)
-        params = params_of(generation_config, input_ids.shape[1], own, stopping_criteria or [], engine)
-        prompts = unpadded(input_ids, kwargs)
-        seeds = torch.randint(2**62, (len(prompts),)).tolist()
-        requests = [params.replace(seed=seed) for seed in seeds]
-        if streamer is not None:
-            results = [stream_to(streamer, engine.stream(prompts, requests), input_ids[0].tolist())]
-        else:
-            results = (strategy or Engine.generate)(engine, prompts, requests)
+        with mode_kept(model):
+            if not held or held[0].model is not model:
+                held[:] = [Engine(model, tokenizer, **engine_options)]
+            own = own_processors(model, generation_config, logits_processor or [], input_ids, kwargs)
+            params = params_of(generation_config, input_ids.shape[1], own, stopping_criteria or [])
+            prompts = unpadded(input_ids, kwargs)
+            seeds = torch.randint(2**62, (len(prompts),)).tolist()
+            requests = [params.replace(seed=seed) for seed in seeds]
+            if streamer is not None:
+                results = [stream_to(streamer, held[0].stream(prompts, requests), input_ids[0].tolist())]
+            else:
+                results = (strategy or Engine.generate)(held[0], prompts, requests)
         results = results if isinstance(results, list) else [results]
-        return padded_output(input_ids, results, generation_config)
+        return padded_output(input_ids, whole(results), generation_config)
 
     return custom_generate
+
+
+@contextmanager
+def mode_kept(model: Any) -> Iterator[None]:
+    """Leave every module of the model in the mode, training or evaluation, that it has now."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def whole(results: list[Generation]) -> list[Generation]:
+    """The results, or a HandloomError with them where rows ended in error: ids alone would not tell."""
+    failed = [f"row {i}: {r.error}" for i, r in enumerate(results) if r.finish_reason == "error"]
+    if failed:
+        error = HandloomError(f"{len(failed)} of {len(results)} rows ended in error; {'; '.join(failed)}")
+        error.results = results
+        raise error
+    return results
 
 
 def own_processors(
     model: Any, config: Any, prepared: Iterable[Any], input_ids: Tensor, model_kwargs: dict[str, Any]
 ) -> list[Any]:
     """Those of transformers' prepared processors that do not follow from the generation config."""
+    prepared = list(prepared)
     standard = list(
         model._get_logits_processor(
             config,
@@ -106,6 +133,9 @@ def own_processors(
             model_kwargs=model_kwargs,
         )
     )
+    if config.watermarking_config is not None:  # the last of its kind; it holds a generator, and is made anew
+        for chain in (prepared, standard):
+            chain.pop(max(i for i, rule in enumerate(chain) if type(rule).__name__ in WATERMARKS))
     own = []
     for processor in prepared:
         twin = next((i for i, other in enumerate(standard) if same_processor(processor, other)), None)
@@ -118,7 +148,7 @@ def own_processors(
         raise ParameterError(
             f"logits_processor replaces {names}, which the config asks for too; set one of them"
         )
-    return own
+    return [padding_seen(rule, input_ids, model_kwargs.get("attention_mask")) for rule in own]
 
 
 def same_processor(one: Any, other: Any) -> bool:
@@ -131,26 +161,73 @@ def same_processor(one: Any, other: Any) -> bool:
     )
 
 
-def params_of(
-    config: Any, prompt_length: int, own: list[Any], criteria: Iterable[Any], engine: Engine
-) -> SamplingParams:
-    """Parameters of one row, from transformers' prepared generation config."""
+def params_of(config: Any, prompt_length: int, own: list[Any], criteria: Iterable[Any]) -> SamplingParams:
+    """Parameters of one row, from transformers' prepared generation config, processors and criteria."""
     settings = {name: value for name, value in vars(config).items() if value is not None and name[0] != "_"}
-    least = settings.pop("min_length", 0) - prompt_length
-    settings["min_new_tokens"] = max(least, settings.get("min_new_tokens", 0))
-    settings["max_new_tokens"] = settings.pop("max_length") - prompt_length
-    settings.pop("num_return_sequences", None)  # the rows have been repeated already
+    for name in (*RUN_AS_CRITERIA, "num_return_sequences"):  # the rows have been repeated already
+        settings.pop(name, None)
+    ends = [token for token in iter_ids(settings.pop("eos_token_id", None)) if token >= 0]
+    lengths, criteria, replaced = split_criteria(criteria, ends)
+    last = settings.pop("max_length") - prompt_length
+    most = max(1, min(lengths, default=config.max_length) - prompt_length)
+    least = max(settings.pop("min_length", 0) - prompt_length, settings.get("min_new_tokens", 0))
+    settings |= {"max_new_tokens": most, "min_new_tokens": min(least, most)}
+    forced = forced_tokens(settings, prompt_length, last - 1)
     settings = {name: value for name, value in settings.items() if value is not False or name == "do_sample"}
-    ends = set(iter_ids(settings.pop("eos_token_id", None)))
-    known = ends >= engine.eos_token_ids  # else the config narrows what ends a text
+    asked = next((rule for rule in own if type(rule).__name__ == "PrefixConstrainedLogitsProcessor"), None)
     return SamplingParams.from_generation_config(
         settings,
-        processors=own,
-        criteria=[rule for rule in criteria if type(rule).__name__ not in NATIVE_CRITERIA],
-        stop_token_ids=sorted(ends - engine.eos_token_ids if known else ends),
-        ignore_eos=not known,
+        processors=[rule for rule in own if rule is not asked],
+        prefix_allowed_tokens_fn=None if asked is None else asked._prefix_allowed_tokens_fn,
+        criteria=criteria,
+        eos_token_ids=ends,
+        ignore_eos=replaced,
+        forced_tokens=forced,
         skip_special_tokens=False,
     )
+
+
+def split_criteria(criteria: Iterable[Any], ends: list[int]) -> tuple[list[int], list[Any], bool]:
+    """The lengths that end a row, the criteria to run, and whether one of them stands in for the config's EOS."""
+    lengths, others, replaced = [], [], bool(ends)
+    for rule in criteria:
+        kind = type(rule).__name__
+        if kind == "MaxLengthCriteria":
+            lengths.append(rule.max_length)
+        elif kind == "EosTokenCriteria" and set(rule.eos_token_id.tolist()) == set(ends):
+            replaced = False
+        else:
+            others.append(rule)
+    return lengths, others, replaced
+
+
+def forced_tokens(settings: dict[str, Any], prompt_length: int, last: int) -> dict[int, int]:
+    """`forced_tokens` from the fields for BOS, forced behind a prompt of one token, and for EOS, at position `last`."""
+    first = settings.pop("forced_bos_token_id", None)
+    ends = list(iter_ids(settings.pop("forced_eos_token_id", None)))
+    if len(ends) > 1:
+        raise ParameterError(f"forced_eos_token_id={ends}: one token can be forced, not a choice of several")
+    forced = {0: first} if first is not None and prompt_length == 1 else {}
+    return forced | ({last: ends[0]} if ends else {})
+
+
+def padding_seen(rule: Any, input_ids: Tensor, mask: Tensor | None) -> Any:
+    """A rule that counts positions or shows ids with the padding in front, for rows that have none here."""
+    if mask is None:
+        return rule
+    pads, own = (mask == 0).sum(1).cpu(), copy.copy(rule)
+    if type(rule).__name__ == "PrefixConstrainedLogitsProcessor":
+        asked = rule._prefix_allowed_tokens_fn
+
+        def with_padding(row: int, ids: Tensor) -> Any:
+            return asked(row, torch.cat([input_ids[row, : pads[row]].to(ids.device), ids]))
+
+        own._prefix_allowed_tokens_fn = with_padding
+    elif type(rule).__name__ == "RepetitionPenaltyLogitsProcessor" and rule.prompt_ignore_length is not None:
+        own.prompt_ignore_length = (torch.as_tensor(rule.prompt_ignore_length).cpu() - pads).clamp(min=0)
+    else:
+        return rule
+    return own
 
 
 def unpadded(input_ids: Tensor, kwargs: dict[str, Any]) -> list[Any]:

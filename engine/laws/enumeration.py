@@ -95,7 +95,7 @@ def sequence_law(
     """
     (request, *_) = engine.requests([prompt], params.replace(n=1))
     params, prompt = request.params, request.prompt.ids
-    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else engine.eos_token_ids)
+    stops = {*params.stop_token_ids, *params.ends(engine.eos_token_ids)}
     given = next_logits or (lambda ids: naive.next_logits(engine.model, ids))
     rows, paths = bind(engine, request), [()]
     weights, law = torch.ones(1, dtype=torch.float64), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import torch
 
@@ -12,13 +13,22 @@ log = logging.getLogger("handloom")
 UNBOUNDED = 1 << 20  # positions of a model that names no limit
 
 
-def eos_token_ids(model, tokenizer) -> frozenset[int]:
-    """Every id that ends a text, by the model's configurations and the tokenizer."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or ())
-    return frozenset(found)
+def eos_token_ids(model, tokenizer, given: Iterable[int] | None) -> frozenset[int]:
+    """The ids that end a text: those given, or the generation config's alone, as in transformers."""
+    if given is not None:
+        return frozenset(int(i) for i in given)
+    source = getattr(model, "generation_config", None) or model.config
+    ids = source.eos_token_id
+    found = frozenset([ids] if isinstance(ids, int) else ids or ())
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is not None and end not in found:
+        log.info(
+            "the tokenizer's end token %d ends no text, because the generation config names %s; "
+            "Engine(eos_token_ids=...) adds it",
+            end,
+            sorted(found) or "none",
+        )
+    return found
 
 
 def longest(model, max_length: int | None) -> int:

@@ -130,7 +130,7 @@ class Batch:
     def _set_stops(self, slot: int, request: Request) -> None:
         """What ends the row on the device, where the host looks late."""
         params = request.params
-        ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else self.eos)})
+        ids = sorted({*params.stop_token_ids, *params.ends(self.eos)})
         if len(ids) > self.stops.shape[1]:
             wider = self.stops.new_full((self.size, 2 * len(ids)), -1)
             wider[:, : self.stops.shape[1]] = self.stops

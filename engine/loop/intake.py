@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..errors import ParameterError
 from ..loading.parallel import fresh_seed, is_split
 from ..params.sampling_params import SamplingParams
+from ..pipeline.foreign.huggingface import for_row
+from ..text.detokenizer import special_tokens
 from ..text.prompts import Prompt, encode_prompts
 from .request import Prefilled, Request
 
@@ -33,6 +35,8 @@ def requests_of(engine, prompts, params, defaults, overrides) -> tuple[list[Requ
         seed = fresh_seed(engine.model) if asked.seed is None else asked.seed
         shared = Prefilled(waiting=asked.n)
         requests += [Request(index, sample, prompt, asked, seed, shared) for sample in range(asked.n)]
+    for number, request in enumerate(requests):
+        request.params = for_row(request.params, number, len(requests))
     return requests, single
 
 
@@ -40,6 +44,8 @@ def checked(engine, asked: SamplingParams, prompt_length: int) -> SamplingParams
     """The parameters with every string as ids, or a ParameterError."""
     if asked.stop and engine.tokenizer is None:
         raise ParameterError(f"stop={asked.stop!r} needs a tokenizer; use stop_token_ids")
+    if asked.stop and asked.skip_special_tokens:
+        _check_stops(asked.stop, engine.tokenizer)
     if asked.max_length is not None and asked.max_length <= prompt_length:
         raise ParameterError(
             f"max_length={asked.max_length} counts the prompt, which has {prompt_length} tokens"
@@ -53,6 +59,20 @@ def checked(engine, asked: SamplingParams, prompt_length: int) -> SamplingParams
     asked.check_vocabulary(engine.vocab_size)
     engine.pipeline.for_params(asked).check(asked)
     return asked
+
+
+def _check_stops(strings, tokenizer) -> None:
+    """Refuse stop strings that hold a special token beside text: skipped tokens are not in the text."""
+    ids = special_tokens(tokenizer)
+    for string in strings:
+        inside = [] if string in ids else [token for token in ids if token in string]
+        if inside and {ids[token] for token in inside} & {
+            *tokenizer.encode(string, add_special_tokens=False)
+        }:
+            raise ParameterError(
+                f"stop={string!r} holds the special token {inside[0]!r}, which is not in the text while special "
+                "tokens are skipped: pass skip_special_tokens=False, or that token alone"
+            )
 
 
 def _params(engine, params, count: int, defaults: str, overrides) -> list[SamplingParams]:
@@ -73,14 +93,10 @@ def one_params(engine, item, model_defaults: bool, overrides) -> SamplingParams:
             raise ParameterError(
                 f"params={item!r} is not SamplingParams, a GenerationConfig, a dict, or a list of one per prompt"
             )
-        return _from_config(engine, item, overrides)
+        return SamplingParams.from_generation_config(item, **overrides)
     named = {**(item or {}), **overrides}
-    return (
-        _from_config(engine, engine.model.generation_config, named)
-        if model_defaults
-        else SamplingParams(**named)
-    )
-
-
-def _from_config(engine, config, overrides) -> SamplingParams:
-    return SamplingParams.from_generation_config(config, eos_token_ids=engine.eos_token_ids, **overrides)
+    if not model_defaults:
+        return SamplingParams(**named)
+    # the model's own ends are the engine's already, and the engine may know more
+    config = engine.model.generation_config
+    return SamplingParams.from_generation_config(config, **{"eos_token_ids": None, **named})

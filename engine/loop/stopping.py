@@ -6,10 +6,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import HandloomError, ParameterError
-from ..pipeline.foreign.huggingface import is_huggingface
-from ..text.detokenizer import Detokenizer
+from ..pipeline.foreign.huggingface import fork, is_huggingface
+from ..text.detokenizer import Detokenizer, special_tokens
 
 FINISH_REASONS = ("eos", "stop", "length", "time", "cancelled", "error")
+
+
+STATELESS = (
+    "MaxLengthCriteria",
+    "MaxTimeCriteria",
+    "EosTokenCriteria",
+    "StopStringCriteria",
+)  # transformers' own
 
 
 class Emission(NamedTuple):
@@ -67,8 +75,8 @@ class HFCriterion:
 
     def for_request(self) -> "HFCriterion":
         """The same criterion, from the state it is in now, for one request."""
-        from ..pipeline.foreign.huggingface import fork
-
+        if type(self.criterion).__name__ in STATELESS:
+            return self
         return HFCriterion(fork(self.criterion))
 
     def __call__(self, progress: Progress) -> bool:
@@ -124,7 +132,7 @@ class Stopper:
         Args:
             params: SamplingParams of the request.
             tokenizer: a Hugging Face tokenizer; None gives no text.
-            eos_token_ids: ids that end a text, unless `params.ignore_eos`.
+            eos_token_ids: the model's ids that end a text, where the request has none of its own.
             prompt_ids: prompt tokens, -1 for embeddings.
             max_total: the engine's limit on prompt and output together; `params.max_length` may be lower.
             clock: returns seconds; `params.max_time` counts from now.
@@ -140,8 +148,13 @@ class Stopper:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self._eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        self._eos = params.ends(eos_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids or ())
+        skips = tokenizer is not None and params.skip_special_tokens
+        specials = special_tokens(tokenizer) if stop and skips else {}
+        self._special_stops = {
+            specials[s]: s for s in stop if s in specials
+        }  # tokens that add no text to search
         self._search = StopSearch(stop)
         self._criteria = tuple(map(for_one_request, params.criteria or ()))
         self._detokenizer = None
@@ -202,9 +215,11 @@ class Stopper:
         terminator = self._terminator(token_id)
         if terminator is not None:
             return self._push_terminator(token_id, *terminator)
+        armed = len(self.token_ids) >= self.params.min_new_tokens
+        if armed and token_id in self._special_stops:
+            return self._push_special_stop(self._special_stops[token_id])
         delta = self._detokenizer.push(token_id) if self._detokenizer else ""
         self._deltas.append(delta)
-        armed = len(self.token_ids) >= self.params.min_new_tokens
         text, match = self._search.feed(delta, armed, self.params.include_stop)
         self._emitted.append(text)
         if match is not None:
@@ -255,6 +270,12 @@ class Stopper:
             text = self._flush()
             self._deltas.append("")
         return self._end("", text, reason, token_id)
+
+    def _push_special_stop(self, string: str) -> Emission:
+        """End at a special token that is a stop string, although it would add no text."""
+        text, shown = self._flush(), string if self.params.include_stop else ""
+        self._deltas.append(shown)
+        return self._end("", text + shown, "stop", string)
 
     def _criterion(self) -> tuple[str, str] | None:
         for criterion in self._criteria:

@@ -1,5 +1,6 @@
 """The field's many spellings of one parameter, and what to use instead of those that are none here."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -91,6 +92,32 @@ def sequences(name: str, value: Any) -> Any:
     }
 
 
+def one_or_more(name: str, value: Any) -> Any:
+    """A list of what may be a single id."""
+    number = scalar(value)
+    return [number] if isinstance(number, int) and not isinstance(number, bool) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class ByRow:
+    """transformers' `function(batch_id, ids)` as a prefix function: it is told the number of its row in the call."""
+
+    function: Callable[[int, Any], Any]
+    number: int | None = None
+
+    def for_row(self, number: int) -> "ByRow":
+        """The same function for the row of this number."""
+        return ByRow(self.function, number)
+
+    def __call__(self, sample: int, ids: Any) -> Any:
+        return self.function(sample if self.number is None else self.number, ids)
+
+
+def by_row(name: str, function: Any) -> Any:
+    """A callable as a `ByRow`; anything else is left to the field's check."""
+    return ByRow(function) if callable(function) else function
+
+
 # spelling -> field, or (field, conversion of the value)
 ALIASES: dict[str, str | tuple[str, Callable[[str, Any], Any]]] = {
     "max_tokens": "max_new_tokens",
@@ -117,10 +144,11 @@ ALIASES: dict[str, str | tuple[str, Callable[[str, Any], Any]]] = {
     "bad_words_ids": "bad_words",
     "allowed_token_ids": "allowed_tokens",
     "exponential_decay_length_penalty": "exponential_decay",
-    "prefix_allowed_tokens_fn": "prefix_fn",
+    "prefix_allowed_tokens_fn": ("prefix_fn", by_row),
     "stop_strings": "stop",
     "custom_stopping_strings": ("stop", _quoted),
     "ban_eos_token": "ignore_eos",
+    "eos_token_id": ("eos_token_ids", one_or_more),
     "include_stop_str_in_output": "include_stop",
     "stopping_criteria": "criteria",
     "top_logprobs": "logprobs",
@@ -162,13 +190,23 @@ ELSEWHERE: dict[str, tuple[tuple, str]] = {
     "guidance_scale": ((1,), _GUIDANCE),
     "negative_prompt": (("",), _GUIDANCE),
     "negative_prompt_ids": ((), _GUIDANCE),
-    "watermarking_config": ((), "pass the watermark as a processor: processors=[...]"),
     "encoder_repetition_penalty": ((1,), 'write repetition_penalty=1/x with penalty_scope="prompt"'),
     "encoder_no_repeat_ngram_size": ((0,), "pass a processor: processors=[...]"),
     "min_length": ((0,), "it counts the prompt; write min_new_tokens"),
-    "forced_bos_token_id": ((), "write forced_tokens={0: id}"),
+    "forced_bos_token_id": (
+        (),
+        "behind a prompt of one token write forced_tokens={0: id}; behind any other transformers ignores it",
+    ),
+    "is_assistant": ((False,), _SPECULATIVE),
+    "cache_implementation": (
+        (
+            *("dynamic", "offloaded", "static", "offloaded_static", "sliding_window", "hybrid"),
+            *("hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+        ),
+        "the engine has a cache of its own, whose keys and values are never quantised",
+    ),
     "forced_eos_token_id": ((), "write forced_tokens={max_new_tokens - 1: id}"),
-    "token_healing": ((False,), _OTHER_TEXT),
+    "token_healing": ((False,), "not offered: the prompt is taken as it is, to its last token"),
     "remove_invalid_values": ((False,), 'a row whose logits are not finite ends with finish_reason="error"'),
     "output_scores": ((False,), _SCORES),
     "output_logits": ((False,), _SCORES),

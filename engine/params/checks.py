@@ -72,7 +72,8 @@ def to_int(name: str, value: Any, low: int, high: int = LARGEST_ID, wanted: str 
     """A value as an int within [low, high]; bools, floats and text are errors."""
     number = scalar(value)
     if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
-        top = "" if high == LARGEST_ID else f" and at most {high}"
+        beyond = isinstance(number, int) and number > high
+        top = f" and at most {high}" if beyond or high != LARGEST_ID else ""
         fail(name, value, wanted or f"an integer of at least {low}{top}")
     return int(number)
 
@@ -261,6 +262,35 @@ def start_and_factor() -> Any:
         return to_int(name, pair[0], 0, wanted=wanted), float(scalar(pair[1]))
 
     return dataclasses.field(default=None, metadata={"check": check})
+
+
+def watermark() -> Any:
+    """Field for None or a watermark of transformers: its configuration object, or a mapping of the same settings."""
+
+    def check(name: str, value: Any) -> FrozenDict:
+        given = value.to_dict() if callable(getattr(value, "to_dict", None)) else value
+        if not isinstance(given, Mapping):
+            fail(
+                name,
+                value,
+                "transformers' WatermarkingConfig or SynthIDTextWatermarkingConfig, or its settings",
+            )
+        try:
+            config = watermarking(given)
+            config.validate()
+        except (TypeError, ValueError) as error:
+            wanted = f"settings of a watermark of transformers, which says: {error}"
+            raise ParameterError(f"{name}={reprlib.repr(value)} is not valid: expected {wanted}") from error
+        return FrozenDict({k: tuple(v) if isinstance(v, list) else v for k, v in config.to_dict().items()})
+
+    return dataclasses.field(default=None, metadata={"check": check})
+
+
+def watermarking(settings: Mapping[str, Any]) -> Any:
+    """transformers' configuration object of a watermark: SynthID's where there are `keys`, else a green list's."""
+    from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
+
+    return (SynthIDTextWatermarkingConfig if "keys" in settings else WatermarkingConfig)(**settings)
 
 
 def hook() -> Any:

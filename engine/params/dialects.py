@@ -25,7 +25,7 @@ from .aliases import (
     target_or_off,
     tiny_if_zero,
 )
-from .checks import scalar, to_bool, to_float, to_int, to_list
+from .checks import scalar, to_bool, to_float, to_int
 
 Finish = Callable[[Values, Values, Mapping[str, Any]], None]  # (values, special, base): completes values
 
@@ -76,12 +76,6 @@ def _finish_handloom(values: Values, special: Values, base: Mapping[str, Any]) -
 
 def _finish_hf(values: Values, special: Values, base: Mapping[str, Any]) -> None:
     """transformers: `do_sample` alone sets the mode, and max_new_tokens takes precedence over max_length."""
-    if "eos_token_id" in special:
-        ids = scalar(special["eos_token_id"])
-        wanted = "a token id, or a list of them"
-        ids = [ids] if isinstance(ids, int) else to_list("eos_token_id", ids, wanted)
-        ids = [to_int("eos_token_id", token, 0, wanted=wanted) for token in ids]
-        values["stop_token_ids"] = [*(values.get("stop_token_ids") or ()), *ids]
     if values.get("max_new_tokens") is not None:
         values.pop("max_length", None)
     elif values.get("max_length") is not None:
@@ -228,14 +222,42 @@ def _count_the_prompt(values: Values) -> None:
         values.setdefault("penalty_scope", "all")
 
 
-_HF_IGNORED = """
-    use_cache cache_implementation cache_config max_cache_len pad_token_id bos_token_id
-    decoder_start_token_id length_penalty early_stopping renormalize_logits return_dict_in_generate
-    is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
-    assistant_lookbehind target_lookbehind assistant_ensemble_weight max_matching_ngram_size
-    compile_config disable_compile continuous_batching_config low_memory prefill_chunk_size
-    transformers_version synced_gpus _from_model_config _commit_hash _original_object_hash
-"""
+_CACHE = "how keys and values are kept; the engine has a cache of its own"
+_ASSISTANT = "read only beside an assistant model or a draft, which are refused"
+_BEAMS = "read by beam search alone: handloom.strategies.beam_search honours it"
+_SPEED = "how transformers runs the same computation"
+_RECORD = "where the configuration comes from"
+
+# Fields of transformers' GenerationConfig that no token depends on in `Engine.generate`, and why.
+HF_WITHOUT_EFFECT: dict[str, str] = {
+    "use_cache": _CACHE,
+    "cache_config": "settings of a quantised cache, which is refused",
+    "max_cache_len": _CACHE,
+    "pad_token_id": "fills rows behind their end; nothing is padded here",
+    "bos_token_id": "stands for a prompt where none is given; here a prompt is always given",
+    "decoder_start_token_id": "begins the text of an encoder-decoder model; this engine runs decoders",
+    "length_penalty": _BEAMS,
+    "early_stopping": _BEAMS,
+    "renormalize_logits": "log_softmax changes no distribution; beam_search, which adds scores up, honours it",
+    "return_dict_in_generate": "the form of generate's result; compat.as_custom_generate honours it",
+    "num_assistant_tokens": _ASSISTANT,
+    "num_assistant_tokens_schedule": _ASSISTANT,
+    "assistant_confidence_threshold": _ASSISTANT,
+    "assistant_lookbehind": _ASSISTANT,
+    "target_lookbehind": _ASSISTANT,
+    "assistant_ensemble_weight": _ASSISTANT,
+    "max_matching_ngram_size": _ASSISTANT,
+    "compile_config": _SPEED,
+    "disable_compile": _SPEED,
+    "continuous_batching_config": "of transformers' generate_batch; `slots` and the pool are the engine's",
+    "low_memory": "of contrastive search, which is refused: see handloom.strategies.contrastive",
+    "prefill_chunk_size": _SPEED,
+    "synced_gpus": _SPEED,
+    "transformers_version": _RECORD,
+    "_from_model_config": _RECORD,
+    "_commit_hash": _RECORD,
+    "_original_object_hash": _RECORD,
+}
 _VLLM_IGNORED = """
     detokenize spaces_between_special_tokens output_kind skip_clone flat_logprobs skip_reading_prefix_cache
     logprobs_mode length_penalty early_stopping
@@ -265,8 +287,7 @@ DIALECTS: dict[str, Dialect] = {
                 "top_p": ("top_p", tiny_if_zero),
                 "sequence_bias": ("sequence_bias", sequences),
             },
-            special=frozenset({"eos_token_id"}),
-            ignored=frozenset(_HF_IGNORED.split()),
+            ignored=frozenset(HF_WITHOUT_EFFECT),
         ),
         Dialect("vllm", _finish_vllm, profile="vllm", ignored=frozenset(_VLLM_IGNORED.split())),
         Dialect(

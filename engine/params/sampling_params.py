@@ -22,6 +22,7 @@ from .checks import (
     texts_or_ids,
     token_bias,
     token_ids,
+    watermark,
     words,
 )
 from .dialects import DIALECTS
@@ -104,11 +105,16 @@ class SamplingParams:
         forced_tokens: {output position from 0: id}.
         exponential_decay: (start, factor), EOS grows by factor**(length - start) after start tokens;
             None = off.
-        prefix_fn: callable (sample index, ids) -> ids allowed next; None = off.
+        prefix_fn: callable (sample index, ids) -> ids allowed next; None = off. Under transformers' name,
+            `prefix_allowed_tokens_fn`, it is told the number of its row in the call instead.
+        watermarking_config: transformers' WatermarkingConfig (arXiv 2301.10226) or SynthIDTextWatermarkingConfig,
+            or a mapping of its settings; it acts last, with the same lists as there; None = off.
     Stopping
         stop: strings that end the text, matched across token borders, never inside the prompt.
         stop_token_ids: token ids that end it.
-        ignore_eos: go on after the model's end-of-sequence tokens.
+        eos_token_ids: ids that end it in place of the model's end-of-sequence tokens, for this request and all
+            its rules; [] = none, None = the model's.
+        ignore_eos: go on after the end-of-sequence tokens.
         include_stop: keep the stop string in the text.
         max_time: seconds since the request was admitted, > 0; None = off.
         criteria: callables (Progress) -> truth or a reason, or transformers' StoppingCriteria, that may end it.
@@ -177,9 +183,11 @@ class SamplingParams:
     forced_tokens: Mapping[int, int] = positions_to_ids()
     exponential_decay: tuple[int, float] | None = start_and_factor()
     prefix_fn: Callable[[int, Any], Any] | None = hook()  # noqa: RUF009 - makes a field, like the others
+    watermarking_config: Mapping[str, Any] | None = watermark()
 
     stop: tuple[str, ...] = texts()
     stop_token_ids: tuple[int, ...] = token_ids()
+    eos_token_ids: tuple[int, ...] | None = token_ids(None)
     ignore_eos: bool = flag(False)
     include_stop: bool = flag(False)
     max_time: float | None = real(None, "(0, inf)")
@@ -240,26 +248,20 @@ class SamplingParams:
         return cls(**values)
 
     @classmethod
-    def from_generation_config(
-        cls, config: Any, *, eos_token_ids: Collection[int] = (), **overrides: Any
-    ) -> "SamplingParams":
+    def from_generation_config(cls, config: Any, **overrides: Any) -> "SamplingParams":
         """Parameters of a transformers GenerationConfig, or of a generation_config.json as a mapping.
 
         do_sample alone sets the mode (absent = greedy), fields that are None are absent, and no
-        top_k=50 is added. The config's own EOS ids become stop tokens, unless they are in
-        `eos_token_ids`, which the engine stops at anyway. overrides: parameters under any name, which
-        win over the config's. An object's attributes that nobody knows are skipped with a warning; in a
-        mapping they are a ParameterError, as is num_beams > 1 and whatever else handloom does in
-        another way.
+        top_k=50 is added. overrides: parameters under any name, which win over the config's. Every field
+        of transformers' is honoured, listed with the reason why it cannot change a token in
+        `handloom.params.dialects.HF_WITHOUT_EFFECT`, or a ParameterError, as num_beams > 1 is and whatever
+        else handloom does in another way. An object's attributes that nobody knows are skipped with a
+        warning; in a mapping they are a ParameterError.
         """
         settings = dict(config) if isinstance(config, Mapping) else _attributes(config)
         settings = {name: value for name, value in settings.items() if name not in overrides}
         settings |= {name: overrides[name] for name in ("do_sample",) if name in overrides}
-        params = cls.from_dict(settings, dialect="hf")
-        if eos_token_ids:
-            left = [token for token in params.stop_token_ids if token not in eos_token_ids]
-            params = params.replace(stop_token_ids=left)
-        return params.replace(**overrides)
+        return cls.from_dict(settings, dialect="hf").replace(**overrides)
 
     def replace(self, **changes: Any) -> "SamplingParams":
         """A copy with some parameters changed, under any of their names; None sets a default back."""
@@ -273,6 +275,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most probable token is taken instead of drawing one."""
         return self.temperature == 0.0
+
+    def ends(self, model_ids: Collection[int]) -> frozenset[int]:
+        """The end-of-sequence ids that end the text: its own, else the model's; none with `ignore_eos`."""
+        own = model_ids if self.eos_token_ids is None else self.eos_token_ids
+        return frozenset() if self.ignore_eos else frozenset(own)
 
     def resolve(self, tokenizer: Any) -> "SamplingParams":
         """A copy in which every string that stands for tokens has become ids.
@@ -334,6 +341,7 @@ class SamplingParams:
             "allowed_tokens",
             "suppress_first",
             "stop_token_ids",
+            "eos_token_ids",
             "dry_breakers",
             "logit_bias",
         ):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError
-from .foreign.huggingface import HFProcessor, is_huggingface
+from .foreign.huggingface import HFProcessor, TransformersWatermark, is_huggingface
 from .forms import Adapted, Context, Edit, Function, Keep, Processor
 from .members import reasons, unfused_alone
 from .processors import DEFAULT_ORDER
@@ -250,7 +250,11 @@ def lint_order(chain: list[Processor]) -> list[str]:
     warm = [i for i, p in enumerate(chain) if p.sampling_only and p.kind == "edit"]
     found = []
     for i, processor in enumerate(chain):
-        if processor.kind == "keep" or processor.sampling_only:
+        if (
+            processor.kind == "keep"
+            or processor.sampling_only
+            or isinstance(processor, TransformersWatermark)
+        ):
             continue
         if cuts and cuts[0] < i:
             found.append(

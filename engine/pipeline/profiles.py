@@ -100,6 +100,28 @@ class StrictTypical(rules.Typical):
         return context.values.typical_p / MASS_SHARE**2
 
 
+class ForcingPrefix(rules.PrefixFunction):
+    """A prefix function as transformers has it: where all it allows is excluded already, it is forced, with score 0.
+
+    Of the beams of one prompt none is forced while another has a token left.
+    """
+
+    name = "prefix_fn"
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        left, answers = logits.clone(), self.answers(context)
+        for row, allowed in enumerate(answers):
+            if allowed is not None:
+                kept = left[row, allowed]
+                left[row] = NEG_INF
+                left[row, allowed] = kept
+        dead = (left == NEG_INF).all(-1).unflatten(0, (-1, context.beams)).all(-1)
+        for row in dead.repeat_interleave(context.beams).nonzero().flatten().tolist():
+            if answers[row]:
+                left[row, answers[row]] = 0.0
+        return left
+
+
 def counting_prompt(penalty: Processor) -> Processor:
     """A penalty whose "auto" scope is the whole text, prompt included."""
     penalty.auto_scope = "all"
@@ -136,7 +158,7 @@ def hf(params: Any) -> Pipeline:
         rules.NoRepeatNGram(),
         rules.BadWords(spare_eos=True),
         rules.MinNewTokens(),
-        rules.PrefixFunction(),
+        ForcingPrefix(),
         rules.ForcedTokens(),
         rules.ExponentialDecay(),
         rules.AllowedTokens(),
@@ -152,6 +174,7 @@ def hf(params: Any) -> Pipeline:
         rules.Typical(),
         rules.Epsilon(),
         rules.Eta(),
+        rules.TransformersWatermark(),
     ]
     return around_own("hf", "transformers 5.23.0", before, after)
 

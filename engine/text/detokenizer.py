@@ -131,6 +131,12 @@ class Detokenizer:
         return self._decode(window[self._mark :])
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """{text: id} of the tokens that `skip_special_tokens` leaves out."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return {str(token): number for number, token in added if token.special}
+
+
 def _decoder(tokenizer: Any, skip_special_tokens: bool):
     """Return a function from a list of ids to text, as direct as the tokenizer allows."""
     kind = type(tokenizer)

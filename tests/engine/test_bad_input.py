@@ -134,6 +134,7 @@ OUT_OF_VOCABULARY = {
     "suppress_first": [360],
     "forced_tokens": {0: 360},
     "stop_token_ids": [360],
+    "eos_token_ids": [360],
     "dry_breakers": [360],
 }
 
@@ -158,6 +159,32 @@ def test_ids_beyond_the_vocabulary_are_refused_with_field_id_and_range(engine, f
 def test_parameters_that_contradict_each_other(engine, fields, message):
     with pytest.raises(ParameterError, match=message):
         engine.generate(GOOD, **fields)
+
+
+def test_a_stop_string_that_can_never_be_seen_is_refused(engine):
+    with pytest.raises(
+        ParameterError, match=r"stop='</s>!' holds the special token '</s>'.*skip_special_tokens"
+    ):
+        engine.generate(GOOD, stop=["</s>!"])
+    engine.generate(GOOD, stop=["</s>!"], skip_special_tokens=False, max_new_tokens=1)
+    engine.generate(GOOD, stop=["</s>", "s>!"], max_new_tokens=1)
+
+
+def test_a_number_that_is_too_large_is_told_the_largest():
+    with pytest.raises(
+        ParameterError, match=r"max_new_tokens=2147483648 .* at least 1 and at most 2147483647"
+    ):
+        SamplingParams(max_new_tokens=2**31)
+    with pytest.raises(
+        ParameterError, match=r"max_new_tokens=0 is not valid: expected an integer of at least 1$"
+    ):
+        SamplingParams(max_new_tokens=0)
+
+
+def test_a_path_instead_of_a_model_is_told_what_loads_it(tmp_path):
+    for path in ("HuggingFaceTB/SmolLM2-135M", tmp_path):
+        with pytest.raises(ParameterError, match=r"Engine\.from_pretrained\('.*'\) loads one"):
+            Engine(path)
 
 
 def test_a_list_of_params_must_fit_the_prompts(engine):

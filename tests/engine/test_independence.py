@@ -70,6 +70,8 @@ MIXED = {
     "prefix_fn": {"prefix_fn": lambda sample, ids: [40 + len(ids) % 7, 60 + sample], "temperature": 1.0},
     "stop": {"forced_tokens": forced("the fox. STOP it"), "stop": ("STOP",)},
     "include_stop": {"forced_tokens": forced("the fox. STOP it"), "stop": ("STOP",), "include_stop": True},
+    "watermarking_config": {"watermarking_config": {"keys": [5, 7, 11], "ngram_len": 3}, "temperature": 1.0},
+    "eos_token_ids": {"forced_tokens": forced("fox"), "eos_token_ids": spell("x")},
     "stop_token_ids": {"forced_tokens": forced("fox"), "stop_token_ids": spell("x")},
     "ignore_eos": {"forced_tokens": {1: 1}, "ignore_eos": True, "skip_special_tokens": False},
     "eos": {"forced_tokens": {3: 1}},
@@ -95,7 +97,7 @@ def test_the_mixed_batch_covers_every_field():
 @pytest.mark.parametrize("given", ["ids", "embeddings"])
 def test_one_batch_of_all_parameters_equals_each_request_alone(given):
     tokenizer = byte_level()
-    model = tiny_llama(vocab_size=len(tokenizer))
+    model = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     params = [SamplingParams(**({"seed": 7, "max_new_tokens": 12} | fields)) for fields in MIXED.values()]
     rng = random.Random(3)
     prompts = [[rng.randrange(3, 360) for _ in range(rng.randrange(15, 25))] for _ in params]

@@ -199,17 +199,30 @@ def test_a_generation_config_or_a_dict_can_stand_for_params(texts):
         texts.generate("the", 3)
 
 
-def test_eos_ids_come_from_generation_config_config_and_tokenizer():
+def test_eos_ids_are_those_of_the_generation_config_or_those_that_are_given(caplog):
     tokenizer = byte_level()
     model = tiny_llama(vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = [40, 41]
     model.config.eos_token_id = 42
-    engine = Engine(model, tokenizer)
-    assert engine.eos_token_ids == {1, 40, 41, 42}
-    for token in (1, 40, 41, 42):
-        generation = engine.generate("the", forced_tokens=forced([50, token, 51]), max_new_tokens=4)
-        assert (generation.token_ids, generation.finish_reason) == ([50, token], "eos")
-        assert generation.stop_reason == token
+    with caplog.at_level("INFO", "handloom"):
+        engine = Engine(model, tokenizer)
+    assert engine.eos_token_ids == {40, 41}  # as in transformers: what the tokenizer ends with is not asked
+    assert "the tokenizer's end token 1 ends no text" in caplog.text
+    wider = Engine(model, tokenizer, eos_token_ids=[40, tokenizer.eos_token_id])
+    for each, ends in ((engine, {40, 41}), (wider, {40, 1})):
+        for token in (1, 40, 41, 42):
+            generation = each.generate("the", forced_tokens=forced([50, token, 51]), max_new_tokens=3)
+            reason = (
+                ([50, token], "eos", token)
+                if token in ends
+                else ([50, token, 51], "length", "max_new_tokens")
+            )
+            assert (generation.token_ids, generation.finish_reason, generation.stop_reason) == reason
+    own = engine.generate("the", forced_tokens=forced([50, 40, 51]), max_new_tokens=3, eos_token_ids=[51])
+    assert (own.token_ids, own.finish_reason) == ([50, 40, 51], "eos")
+    # the model's defaults are the engine's, not a narrower set
+    again = wider.generate("the", forced_tokens=forced([50, 1]), max_new_tokens=3, defaults="model")
+    assert again.finish_reason == "eos"
 
 
 def test_a_model_without_eos_runs_to_its_length(engine):

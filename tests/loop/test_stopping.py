@@ -289,6 +289,28 @@ def test_a_newline_stops_at_once_with_byte_fallback():
     assert ended(s) == ("stop", "\n", "a", 2)
 
 
+PAD = TOKENIZER.pad_token_id
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+def test_a_stop_string_that_is_a_special_token_ends_though_it_adds_no_text(include_stop):
+    s = stopper(stop=["<pad>", "xyz"], include_stop=include_stop)
+    run(s, [*spell("abxy"), PAD, *spell("c")])
+    assert ended(s) == ("stop", "<pad>", "abxy<pad>" if include_stop else "abxy", 5)
+    plain = stopper(stop=["<pad>"], skip_special_tokens=False, include_stop=include_stop)
+    run(plain, [*spell("ab"), PAD, *spell("c")])
+    assert ended(plain) == ("stop", "<pad>", "ab<pad>" if include_stop else "ab", 3)
+
+
+def test_a_special_stop_string_waits_for_min_new_tokens_and_comes_after_eos():
+    s = stopper(stop=["<pad>"], min_new_tokens=3)
+    run(s, [PAD, *spell("a"), PAD, *spell("c")])
+    assert ended(s) == ("stop", "<pad>", "a", 3)
+    s = stopper(stop=["</s>"])
+    run(s, [*spell("a"), EOS])
+    assert ended(s) == ("eos", EOS, "a", 2)
+
+
 def test_stop_strings_before_min_new_tokens_are_text():
     s = stopper(stop=("ab",), min_new_tokens=4)
     emissions = run(s, spell("abcabab"))

@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import SynthIDTextWatermarkingConfig, WatermarkingConfig
 
 from handloom import SamplingParams
 from handloom.errors import ParameterError
 
 FIELDS = [field.name for field in dataclasses.fields(SamplingParams)]
 NAN, INF = float("nan"), float("inf")
+SYNTHID = SynthIDTextWatermarkingConfig(ngram_len=2, keys=[3, 1]).to_dict() | {"keys": (3, 1)}
 
 # field -> values at and inside its borders, values just outside of them; by hand, from the documentation
 NUMBERS = {
@@ -117,8 +119,13 @@ OTHERS = {
         [5, (5,), (-1, 1.1), (5, 0), (5, NAN), (1.5, 2)],
     ),
     "prefix_fn": ([(max, max)], [5, "f", [max]]),
+    "watermarking_config": (
+        [({"keys": [3, 1], "ngram_len": 2}, SYNTHID), ({}, WatermarkingConfig().to_dict())],
+        [5, "lefthash", {"bais": 1.0}, {"greenlist_ratio": 2.0}, {"keys": [1]}],
+    ),
     "stop": ([("x", ("x",)), (["a", "b", "a"], ("a", "b"))], ["", ["a", ""], [1], 5, {"a": 1}, b"x"]),
     "stop_token_ids": ([(range(2, 4), (2, 3))], [[-1], [1.5], 7, "7"]),
+    "eos_token_ids": ([([2, 2, 1], (2, 1)), ([], ())], [[-1], 7, "7"]),
     "ignore_eos": ([(True, True), (np.True_, True), (torch.tensor(True), True)], [1, 0, "yes", 0.0]),
     "include_stop": ([(True, True)], [1, "no"]),
     "skip_special_tokens": ([(False, False)], [0, "False"]),

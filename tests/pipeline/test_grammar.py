@@ -297,7 +297,8 @@ def test_one_grammar_is_one_member_of_the_pipeline_and_is_compiled_once(engine):
 
 
 def test_speculation_keeps_to_the_grammar(engine):
-    draft = Engine(tiny_llama(vocab_size=len(byte_level()), num_hidden_layers=1), byte_level())
+    model = tiny_llama(vocab_size=len(byte_level()), num_hidden_layers=1)
+    draft = Engine(model, byte_level(), eos_token_ids=engine.eos_token_ids)
     plain = engine.generate(ASKED, drawn(processors=[Grammar(Letters())]))
     for source in (draft, lambda tokens, count: [spell("a")[0], spell("b")[0], 9][:count]):
         results = speculative(

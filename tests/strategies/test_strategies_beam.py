@@ -7,6 +7,7 @@ from itertools import permutations, product
 import pytest
 import torch
 from helpers import assert_nothing_leaked, tiny_llama
+from transformers import GenerationConfig
 
 from handloom import Engine, ParameterError, Processor, SamplingParams, laws
 from handloom.laws import naive
@@ -221,3 +222,110 @@ def test_no_possible_sequence_is_an_error_of_that_prompt_alone(ending):
 def test_what_it_cannot_do_is_an_error(engine, options, message):
     with pytest.raises(ParameterError, match=message):
         beam_search(engine, [[1, 2]], **options)
+
+
+CONFIGS = [
+    {"num_beams": 3, "length_penalty": -1.5, "num_return_sequences": 3},
+    {"num_beams": 3, "early_stopping": True, "num_return_sequences": 2},
+    {"num_beams": 2, "early_stopping": "never", "length_penalty": 2.5},
+    {"num_beams": 3, "renormalize_logits": True, "repetition_penalty": 2.5, "num_return_sequences": 3},
+]
+
+
+@pytest.mark.parametrize("settings", CONFIGS)
+def test_a_generation_config_tells_what_the_arguments_do_not(ending, settings):
+    prompts = [[1, 2, 3, 1, 2], [5], [7, 7, 8, 1, 0], [12, 3]]
+    config = GenerationConfig(max_new_tokens=12, pad_token_id=0, **settings)
+    ours = beam_search(ending, prompts, config)
+    agree(
+        ending,
+        prompts,
+        ours,
+        lambda prompt: theirs(ending.model, prompt, do_sample=False, max_new_tokens=12, **settings),
+        settings.get("length_penalty", 1.0),
+    )
+    assert len(ours) == len(prompts) * settings.get("num_return_sequences", 1)
+    as_dict = beam_search(ending, prompts, {"max_new_tokens": 12, "profile": "hf", **settings})
+    assert [r.token_ids for r in as_dict] == [r.token_ids for r in ours]
+
+
+def test_renormalised_scores_differ(ending):
+    options = {"num_beams": 3, "max_new_tokens": 8, "repetition_penalty": 2.5}
+    plain, again = (
+        beam_search(ending, [[1, 2, 1, 2]], renormalize_logits=on, **options) for on in (False, True)
+    )
+    assert plain[0].logprobs != again[0].logprobs
+    assert all(logprob <= 0 for logprob in again[0].logprobs)
+
+
+def test_an_argument_wins_over_the_config_and_configs_must_agree(ending):
+    config = GenerationConfig(max_new_tokens=6, num_beams=3, num_return_sequences=3, length_penalty=-2.0)
+    ours = beam_search(ending, [[1, 2, 3]], config, num_beams=2, num_return_sequences=1, length_penalty=1.0)
+    plain = beam_search(ending, [[1, 2, 3]], num_beams=2, max_new_tokens=6)
+    assert [r.token_ids for r in ours] == [r.token_ids for r in plain]
+    assert config.num_beams == 3  # what was passed stays as it was
+    other = GenerationConfig(max_new_tokens=6, num_beams=2)
+    with pytest.raises(ParameterError, match=r"num_beams differs between the prompts: \[3, 2\]"):
+        beam_search(ending, [[1], [2]], [config, other])
+
+
+def test_the_models_own_config_is_taken_when_asked(ending):
+    before = ending.model.generation_config
+    ending.model.generation_config = GenerationConfig(num_beams=3, num_return_sequences=2, eos_token_id=EOS)
+    try:
+        ours = beam_search(ending, [[1, 2, 3]], defaults="model", max_new_tokens=6)
+    finally:
+        ending.model.generation_config = before
+    plain = beam_search(ending, [[1, 2, 3]], num_beams=3, num_return_sequences=2, max_new_tokens=6)
+    assert [r.token_ids for r in ours] == [r.token_ids for r in plain]
+
+
+TRUNCATIONS = [{"top_k": 1}, {"top_p": 0.05}, {"min_p": 0.95}, {"typical_p": 0.05}, {"epsilon_cutoff": 0.9}]
+
+
+@pytest.mark.parametrize("rule", TRUNCATIONS, ids=lambda rule: next(iter(rule)))
+def test_truncated_beams_that_sample_keep_tokens_enough_to_go_on(ending, rule):
+    """transformers leaves 1 + the number of EOS ids to every beam. Two samples of 400; false alarm 1e-6 a rule."""
+    prompt, draws = [1, 2, 3], 400
+    config = GenerationConfig(
+        do_sample=True, num_beams=3, max_new_tokens=3, temperature=2.0, pad_token_id=0, **{"top_k": 0} | rule
+    )
+    torch.manual_seed(5)
+    output = ending.model.generate(torch.tensor([prompt] * draws), generation_config=config)
+    found = Counter(ended(row) for row in output[:, len(prompt) :].tolist())
+    asked = [SamplingParams.from_generation_config(config_of_one(config), seed=s) for s in range(draws)]
+    ours = Counter(ended(r.token_ids) for r in beam_search(ending, [prompt] * draws, asked, num_beams=3))
+    assert len(found) > 1
+    assert same_law(found, ours) > 1e-6
+
+
+def config_of_one(config):
+    return {name: value for name, value in config.to_diff_dict().items() if name != "num_beams"}
+
+
+def ended(tokens):
+    """Tokens up to the end, as a key."""
+    end = next((i + 1 for i, token in enumerate(tokens) if token in EOS), len(tokens))
+    return tuple(tokens[:end])
+
+
+def same_law(one, other):
+    """p-value of the chi-square test that two counts of equal size come from one law; rare keys are pooled."""
+    common = [key for key in one.keys() | other.keys() if one[key] + other[key] >= 10]
+    pairs = [(one[key], other[key]) for key in common]
+    rest = sum(one.values()) - sum(a for a, _ in pairs), sum(other.values()) - sum(b for _, b in pairs)
+    pairs += [rest] if sum(rest) else []
+    statistic = sum((a - b) ** 2 / (a + b) for a, b in pairs)
+    freedom = torch.tensor((len(pairs) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
+
+
+def test_prompts_with_ends_of_their_own_sample_as_they_do_alone(ending):
+    prompts = [[1, 2, 3], [5], [12, 3]]
+    params = [
+        SamplingParams(temperature=1.3, seed=3, max_new_tokens=8, eos_token_ids=ends)
+        for ends in ([], [2, 3, 5, 7, 11], [4])
+    ]
+    together = beam_search(ending, prompts, params, num_beams=3)
+    for prompt, own, result in zip(prompts, params, together, strict=True):
+        assert beam_search(ending, [prompt], own, num_beams=3)[0].token_ids == result.token_ids

@@ -33,7 +33,8 @@ def poisoned(model):
 def text_engine(**options) -> Engine:
     """An engine with a byte-level tokenizer, whose `</s>` ends the text."""
     tokenizer = byte_level()
-    return Engine(tiny_llama(vocab_size=len(tokenizer)), tokenizer, **options)
+    ends = [tokenizer.eos_token_id]
+    return Engine(tiny_llama(vocab_size=len(tokenizer)), tokenizer, eos_token_ids=ends, **options)
 
 
 def spell(text: str) -> list[int]:

@@ -34,5 +34,6 @@ ON = {
     "p_less": {"p_less": True},
     "xtc": {"xtc_probability": 1.0, "xtc_threshold": 0.05},
     "adaptive_p": {"adaptive_target": 0.3},
+    "watermarking_config": {"watermarking_config": {"bias": 3.0}},
     "mirostat": {"mirostat": 2, "mirostat_tau": 1.5},
 }

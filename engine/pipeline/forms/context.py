@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,8 @@ class Context:
     cache: what several processors of one step share, such as the history once it is built. A processor that
         must give up on a row leaves it without a token and says why in `cache["failures"][row]`.
     exclusive: nobody goes back to the memory of an earlier step, so that it may be changed where it lies.
+    beams: so many rows that follow each other are beams of one prompt. least: [B, 1] int64, how many tokens a
+        truncation rule leaves at any rate (a beam needs one that goes on); None: one.
     """
 
     tokens: Any = None
@@ -41,6 +43,8 @@ class Context:
     notes: dict = dataclasses.field(default_factory=dict)
     cache: dict = dataclasses.field(default_factory=dict)
     exclusive: bool = False
+    beams: int = 1
+    least: Tensor | None = None
     key: Any = None
 
     @property
@@ -56,6 +60,12 @@ class Context:
         if "history" not in self.cache:
             self.cache["history"] = self.tokens()
         return self.cache["history"]
+
+    def ends(self, settings: Mapping[str, Any]) -> list[int]:
+        """The end-of-sequence ids of a row with these settings: its own `eos_token_ids`, or the model's."""
+        own = settings["eos_token_ids"]
+        ids = self.eos_token_ids if own is None else own
+        return sorted(i for i in ids if i < self.vocab_size)
 
     @property
     def output_lengths(self) -> Tensor:

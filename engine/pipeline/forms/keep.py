@@ -105,7 +105,19 @@ class Keep(Processor):
             return count_threshold(key, self.count(context))
         return mass_threshold(logits, key, self.mass(context))
 
+    def ranking(self, logits: Tensor, context: Context) -> Tensor | None:
+        """By what `context.least` tokens are spared, [B, V], larger is better; None: it spares none."""
+        return self.key(logits, context)
+
     def apply(self, logits: Tensor, context: Context) -> Tensor:
+        left = self.truncated(logits, context)
+        ranking = None if context.least is None else self.ranking(logits, context)
+        if ranking is None:
+            return left
+        return torch.where(ranking >= count_threshold(ranking, context.least), logits, left)
+
+    def truncated(self, logits: Tensor, context: Context) -> Tensor:
+        """The logits [B, V] with everything but the kept tokens excluded."""
         if self.limit == "known":
             return truncate(logits, (self.rule(context),))
         key = self.key(logits, context)

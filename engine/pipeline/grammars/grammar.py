@@ -147,7 +147,7 @@ class Grammar(Edit):
     name = "grammar"
     kind = "opaque"  # asks the host at every step
     identity_when_off = True
-    defaults = {"grammar": None, "stop_token_ids": (), "ignore_eos": False}
+    defaults = {"grammar": None, "stop_token_ids": (), "ignore_eos": False, "eos_token_ids": None}
     before_temperature = True
 
     def __init__(self, matcher: Matcher | Callable[[Any], Any], *, tokenizer: Any = None):
@@ -238,13 +238,13 @@ class Grammar(Edit):
         return True
 
     def pack(self, rows: list[dict[str, Any]], context: Context) -> dict[str, Any]:
-        """`ends`: the ids that may follow where a text may end; `fill`: those that follow a complete one."""
-        eos, ends, fill = context.eos_token_ids, [], []
-        for row in rows:
+        """`eos`: end ids; `ends`: those that may follow where a text may end; `fill`: that follow a complete one."""
+        eos, ends, fill = [frozenset(context.ends(row)) for row in rows], [], []
+        for row, own in zip(rows, eos, strict=True):
             stops = frozenset(row["stop_token_ids"])
-            ends.append(stops if row["ignore_eos"] else stops | eos)
-            fill.append(ends[-1] or eos)
-        return {"ends": ends, "fill": fill}
+            ends.append(stops if row["ignore_eos"] else stops | own)
+            fill.append(ends[-1] or own)
+        return {"eos": eos, "ends": ends, "fill": fill}
 
     def start(self, context: Context) -> Places:
         start, rows = self.compiled(), len(context.values.flags)
@@ -298,7 +298,7 @@ class Grammar(Edit):
         if refused is not None:
             return f"the grammar does not accept token {refused}, which was chosen in spite of it"
         matcher.fill(mask)
-        forbid(mask, context.eos_token_ids)
+        forbid(mask, values.eos[row])
         if spare := context.vocab_size % WORD_BITS:
             mask[-1] &= (1 << spare) - 1
         goes_on, may_end = bool(mask.any()), matcher.may_end()

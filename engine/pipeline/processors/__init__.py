@@ -1,5 +1,6 @@
 """Built-in processors. `DEFAULT_ORDER` is the order of the default pipeline; there is no hidden member."""
 
+from ..foreign.huggingface import TransformersWatermark
 from ..forms import Context, Edit, Keep, Processor
 from ..grammars.grammar import Grammar
 from ..grammars.matchers import Matcher, allow
@@ -77,6 +78,7 @@ DEFAULT_ORDER = (
     XTC,
     AdaptiveP,
     Mirostat,
+    TransformersWatermark,
 )
 
 __all__ = [
@@ -121,6 +123,7 @@ __all__ = [
     "TopK",
     "TopNSigma",
     "TopP",
+    "TransformersWatermark",
     "Typical",
     "Watermark",
     "allow",

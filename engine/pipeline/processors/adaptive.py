@@ -137,7 +137,7 @@ class XTC(Keep):
     """
 
     name = "xtc"
-    defaults = {"xtc_probability": 0.0, "xtc_threshold": 0.1, "xtc_guard": ()}
+    defaults = {"xtc_probability": 0.0, "xtc_threshold": 0.1, "xtc_guard": (), "eos_token_ids": None}
     keeps_argmax = False
 
     def pack(self, rows, context):
@@ -146,12 +146,15 @@ class XTC(Keep):
         def column(field):
             return torch.tensor([[float(row[field])] for row in rows], device=context.device)
 
-        guards = [context.eos_token_ids if row["xtc_guard"] == "eos" else row["xtc_guard"] for row in rows]
+        guards = [context.ends(row) if row["xtc_guard"] == "eos" else row["xtc_guard"] for row in rows]
         table = id_table([sorted(guard) for guard in guards], context.device, -1) if any(guards) else None
         return {"chance": column("xtc_probability"), "limit": column("xtc_threshold"), "guard": table}
 
     def key(self, logits: Tensor, context: Context) -> Tensor:
         return -logits
+
+    def ranking(self, logits: Tensor, context: Context) -> Tensor:
+        return logits
 
     def threshold(self, logits: Tensor, context: Context) -> Tensor:
         v = context.values

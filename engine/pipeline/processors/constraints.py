@@ -157,11 +157,11 @@ class MinNewTokens(Ban):
     """Mask every end-of-sequence id and every `stop_token_ids` until `min_new_tokens` are out. Off at 0."""
 
     name = "min_new_tokens"
-    defaults = {"min_new_tokens": 0, "stop_token_ids": ()}
+    defaults = {"min_new_tokens": 0, "stop_token_ids": (), "eos_token_ids": None}
 
     def ids_of(self, settings: dict[str, Any], context: Context) -> list[int]:
-        eos = [i for i in context.eos_token_ids if i < context.vocab_size]
-        return check_ids("stop_token_ids", [*settings["stop_token_ids"], *eos], context.vocab_size)
+        ends = context.ends(settings)
+        return check_ids("stop_token_ids", [*settings["stop_token_ids"], *ends], context.vocab_size)
 
     def pack(self, rows, context):
         least = torch.tensor([[row["min_new_tokens"]] for row in rows], device=context.device)

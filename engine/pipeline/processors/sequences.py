@@ -80,11 +80,11 @@ class BadWords(SequenceBias):
     """
 
     name = "bad_words"
-    defaults = {"bad_words": (), "spare_eos": False}
+    defaults = {"bad_words": (), "spare_eos": False, "eos_token_ids": None}
 
     def table(self, settings, context: Context) -> dict[tuple[int, ...], float]:
         words = [as_sequence(self.name, word, context.vocab_size) for word in settings["bad_words"] or ()]
-        spared = context.eos_token_ids if settings["spare_eos"] else ()
+        spared = context.ends(settings) if settings["spare_eos"] else ()
         return {word: NEG_INF for word in words if len(word) > 1 or word[0] not in spared}
 
 
@@ -132,20 +132,20 @@ class ExponentialDecay(Edit):
     """
 
     name = "exponential_decay"
-    defaults = {"exponential_decay": None}
+    defaults = {"exponential_decay": None, "eos_token_ids": None}
     identity_when_off = True
 
     def pack(self, rows, context):
         pairs = [row["exponential_decay"] or (0, 1.0) for row in rows]
-        eos = sorted(i for i in context.eos_token_ids if i < context.vocab_size)
+        ends = [context.ends(row) for row in rows]
         return {
             "start": torch.tensor([[int(start)] for start, _ in pairs], device=context.device),
             "factor": torch.tensor([[float(factor)] for _, factor in pairs], device=context.device),
-            "eos": torch.tensor(eos, dtype=torch.int64, device=context.device),
+            "eos": id_table(ends, context.device, context.vocab_size)[:, : max(map(len, ends))],
         }
 
     def listed(self, context: Context) -> Tensor:
-        return context.values.eos.expand(len(context.lengths), -1)
+        return context.values.eos
 
     def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
         v = context.values

@@ -77,6 +77,11 @@ class Typical(Keep):
     def known(self, context: Context) -> Rule:
         return rules.typical(self.share(context)[:, 0])
 
+    def ranking(self, logits: Tensor, context: Context) -> Tensor:
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.exp() * logp).nansum(-1, keepdim=True)
+        return -(logp + entropy).abs()
+
 
 class Epsilon(Keep):
     """Keep p >= epsilon (Hewitt et al. 2022, 2210.15191). Off at 0."""
@@ -179,6 +184,9 @@ class TopH(Keep):
         if code is None or paper_cut is None:
             return paper_cut if code is None else code
         return torch.where(v.code, code, paper_cut)
+
+    def ranking(self, logits: Tensor, context: Context) -> None:
+        return None  # transformers' has no least number either
 
     @staticmethod
     def cut_at(ordered: Tensor, alpha: Tensor, renormalise: bool) -> Tensor:

@@ -147,8 +147,7 @@ def push(request: Request, token: int, raw: float, logprob: float, top=None, fai
 
 def stop_ids(request: Request, engine) -> frozenset[int]:
     """Tokens that end this request."""
-    eos = frozenset() if request.params.ignore_eos else engine.eos_token_ids
-    return eos | frozenset(request.params.stop_token_ids)
+    return request.params.ends(engine.eos_token_ids) | frozenset(request.params.stop_token_ids)
 
 
 def limit(request: Request, engine) -> int:

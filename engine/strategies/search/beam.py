@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ...errors import ParameterError
 from ...kernels.noise.philox import gumbel
 from ...loop.generation import Generation
 from ..kit.requests import Requests
-from .hypotheses import NEVER, Hypotheses
+from .hypotheses import NEVER, Beams, Hypotheses
 
 
 @torch.no_grad()
 def beam_search(
-    engine, prompts, params=None, *, num_beams=4, length_penalty=1.0, early_stopping=False,
-    num_return_sequences=1, **overrides,
+    engine, prompts, params=None, *, num_beams=None, length_penalty=None, early_stopping=None,
+    num_return_sequences=None, renormalize_logits=None, **overrides,
 ) -> list[Generation]:  # fmt: skip
     """The most probable sequences that a beam finds; sampled beams where temperature > 0.
 
@@ -24,33 +25,43 @@ def beam_search(
     from all beams of a prompt, by Gumbel-top-k (arXiv 1903.06059).
 
     Args:
-        prompts, params, overrides: as for `Engine.generate`, but sequences end by tokens and lengths alone.
-        num_beams: live sequences a prompt, >= 1.
-        length_penalty: exponent; above 0 favours longer sequences.
+        prompts, params, overrides: as for `Engine.generate`, but sequences end by tokens and lengths alone. What
+            a GenerationConfig or a dict there says of the arguments below holds where they are None.
+        num_beams: live sequences a prompt, >= 1; 4 where nobody says.
+        length_penalty: exponent; above 0 favours longer sequences; 1 where nobody says.
         early_stopping: True ends a prompt at `num_beams` finished sequences; False when its best live beam
-            scores no better than the worst of them at its present length, "never" at the best length.
-        num_return_sequences: results a prompt, best first, 1 to `num_beams`.
+            scores no better than the worst of them at its present length, "never" at the best length; False
+            where nobody says.
+        num_return_sequences: results a prompt, best first, 1 to `num_beams`; 1 where nobody says.
+        renormalize_logits: what the processors gave becomes log-probabilities again before it is added up.
 
     Returns:
         `num_return_sequences` Generations for each prompt, in order.
     """
-    if not 1 <= num_return_sequences <= num_beams:
-        raise ParameterError(
-            f"num_return_sequences={num_return_sequences} is not from 1 to num_beams={num_beams}"
-        )
-    if early_stopping not in (True, False, "never"):
-        raise ParameterError(f'early_stopping={early_stopping!r} is none of True, False, "never"')
+    if overrides.get("defaults") == "model" and params is None:
+        params = engine.model.generation_config
+        overrides |= {"defaults": "none"}
+    asked = Beams(num_beams, length_penalty, early_stopping, num_return_sequences, renormalize_logits)
+    asked, params = asked.read(params)
+    num_beams = asked.num_beams
     state, requests = Requests.start(engine, prompts, params, **overrides)
-    rule = (num_beams, length_penalty, early_stopping)
-    searches = [Hypotheses(requests, row, engine, *rule) for row in range(len(state))]
+    searches = [Hypotheses(requests, row, engine, asked) for row in range(len(state))]
     fan = [row for row in range(len(state)) for _ in range(num_beams)]
     state, requests, live, trails = state.select(fan), requests.select(fan), searches, [[]] * len(fan)
     scores = torch.full((len(live), num_beams), NEVER, device=state.logits.device)
     scores[:, 0] = 0.0  # at first the beams of a prompt are equal: only one may go on
     while live:
         raw = state.logits.log_softmax(-1)
-        width = max(2, 1 + max(len(search.stops) for search in live)) * num_beams
-        values, parents, tokens, steps = candidates(requests, raw, requests.at(state), scores, width)
+        least = torch.tensor([search.least for search in live], device=raw.device)
+        context = replace(
+            requests.at(state), beams=num_beams, least=least.repeat_interleave(num_beams)[:, None]
+        )
+        processed = requests.rows.apply(raw, context)
+        if asked.renormalize_logits:
+            processed = processed.log_softmax(-1)
+        total = (processed.unflatten(0, (-1, num_beams)) + scores[..., None]).flatten(1)
+        noisy = total + noise(requests, context, num_beams)
+        values, parents, tokens, steps = candidates(raw, processed, total, noisy, least * num_beams)
 
         def trail(i, j):
             return [*trails[parents[i][j]], (tokens[i][j], *steps[i][j])]  # noqa: B023 - called in this round only
@@ -60,7 +71,11 @@ def beam_search(
             if values[i, j] > NEVER:
                 live[i].offer(values[i, j], trail(i, j))
         scores, order = (values + ended.to(values.device) * NEVER).topk(num_beams)
-        going = [i for i, search in enumerate(live) if search.open(scores[i, 0], ended[i])]
+        going = [
+            i
+            for i, search in enumerate(live)
+            if search.open(scores[i, 0], ended[i, : search.least * num_beams])
+        ]
         picks = [(i, j) for i in going for j in order[i].tolist()]
         live, scores, trails = [live[i] for i in going], scores[going], [trail(i, j) for i, j in picks]
         if live:
@@ -70,30 +85,29 @@ def beam_search(
             context = requests.at(state)
             requests.rows.apply(raw[beams], context)  # memory advances with the context that apply saw
             requests, state = requests.accept(chosen, context), engine.step(state, chosen)
-    return [result for search in searches for result in search.results(num_return_sequences)]
+    return [result for search in searches for result in search.results(asked.num_return_sequences)]
 
 
-def candidates(requests: Requests, raw: Tensor, context, scores: Tensor, width: int):
+def candidates(raw: Tensor, processed: Tensor, total: Tensor, noisy: Tensor, widths: Tensor):
     """The best, or sampled, continuations of the beams of each prompt.
 
     Args:
-        requests, context: of the P * beams rows.
-        raw: [P * beams, V] log-probabilities.
-        scores: [P, beams] of the beams so far.
-        width: how many continuations of each prompt, K.
+        raw, processed: [P * beams, V] log-probabilities, and what the processors made of them.
+        total, noisy: [P, beams * V] scores of the continuations, and what they are chosen by.
+        widths: [P], how many continuations of each prompt; the widest is K.
 
     Returns:
-        Their scores [P, K], and lists [P][K] of the row that each continues, its token, and that token's raw and
-        processed log-probability.
+        Their scores [P, K], NEVER beyond a prompt's own width, and lists [P][K] of the row that each continues,
+        its token, and that token's raw and processed log-probability.
     """
-    processed = requests.rows.apply(raw, context)
-    prompts, beams = scores.shape
-    total = (processed.unflatten(0, (prompts, beams)) + scores[..., None]).flatten(1)  # [P, beams * V]
-    best = (total + noise(requests, context, beams)).topk(min(width, total.shape[1])).indices
-    parents = best // raw.shape[1] + torch.arange(prompts, device=best.device)[:, None] * beams
+    best = noisy.topk(min(int(widths.max()), total.shape[1])).indices
+    beams = total.shape[1] // raw.shape[1]
+    parents = best // raw.shape[1] + torch.arange(len(best), device=best.device)[:, None] * beams
     tokens = best % raw.shape[1]
     steps = torch.stack([raw[parents, tokens], processed[parents, tokens]], -1)
-    return total.gather(1, best), parents.tolist(), tokens.tolist(), steps.tolist()
+    within = torch.arange(best.shape[1], device=best.device) < widths[:, None]
+    values = torch.where(within, total.gather(1, best), NEVER)
+    return values, parents.tolist(), tokens.tolist(), steps.tolist()
 
 
 def noise(requests: Requests, context, num_beams: int) -> Tensor | float:
