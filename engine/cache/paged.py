@@ -46,7 +46,7 @@ class PagedLayer(CacheLayerMixin):
         super().__init__()
         self.pool, self.index, self.path = pool, index, path
         self.feed: Feed | None = None
-        self._flat: tuple | None = None  # the pool's keys, and flat views of both for writing
+        self._flat: tuple | None = None  # see `stores`
         self.is_initialized = True
 
     def lazy_initialization(self, key_states, value_states):
@@ -54,17 +54,22 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write the new cells `[B, H, Q, D]`; return all cells, gathered per row or as the pool holds them."""
-        keys, values = self.pool.layer(self.index)
-        if self._flat is None or self._flat[0] is not keys:
-            self._flat = keys, keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
+        keys, values, *flat = self.stores()
         cells = self.feed.flat_cells()
-        for store, new in ((self._flat[1], key_states), (self._flat[2], value_states)):
+        for store, new in zip(flat, (key_states, value_states), strict=True):
             rows = new.squeeze(2) if new.shape[2] == 1 else new.transpose(1, 2).reshape(-1, *store.shape[1:])
             store.index_copy_(0, cells, rows if rows.dtype == store.dtype else rows.to(store.dtype))
         if self.path == "attention":
             return keys, values
         table = self.feed.blocks().to(keys.device)
         return self._gather(keys, table), self._gather(values, table)
+
+    def stores(self):
+        """The layer's keys and values, `[N, block, heads, dim]`, and flat views `[cells, heads, dim]` for writing."""
+        keys, values = self.pool.layer(self.index)
+        if self._flat is None or self._flat[0] is not keys:
+            self._flat = keys, values, keys.view(-1, *keys.shape[2:]), values.view(-1, *values.shape[2:])
+        return self._flat
 
     def _gather(self, store, table):
         rows, width = table.shape

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..store_triton import store
+from ..launching import beside, store
 
 BLOCK = 1024
 
@@ -42,14 +42,14 @@ def _gated_kernel(
     store(out_ptr + row * columns + n, activate(gate, NAME) * up, inside, UPCAST)
 
 
-def launch(gate, up, activation, pdl=False):
+def launch(gate, up, activation):
     """Run the kernel; arguments and result as of `gated.gated`, all settled."""
     rows, columns = gate.shape
     out = gate.new_empty(rows, columns)
-    options = {"launch_pdl": True} if pdl else {}
+    overlap, options = beside(gate.device)
     if out.numel():
         _gated_kernel[(rows, triton.cdiv(columns, BLOCK))](
-            gate, up, out, columns, gate.stride(0), up.stride(0), NAME=activation, BLOCK=BLOCK, PDL=pdl,
+            gate, up, out, columns, gate.stride(0), up.stride(0), NAME=activation, BLOCK=BLOCK, **overlap,
             UPCAST=dispatch.interpreting() and gate.dtype == torch.bfloat16, num_warps=4, **options,
         )  # fmt: skip
     return out

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..store_triton import store
+from ..launching import beside, store
 
 
 @triton.jit
@@ -64,15 +64,15 @@ def num_warps(size):
     return 4 if size <= 2048 else 8 if size <= 8192 else 16
 
 
-def launch(x, norm, residual, scale, post, pdl=False):
+def launch(x, norm, residual, scale, post):
     """Run the kernel; arguments and results as of `norm.add_norm`, all settled."""
     rows, size = x.shape
     summed = x if residual is None else x.new_empty(rows, size)
     out = None if norm is None else x.new_empty(rows, size)
     if not rows:
         return summed, out
+    overlap, options = beside(x.device)
     parts = [(n.weight, n.bias) if n is not None else (None, None) for n in (norm, post)]
-    options = {"launch_pdl": True} if pdl else {}
     _add_norm_kernel[(rows,)](
         x, residual, None if residual is None else summed, out, *parts[0], *parts[1],
         x.stride(0), 0 if residual is None else residual.stride(0),
@@ -80,7 +80,7 @@ def launch(x, norm, residual, scale, post, pdl=False):
         SIZE=size, RESIDUAL=residual is not None, SCALE=scale != 1.0,
         NORM=kind(norm), OFFSET=0.0 if norm is None else norm.offset,
         POST=kind(post), POST_OFFSET=0.0 if post is None else post.offset,
-        BLOCK=triton.next_power_of_2(size), PDL=pdl, UPCAST=dispatch.interpreting() and x.dtype == torch.bfloat16,
+        BLOCK=triton.next_power_of_2(size), **overlap, UPCAST=dispatch.interpreting() and x.dtype == torch.bfloat16,
         num_warps=num_warps(size), **options,
     )  # fmt: skip
     return summed, out

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..store_triton import store
+from ..launching import beside, store
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def tiles(tokens, heads, dim, rotated, dim_v):
     return blocks, 1 if tokens <= 16 else 4
 
 
-def launch(q, k, v, cos, sin, keys, values, cells, *, q_norm, k_norm, rotated, interleaved, pdl=False):
+def launch(q, k, v, cos, sin, keys, values, cells, *, q_norm, k_norm, rotated, interleaved):
     """Run the kernel; arguments and result as of `rope.rotate_and_write`, all settled."""
     tokens, q_heads, dim = q.shape
     k_heads, v_heads, dim_v = k.shape[1], v.shape[1], v.shape[2]
@@ -124,8 +124,8 @@ def launch(q, k, v, cos, sin, keys, values, cells, *, q_norm, k_norm, rotated, i
     blocks, warps = tiles(tokens, k_heads, dim, rotated, dim_v)
     parts = sum(triton.cdiv(heads, blocks["BLOCK_H"]) for heads in (q_heads, k_heads, v_heads))
     turns = (q, q) if cos is None else (cos, sin)  # a pointer is needed where nothing is read, too
+    overlap, options = beside(q.device)
     kinds = [0 if n is None else 1 if n.weight is None else 2 for n in (q_norm, k_norm)]
-    options = {"launch_pdl": True} if pdl else {}
     _rotate_kernel[(tokens, parts)](
         q, k, v, *turns, out, keys, values, cells,
         None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
@@ -135,6 +135,6 @@ def launch(q, k, v, cos, sin, keys, values, cells, *, q_norm, k_norm, rotated, i
         DIM=dim, DIM_V=dim_v, ROTATED=rotated, ONCE=cos is not None and cos.shape[-1] != rotated,
         INTERLEAVED=interleaved, Q_NORM=kinds[0], K_NORM=kinds[1],
         Q_OFFSET=0.0 if q_norm is None else q_norm.offset, K_OFFSET=0.0 if k_norm is None else k_norm.offset,
-        **blocks, PDL=pdl, UPCAST=dispatch.interpreting() and q.dtype == torch.bfloat16, num_warps=warps, **options,
+        **blocks, **overlap, UPCAST=dispatch.interpreting() and q.dtype == torch.bfloat16, num_warps=warps, **options,
     )  # fmt: skip
     return out

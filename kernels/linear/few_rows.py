@@ -1,8 +1,8 @@
 """Products of few rows with dense weights: torch reference, and the choice between it and the Triton kernel.
 
 One launch reads every weight once and where it lies: several weights side by side (the projections to queries, keys
-and values), or a gate and its factor whose activated product is all that is kept. What would be launches of their own
-happens on the way: a norm of the input before, bias, scale and residual after.
+and values), or a gate and its factor whose activated product is all that is kept. Bias, scale and residual are added on
+the way. A norm of the input is not: every program would repeat it, which costs more than a launch of its own.
 """
 
 import torch
@@ -15,7 +15,7 @@ MOST_ROWS = 16
 
 
 def few_rows_linear(
-    x, weights, biases=None, *, norm=None, gate=None, scale=1.0, residual=None, kernels=None, config=None,
+    x, weights, biases=None, *, gate=None, scale=1.0, residual=None, kernels=None, config=None,
     out=None,
 ):  # fmt: skip
     """Products of x with one to three weights, each read in place; the order of summation is fixed.
@@ -26,7 +26,6 @@ def few_rows_linear(
         x: [R, K] float16, bfloat16 or float32; R <= 16 for the Triton kernel.
         weights: one to three tensors [N_i, K] in x's dtype with contiguous rows.
         biases: a tensor [N_i] or None for each weight, or None for none at all.
-        norm: Norm (uncentered, without bias) that x goes through first.
         gate: name in ACTIVATIONS; of two weights of one shape, act(x w0' + b0) * (x w1' + b1) is returned.
         scale, residual: the result is residual + scale * product, residual [R, N] or None.
         kernels: "auto", "triton", "torch" or None (see `dispatch`).
@@ -41,10 +40,8 @@ def few_rows_linear(
     """
     biases = (None,) * len(weights) if biases is None else biases
     _check(x, weights, biases, gate)
-    if dispatch.select("few_rows_linear", x.device, kernels, uncovered(x, weights, biases, norm)) == "torch":
-        result = few_rows_linear_reference(
-            x, weights, biases, norm=norm, gate=gate, scale=scale, residual=residual
-        )
+    if dispatch.select("few_rows_linear", x.device, kernels, uncovered(x, weights, biases)) == "torch":
+        result = few_rows_linear_reference(x, weights, biases, gate=gate, scale=scale, residual=residual)
         return result if out is None else out.copy_(result)
     from . import few_rows_triton
 
@@ -52,16 +49,16 @@ def few_rows_linear(
     out = x.new_empty(len(x), columns) if out is None else out
     if len(x):
         few_rows_triton.launch(
-            x if x.stride(1) == 1 else x.contiguous(), weights, biases, norm, gate, scale, residual, out, config
+            x if x.stride(1) == 1 else x.contiguous(), weights, biases, gate, scale, residual, out, config
         )  # fmt: skip
     return out
 
 
-def few_rows_linear_reference(x, weights, biases=None, *, norm=None, gate=None, scale=1.0, residual=None):
+def few_rows_linear_reference(x, weights, biases=None, *, gate=None, scale=1.0, residual=None):
     """Defines `few_rows_linear`, whose arguments it shares: sums in float32, rounded once at the end."""
     biases = (None,) * len(weights) if biases is None else biases
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = x.to(wide) if norm is None else norm(x)
+    rows = x.to(wide)
     terms = zip(weights, biases, strict=True)
     parts = [functional.linear(rows, w.to(wide), None if b is None else b.to(wide)) for w, b in terms]
     result = ACTIVATIONS[gate](parts[0]) * parts[1] if gate else torch.cat(parts, -1)
@@ -87,11 +84,11 @@ def _check(x, weights, biases, gate):
         raise ValueError(f"a gate takes two weights of one shape, not {[tuple(w.shape) for w in weights]}")
 
 
-def uncovered(x, weights, biases=(), norm=None):
+def uncovered(x, weights, biases=()):
     """What keeps the Triton kernel from this product, in words; None where nothing does."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"activations of {x.dtype}"
-    for tensor in (*weights, *biases, None if norm is None else norm.weight):
+    for tensor in (*weights, *biases):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
             return f"x is {x.dtype} on {x.device}, a weight {tensor.dtype} on {tensor.device}"
     for weight in weights:
@@ -99,6 +96,4 @@ def uncovered(x, weights, biases=(), norm=None):
             return f"a weight with strides {weight.stride()} (rows one after another are needed)"
     if len(x) > MOST_ROWS:
         return f"{len(x)} rows (at most {MOST_ROWS})"
-    if norm is not None and (len(x) > 1 or norm.centered or norm.bias is not None):
-        return "a norm on the way that is centered, has a bias, or has several rows to go through"
     return None

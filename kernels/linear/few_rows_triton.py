@@ -12,16 +12,15 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
+from ..launching import beside, store
 from ..layer.gated_triton import activate
-from ..store_triton import store
 
 
 @triton.jit
 def _vector_kernel(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, norm_ptr, residual_ptr, out_ptr,
-    n0, n1, n2, eps, scale,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, residual_ptr, out_ptr, n0, n1, n2, scale,
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, GATE: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr,
-    BIAS2: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
+    BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one row."""
@@ -36,7 +35,6 @@ def _vector_kernel(
         up_at = w1_ptr + n.to(tl.int64)[:, None] * INPUTS + k[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    square = tl.zeros([BLOCK_K], tl.float32)
     # The next tile of weights is always on its way; the first one before the launch before this one has ended.
     ahead = inside[:, None] & (k < INPUTS)[None, :]
     w = tl.load(w_at, mask=ahead, other=0.0, eviction_policy="evict_first")
@@ -49,11 +47,6 @@ def _vector_kernel(
     for start in tl.range(0, INPUTS, BLOCK_K, num_stages=STAGES):
         valid = start + k < INPUTS
         x = tl.load(x_ptr + start + k, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        if NORM > 0:
-            square += x * x
-        if NORM > 1:
-            weight = tl.load(norm_ptr + start + k, mask=valid, other=0.0, eviction_policy="evict_last")
-            x = x * (weight.to(tl.float32) + OFFSET)
         now, now_up = w, w_up
         ahead = inside[:, None] & (start + BLOCK_K + k < INPUTS)[None, :]
         w = tl.load(w_at + start + BLOCK_K, mask=ahead, other=0.0, eviction_policy="evict_first")
@@ -61,15 +54,12 @@ def _vector_kernel(
             w_up = tl.load(up_at + start + BLOCK_K, mask=ahead, other=0.0, eviction_policy="evict_first")
             up += now_up.to(tl.float32) * x[None, :]
         total += now.to(tl.float32) * x[None, :]
-    root = 1.0
-    if NORM > 0:
-        root = tl.rsqrt(tl.sum(square, 0) / INPUTS + eps)
-    out = tl.sum(total, 1) * root
+    out = tl.sum(total, 1)
     out += _bias(
         tile, n, inside, b0_ptr, b1_ptr, b2_ptr, n0, n1, n2, WEIGHTS, GATE, BIAS0, BIAS1, BIAS2, BLOCK_N
     )
     if GATE != "":
-        factor = tl.sum(up, 1) * root
+        factor = tl.sum(up, 1)
         if BIAS1:
             factor += tl.load(b1_ptr + n, mask=inside, other=0.0).to(tl.float32)
         out = activate(out, GATE) * factor
@@ -182,29 +172,37 @@ def _bias(
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of one launch: outputs and inputs a tile, warps, stages; `pdl` starts beside the launch before."""
+    """Tile sizes of one launch: outputs and inputs a tile, warps, and tiles in flight (of several rows)."""
 
     block_n: int
     block_k: int
     num_warps: int
     stages: int = 1
-    pdl: bool = False
 
 
-def config_for(rows, outputs, inputs, gate):
-    """The tile sizes for a shape; the launch and the offline compile both take them from here."""
+def config_for(rows, weights, outputs, inputs, gate):
+    """The tile sizes for a shape; the launch and the offline compile both take them from here.
+
+    Args:
+        rows: of x. weights: how many. outputs: of the first one. inputs: K. gate: its name, or None.
+    """
     if rows == 1:
-        wide = min(1024, triton.next_power_of_2(inputs))
-        return Config(2 if gate else 4, wide, 4)
-    return Config(16, 256, 2, 4)
+        if gate:
+            return Config(4, 1024, 4 if inputs >= 4096 else 8)
+        if weights > 1:
+            return Config(2, 2048, 8) if inputs >= 4096 else Config(4, 512, 4)
+        return Config(2, 1024, 4)
+    if gate or outputs > 1 << 15:
+        return Config(64, 128, 4, 4)
+    return Config(32, 128, 4, 5) if weights > 1 else Config(16, 256, 2, 4)
 
 
-def launch(x, weights, biases, norm, gate, scale, residual, out, config=None):
+def launch(x, weights, biases, gate, scale, residual, out, config=None):
     """Run a kernel for x [R, K], 1 <= R <= 16, into `out`; arguments as in `few_rows.few_rows_linear`, all settled."""
     rows, inputs = x.shape
     sizes = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
     padding = (None,) * (3 - len(weights))
-    config = config or config_for(rows, sum(sizes), inputs, gate)
+    config = config or config_for(rows, len(weights), sizes[0], inputs, gate)
     columns = weights[:1] if gate else weights
     grid = (sum(triton.cdiv(w.shape[0], config.block_n) for w in columns),)
     constants = {
@@ -217,20 +215,14 @@ def launch(x, weights, biases, norm, gate, scale, residual, out, config=None):
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "STAGES": config.stages,
-        "PDL": config.pdl,
         "UPCAST": dispatch.interpreting() and x.dtype == torch.bfloat16,
     }
-    options = {"num_warps": config.num_warps}
-    if config.pdl:
-        options["launch_pdl"] = True
+    overlap, options = beside(x.device)
+    constants |= overlap
+    options = {"num_warps": config.num_warps, **options}
     parts = (*weights, *padding, *biases, *padding)
     if rows == 1:
-        kind = 0 if norm is None else 1 if norm.weight is None else 2
-        _vector_kernel[grid](
-            x, *parts, None if norm is None else norm.weight, residual, out, *sizes,
-            0.0 if norm is None else norm.eps, scale, NORM=kind, OFFSET=norm.offset if kind else 0.0,
-            **constants, **options,
-        )  # fmt: skip
+        _vector_kernel[grid](x, *parts, residual, out, *sizes, scale, **constants, **options)
         return out
     _rows_kernel[grid](
         x, *parts, residual, out, *sizes, rows, x.stride(0), 0 if residual is None else residual.stride(0),

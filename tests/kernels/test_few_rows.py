@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from handloom.kernels import dispatch
-from handloom.kernels.layer.norm import Norm
 from handloom.kernels.linear.few_rows import few_rows_linear, few_rows_linear_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,11 +22,9 @@ def case(rows, inputs, outputs, dtype):
 
 
 def double(given):
-    """Tensors, inside lists and norms too, in float64."""
+    """Tensors, inside lists too, in float64."""
     if isinstance(given, list):
         return [double(part) for part in given]
-    if isinstance(given, Norm):
-        return Norm(double(given.weight), given.eps, given.offset)
     return given.double() if torch.is_tensor(given) else given
 
 
@@ -84,17 +81,6 @@ def test_residual_and_scale(rows):
         given = few_rows_linear(x, weights, residual=residual, scale=0.7, kernels="triton", out=residual)
         assert given is residual
         assert torch.equal(given, want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_norm_on_the_way(offset, dtype):
-    x, weights = case(1, 200, (37, 9), dtype)
-    for weight in (None, random(200, dtype=dtype, seed=5)):
-        norm = Norm(weight, 1e-5, offset)
-        for factor in (1e-3, 1.0, 300.0):
-            check(factor * x, weights, norm=norm)
-        assert (few_rows_linear(0 * x, weights, norm=norm, kernels="triton") == 0).all()
 
 
 @pytest.mark.parametrize("gate", [None, "silu"])

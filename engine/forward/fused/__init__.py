@@ -1,0 +1,1 @@
+"""fused: decoder layers of a twin whose norms, rotations, gates and products run as a few launches of our kernels."""
