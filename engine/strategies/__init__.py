@@ -35,7 +35,12 @@ from .guidance.experts import experts
 from .guidance.scored import scored
 from .kit.decode import Decoding, Now, decode
 from .kit.requests import Requests
+from .search.arithmetic import arithmetic_sampling
 from .search.beam import beam_search
+from .search.constrained import constrained_beam_search
+from .search.diverse import diverse_beam_search
+from .search.lookahead import lookahead
+from .search.stochastic import stochastic_beam
 from .selection.best_of_n import best_of_n
 
 __all__ = [
@@ -43,17 +48,22 @@ __all__ = [
     "Now",
     "Requests",
     "Speculation",
+    "arithmetic_sampling",
     "beam_search",
     "best_of_n",
     "classifier_free_guidance",
+    "constrained_beam_search",
     "context_aware",
     "contrastive_decoding",
     "contrastive_search",
     "decode",
+    "diverse_beam_search",
     "dola",
     "ensemble",
     "experts",
+    "lookahead",
     "prompt_lookup",
     "scored",
     "speculative",
+    "stochastic_beam",
 ]

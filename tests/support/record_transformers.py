@@ -30,7 +30,7 @@ CONSTRAINTS = [
     {"num_beams": 4, "force_words_ids": [[30, 31]]},
     {"num_beams": 6, "force_words_ids": [[30, 31], [44]]},
     {"num_beams": 5, "force_words_ids": [[[30, 31], [44]]]},
-    {"num_beams": 6, "force_words_ids": [[[30, 31, 32], [30, 44]], [50]], "length_penalty": 0.5},
+    {"num_beams": 6, "force_words_ids": [[[30, 31, 32], [44, 45]], [50]], "length_penalty": 0.5},
 ]
 
 
@@ -73,7 +73,7 @@ def record(folder: Path, out: Path) -> None:
     for name, cases in (("groups", BEAMS), ("constraints", CONSTRAINTS)):
         for model in ("plain", "eos"):
             for options in cases:
-                count = options["num_beams"] if name == "groups" else 2
+                count = options["num_beams"] if name == "groups" else 1
                 runs = []
                 for prompt in PROMPTS:
                     tokens = run(model, prompt, num_return_sequences=count, max_new_tokens=9, **options)

@@ -45,7 +45,8 @@ def beam_search(
     asked, params = asked.read(params)
     num_beams = asked.num_beams
     state, requests = Requests.start(engine, prompts, params, **overrides)
-    searches = [Hypotheses(requests, row, engine, asked) for row in range(len(state))]
+    rule = (num_beams, asked.length_penalty, asked.early_stopping)
+    searches = [Hypotheses(requests, row, engine, *rule) for row in range(len(state))]
     fan = [row for row in range(len(state)) for _ in range(num_beams)]
     state, requests, live, trails = state.select(fan), requests.select(fan), searches, [[]] * len(fan)
     scores = torch.full((len(live), num_beams), NEVER, device=state.logits.device)

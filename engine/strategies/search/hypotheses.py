@@ -70,7 +70,7 @@ UNSAID = {"num_beams": 4, "length_penalty": 1.0, "early_stopping": False, "num_r
 class Hypotheses:
     """The finished sequences of one prompt, and whether its live beams can still improve on them."""
 
-    def __init__(self, requests: Requests, row: int, engine, beams: Beams):
+    def __init__(self, requests: Requests, row: int, engine, num_beams, length_penalty, early_stopping):
         asked = requests.asked[row]
         for name, off in (("stop", ()), ("criteria", ()), ("max_time", None), ("n", 1)):
             if getattr(asked.params, name) != off:
@@ -78,8 +78,7 @@ class Hypotheses:
         self.requests, self.row, self.engine = requests, row, engine
         self.stops, self.limit = stop_ids(asked, engine), limit(asked, engine)
         self.least = max(2, 1 + len(self.stops))  # candidates of a beam, so that one of them goes on
-        self.num_beams, self.length_penalty = beams.num_beams, beams.length_penalty
-        self.early_stopping = beams.early_stopping
+        self.num_beams, self.length_penalty, self.early_stopping = num_beams, length_penalty, early_stopping
         self.length, self.finished = 0, []  # finished: (score, trail), best first
 
     def advance(self, tokens: list[int]) -> list[bool]:
