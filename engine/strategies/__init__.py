@@ -26,7 +26,10 @@ forks, reorders and drops rows. `Requests` adds what `SamplingParams` asks for: 
 
 from .acceleration.drafting import prompt_lookup
 from .acceleration.speculative import Speculation, speculative
+from .degeneration.adaptive import adaptive_contrastive_search
+from .degeneration.cautious import cautious
 from .degeneration.contrastive import contrastive_search
+from .degeneration.simple import frustratingly_simple
 from .guidance.classifier_free import classifier_free_guidance, context_aware
 from .guidance.contrastive_decoding import contrastive_decoding
 from .guidance.dola import dola
@@ -35,35 +38,49 @@ from .guidance.experts import experts
 from .guidance.scored import scored
 from .kit.decode import Decoding, Now, decode
 from .kit.requests import Requests
+from .kit.rollout import Walk, rollout
 from .search.arithmetic import arithmetic_sampling
 from .search.beam import beam_search
 from .search.constrained import constrained_beam_search
 from .search.diverse import diverse_beam_search
 from .search.lookahead import lookahead
 from .search.stochastic import stochastic_beam
+from .selection.bayes_risk import bayes_risk
 from .selection.best_of_n import best_of_n
+from .selection.chain_of_thought import chain_of_thought
+from .selection.confidence import deep_confidence
+from .selection.self_consistency import self_consistency
 
 __all__ = [
     "Decoding",
     "Now",
     "Requests",
     "Speculation",
+    "Walk",
+    "adaptive_contrastive_search",
     "arithmetic_sampling",
+    "bayes_risk",
     "beam_search",
     "best_of_n",
+    "cautious",
+    "chain_of_thought",
     "classifier_free_guidance",
     "constrained_beam_search",
     "context_aware",
     "contrastive_decoding",
     "contrastive_search",
     "decode",
+    "deep_confidence",
     "diverse_beam_search",
     "dola",
     "ensemble",
     "experts",
+    "frustratingly_simple",
     "lookahead",
     "prompt_lookup",
+    "rollout",
     "scored",
+    "self_consistency",
     "speculative",
     "stochastic_beam",
 ]

@@ -1,0 +1,66 @@
+"""rollout: rows that go on for a while by their own pipeline, as trials, proposals and lookahead do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...kernels.sampling.draw import draw
+from ...pipeline.rows import logprob_of
+from ...state import State
+from .requests import Requests, stop_ids
+
+
+@dataclass
+class Walk:
+    """One row's continuation: its tokens, their log-probabilities under the model and the pipeline; nothing is pushed.
+
+    ended: whether its last token was one that ends the request.
+    """
+
+    tokens: list[int]
+    raw_logprobs: list[float]
+    logprobs: list[float]
+    ended: bool = False
+
+
+@torch.no_grad()
+def rollout(
+    engine, state: State, requests: Requests, most: Sequence[int], *, streams: int | Sequence[int] = 0,
+    until: Callable[[int, int], bool] = lambda row, token: False,
+) -> list[Walk]:  # fmt: skip
+    """Draw up to `most[i]` tokens for row i, with the processors' memory of `requests`; the State stays as it is.
+
+    Args:
+        engine, state, requests: the rows to go on from; forked rows should be given streams of their own.
+        most: most tokens of each row, >= 0.
+        streams: added to the rows' noise streams, one for all or one for each.
+        until: (row, token) -> whether this token is the row's last one. EOS and stop tokens always are.
+    """
+    added = torch.as_tensor(streams, device=requests.streams.device)
+    requests = replace(requests, streams=requests.streams + added)
+    walks = [Walk([], [], []) for _ in most]
+    live = [row for row, count in enumerate(most) if count > 0]
+    stops = {id(r): stop_ids(r, engine) for r in requests.asked}
+    state, requests = state.select(live), requests.select(live)
+    while live:
+        context = requests.at(state)
+        processed = requests.rows.apply(state.logits, context)
+        greedy = requests.rows.greedy_rows()
+        tokens = draw(processed, context.seeds, context.positions, context.streams, greedy).clamp(min=0)
+        told = [x.tolist() for x in (tokens, logprob_of(state.logits, tokens), logprob_of(processed, tokens))]
+        requests, keep = requests.accept(tokens, context), []
+        for i, (row, token, raw, logprob) in enumerate(zip(live, *told, strict=True)):
+            walk = walks[row]
+            walk.tokens.append(token)
+            walk.raw_logprobs.append(raw)
+            walk.logprobs.append(logprob)
+            walk.ended = token in stops[id(requests.asked[i])] or logprob != logprob
+            if not (walk.ended or until(row, token) or len(walk.tokens) >= most[row]):
+                keep.append(i)
+        live = [live[i] for i in keep]
+        if live:
+            requests, state = requests.select(keep), engine.step(state.select(keep), tokens[keep])
+    return walks
