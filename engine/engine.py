@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike
 
 import torch
 
-from .errors import CapabilityError, ParameterError, PromptError
+from .errors import CapabilityError, HandloomError, ModelError, ParameterError, PromptError
 from .forward.compiling import compile_step
+from .forward.head import Head
 from .forward.probe import adapt
+from .forward.twin.copies import check_layout, lay_out, renew
+from .forward.twin.fingerprint import Changes, Fingerprint
+from .forward.twin.twin import Twin
 from .loading import limits
 from .loop.batch import Batch
 from .loop.generation import Event, Generation
@@ -22,7 +27,7 @@ from .loop.intake import encoded, requests_of
 from .loop.loop import run
 from .loop.request import Request
 from .pipeline.pipeline import Pipeline
-from .state import State, continuations, stacked, whole_numbers
+from .state import State, check_owner, continuations, stacked, whole_numbers
 from .text.prompts import chat_ids
 
 log = logging.getLogger("handloom")
@@ -32,7 +37,8 @@ class Engine:
     """A causal LM ready to decode.
 
     Args:
-        model: a transformers causal LM; it is used as it is and stays usable.
+        model: a transformers causal LM, in any mode; a twin of it runs (`forward.twin`), so it is never touched. Edits
+            of its weights, hooks and adapters act from the next run on, see `model_changed`.
         tokenizer: its tokenizer, or None where prompts are ids.
         slots: most rows decoded together, >= 1.
         fixed_slots: always decode all slots, so that a row's logits do not depend, to the last bit, on how many
@@ -52,6 +58,10 @@ class Engine:
         compile: compile the model's decode step with torch.compile, once for each number of rows. It takes from
             half a minute to minutes, which stderr tells; what cannot be compiled runs as it is, and says why.
         self_check: compare a few logits with transformers' own cache when loading, and fall back if they differ.
+        layout: of the linear layers' weights. `plain` runs the model's own. On a CPU `blocked` runs copies in oneDNN's
+            blocked layout, in the same dtype, whose products are faster and round differently: as much memory again as
+            the layers take. `auto` does so where it is at most half of what is free. `triton` reads bitsandbytes' 4-bit
+            weights where they lie by our own product.
 
     Raises:
         ParameterError: an argument is out of range.
@@ -75,6 +85,7 @@ class Engine:
         graph: bool | None = None,
         compile: bool = False,
         self_check: bool = True,
+        layout: str = "plain",
     ):
         if isinstance(model, str | PathLike):
             raise ParameterError(
@@ -85,27 +96,121 @@ class Engine:
         for name, value in whole.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ParameterError(f"{name}={value!r} must be a whole number of at least 1")
-        if model.training:
-            log.info("the model was in training mode; it is switched to evaluation mode")
-            model.eval()
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ModelError(
+                f"{type(model).__name__}: a prompt-learning adapter puts positions of its own before the prompt, which "
+                "an engine does not count; adapters of weights (LoRA and the like) work"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.config = model.config.get_text_config(decoder=True)
         # A shared prefix was computed in another shape than the prompt alone: equal, but not to the last bit.
         share = prefix_cache and not fixed_slots
-        options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": share}
-        self.runner, self.pool, self.vocab_size = adapt(model, options, prefill_chunk, self_check)
-        self.capabilities = self.runner.capabilities()
-        self.graphs = self._wants_graphs(graph)
-        self._batches: dict[tuple[int, int], Batch] = {}
-        self._head: tuple | None = None
-        self.slots = slots if self.capabilities.ragged else 1
+        self._pool_options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": share}
+        self._prefill_chunk, self._self_check, self._layout = prefill_chunk, self_check, layout
+        self._asked_slots, self._graph = slots, graph
         self.fixed_slots, self.compile = fixed_slots, compile
-        self.runner.alone = fixed_slots
-        if compile:
-            compile_step(self.runner, {self.bucket(rows) for rows in range(1, self.slots + 1)})
+        self._lock, self._running = threading.Lock(), None
+        self._adapt()
         self.pipeline = Pipeline.default() if pipeline is None else pipeline
         self.eos_token_ids = limits.eos_token_ids(model, tokenizer, eos_token_ids)
         self.max_length = limits.longest(model, max_length)
+        self.pool.owner = repr(self)
+
+    # -- the model and its twin
+
+    def _adapt(self) -> None:
+        """Make a twin of the model as it is now, and find out how it runs."""
+        self._seen = Fingerprint(self.model)
+        self._twin = Twin(self.model)
+        lay_out(self._twin.module, self._layout)
+        self.runner, self.pool, self.vocab_size = adapt(
+            self._twin.module, self._pool_options, self._prefill_chunk, self._self_check
+        )
+        self.capabilities = self.runner.capabilities()
+        self.graphs = self._wants_graphs(self._graph)
+        self.slots = self._asked_slots if self.capabilities.ragged else 1
+        self.runner.alone, self.runner.hooked = self.fixed_slots, self._seen.hooked
+        self._forget_programs()
+
+    def _forget_programs(self) -> None:
+        """Drop what was recorded or compiled from the model as it was."""
+        self._batches: dict[tuple[int, int], GraphBatch] = {}
+        self._head: Head | None = None
+        if self.compile:
+            compile_step(self.runner, {self.bucket(rows) for rows in range(1, self.slots + 1)})
+
+    def _look(self) -> None:
+        """See before a run or a State begins whether the model has changed, and follow it."""
+        other = self._seen.model is not self.model
+        changes = Changes(modules=True) if other else self._seen.changes()
+        if changes:
+            log.info("the model has changed (%s): what was kept of it is dropped", changes)
+            self._follow(changes)
+        elif self._seen.hooked:
+            self.pool.forget_prefixes()  # what a hook does may differ from one run to the next
+
+    def _follow(self, changes: Changes) -> None:
+        if changes.modules:
+            self.pool.owner += ", before the modules of its model changed"
+            self._adapt()
+            self.pool.owner = repr(self)
+            return
+        for module, names in changes.attributes:
+            if self.capabilities.path != "solo":  # there a module's attributes may be the state of a sequence
+                self._twin.follow(module, names)
+        self.pool.forget_prefixes()
+        renew(self._twin.module)
+        if changes.hooks or changes.moved or changes.attributes:
+            self.runner.hooked = self._seen.hooked
+            self._forget_programs()
+
+    def model_changed(self) -> None:
+        """Say that the model is not what it was, where the engine cannot see it.
+
+        Before a run or a State begins the engine itself looks for replaced modules and adapters, assigned or edited
+        parameters and buffers, hooks that came or went, and attributes of modules. It does not see an edit through
+        `.data` that leaves 64 evenly spread elements of a tensor alone, or what a processor's own model does. While
+        hooks are registered, nothing computed outlives its run. States made before go on from what they hold.
+        """
+        with self._turn("model_changed"):
+            changes = self._seen.changes()
+            changes.values = changes.moved = True
+            self._follow(changes)
+
+    @contextmanager
+    def _turn(self, what: str):
+        """One thing at a time: another thread waits until it is through."""
+        me = threading.get_ident()
+        if self._running == me:
+            raise HandloomError(
+                f"{what} was called from inside a run of the same {self!r}, by a processor, a criterion or a hook, and "
+                "would wait for itself; give it an engine of its own: Engine(engine.model, engine.tokenizer)"
+            )
+        with self._lock:
+            self._running = me
+            try:
+                yield
+            finally:
+                self._running = None
+
+    def _in_turns(self, requests: list[Request]) -> Iterator[Event]:
+        """The events of a run that others may go between."""
+        events = None
+        try:
+            while True:
+                with self._turn("stream"):
+                    if events is None:
+                        self._look()
+                        events = run(self, requests)
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+        finally:
+            if events is not None:
+                inside = self._running == threading.get_ident()  # collected in the middle of another call
+                with nullcontext() if inside else self._turn("stream"):
+                    events.close()
 
     @classmethod
     def from_pretrained(
@@ -127,16 +232,18 @@ class Engine:
         """An Engine for a hub id or a local folder.
 
         Args:
-            name_or_path, dtype, device, device_map, tp_plan, quantization, layout, gguf_file, revision,
+            name_or_path, dtype, device, device_map, tp_plan, quantization, gguf_file, revision,
                 trust_remote_code: see `handloom.loading.load`.
+            layout: see `Engine`; `auto` leaves a quantised or split model as it is.
             model_kwargs: further arguments for transformers' `from_pretrained`.
             engine_kwargs: arguments of `Engine`.
 
         Raises:
             ModelError: no usable model is found there.
         """
-        from .loading.loading import load
+        from .loading.loading import OWN, load
 
+        check_layout(layout)
         model, tokenizer = load(
             name_or_path,
             dtype=dtype,
@@ -150,7 +257,11 @@ class Engine:
             trust_remote_code=trust_remote_code,
             **(model_kwargs or {}),
         )
-        return cls(model, tokenizer, **engine_kwargs)
+        if quantization in OWN:
+            layout = "triton"
+        elif layout == "auto" and (quantization is not None or tp_plan is not None):
+            layout = "plain"
+        return cls(model, tokenizer, layout=layout, **engine_kwargs)
 
     def __repr__(self) -> str:
         return (
@@ -199,8 +310,13 @@ class Engine:
         """
         requests, single = requests_of(self, prompts, params, defaults, overrides)
         results: dict[tuple[int, int], Generation] = {}
-        with _bar(len(requests), progress) as bar, closing(run(self, requests)) as events:
+        with (
+            _bar(len(requests), progress) as bar,
+            self._turn("generate"),
+            closing(run(self, requests)) as events,
+        ):
             try:
+                self._look()
                 for event in events:
                     if event.generation is not None:
                         results[event.request, event.sample] = event.generation
@@ -222,7 +338,7 @@ class Engine:
         for `generate`, raised before the first Event.
         """
         requests = self.requests(prompts, params, defaults=defaults, **overrides)
-        return run(self, requests)
+        return self._in_turns(requests)
 
     def chat(self, messages, params=None, *, tools=None, **overrides) -> Generation | list[Generation]:
         """Answer a conversation in the tokenizer's chat template.
@@ -254,7 +370,7 @@ class Engine:
     def batch(self, requests: int, width: int) -> Batch:
         """Slots for a run of `requests` requests of at most `width` tokens each."""
         size = self.bucket(requests)
-        if not self.graphs:
+        if not self.graphs or self._seen.hooked:
             return Batch(self, size, width)
         self.pool.reserve(size * -(-width // self.pool.block_size))  # a pool that moves is recorded anew
         width = min(max(2048, 1 << (width - 1).bit_length()), self.max_length)
@@ -263,7 +379,7 @@ class Engine:
 
     def give_back(self, batch: Batch) -> None:
         """Keep an empty batch with what it has captured for the next run."""
-        if self.graphs:
+        if isinstance(batch, GraphBatch):
             self._batches[batch.size, batch.history.shape[1] - 1] = batch
 
     def encode(self, text: str) -> list[int]:
@@ -293,7 +409,9 @@ class Engine:
         if (prompts is None) == (embeddings is None):
             raise PromptError("prefill takes prompts or embeddings, one of them")
         given = encoded(self, prompts if embeddings is None else embeddings)[0]
-        filled = [self.runner.prefill(p.ids, p.embeddings, hidden=hidden) for p in given]
+        with self._turn("prefill"):
+            self._look()
+            filled = [self.runner.prefill(p.ids, p.embeddings, hidden=hidden) for p in given]
         rows, outs = zip(*filled, strict=True)
         return State(
             rows=tuple(rows),
@@ -315,14 +433,9 @@ class Engine:
             hidden: keep hidden states.
         """
         ids = whole_numbers(tokens, "tokens")
-        longer = self.extend(state, [[t] for t in ids], hidden=hidden)
-        return State(
-            rows=longer.rows,
-            logits=longer.logits,
-            counts=longer.counts,
-            hidden_states=longer.hidden_states,
-            states=longer.states,
-        )
+        with self._turn("step"):
+            longer = self._extended(state, [[t] for t in ids], None, hidden)
+        return replace(longer, all_logits=None, steps=(), before=None)
 
     @torch.no_grad()
     def extend(self, state: State, tokens, counts=None, *, hidden: bool = False) -> State:
@@ -337,7 +450,11 @@ class Engine:
         Returns:
             A State with `all_logits [B, n, V]`; `state.keep(counts)` goes back to a part of the extension.
         """
-        given = continuations(state, tokens, counts, self.vocab_size, self.max_length)
+        with self._turn("extend"):
+            return self._extended(state, tokens, counts, hidden)
+
+    def _extended(self, state: State, tokens, counts, hidden: bool) -> State:
+        given = self._continuations(state, tokens, counts)
         if not given:
             return replace(state, all_logits=state.logits[:, None], before=state.logits)
         rows, out = self.runner.extend(state.rows, given, state.states, hidden=hidden)
@@ -354,6 +471,11 @@ class Engine:
             before=state.logits,
         )
 
+    def _continuations(self, state: State, tokens, counts) -> list[list[int]]:
+        check_owner(state, self.pool)
+        return continuations(state, tokens, counts, self.vocab_size, self.max_length)
+
+    @torch.no_grad()
     def score(self, state: State, tokens, counts=None) -> torch.Tensor:
         """Log-probabilities of continuations; nothing is kept.
 
@@ -364,13 +486,15 @@ class Engine:
         Returns:
             `[B, n]` float32, nats; 0 beyond a row's count.
         """
-        given = continuations(state, tokens, counts, self.vocab_size, self.max_length)
+        given = self._continuations(state, tokens, counts)
         if not given:
             return state.logits.new_zeros(0, 0)
         width = max(len(row) for row in given)
         logits = [state.logits[:, None]]
         if width > 1:
-            logits.append(self.extend(state, [row[:-1] or row for row in given]).all_logits[:, : width - 1])
+            with self._turn("score"):
+                longer = self._extended(state, [row[:-1] or row for row in given], None, False)
+            logits.append(longer.all_logits[:, : width - 1])
         ids = torch.tensor([row + [0] * (width - len(row)) for row in given], device=self.device)
         logp = torch.cat(logits, 1).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         real = torch.arange(width) < torch.tensor([len(row) for row in given])[:, None]
@@ -389,11 +513,10 @@ class Engine:
         Raises:
             CapabilityError: the model's logits are not a function of its last hidden state.
         """
-        if self._head is None or self._head[0] is not self.model:
-            from .forward.head import Head
-
-            self._head = self.model, Head(self.runner.module)
-        return self._head[1](hidden.to(self.dtype), norm)
+        with self._turn("head"):
+            if self._head is None:
+                self._head = Head(self.model)
+            return self._head(hidden.to(self.dtype), norm)
 
     # -- inputs
 

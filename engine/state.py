@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .cache.pool import BlockPool
 from .cache.sequence import Row
 from .errors import CapabilityError, HandloomError
 
@@ -72,6 +73,8 @@ class State:
         if not states:
             raise HandloomError("concat takes at least one State")
         filled = [state for state in states if len(state)] or states[:1]
+        for other in filled[1:]:
+            check_owner(other, filled[0].rows[0].table.pool)
         if len(filled) == 1:
             return replace(filled[0], all_logits=None, steps=(), before=None)
         hidden = None
@@ -168,6 +171,16 @@ class State:
         fed = torch.tensor(self.counts, device=states.device)[:, None]
         real = torch.arange(states.shape[1], device=states.device) < fed
         return states.masked_fill(~real[..., None], 0)
+
+
+def check_owner(state: State, pool: BlockPool) -> None:
+    """Raise HandloomError unless all rows lie in this pool."""
+    for i, row in enumerate(state.rows):
+        if row.table is not None and row.table.pool is not pool:
+            raise HandloomError(
+                f"row {i} of the State was made by {row.table.pool.owner}, and this is {pool.owner}: a State goes on "
+                "only in the engine that made it; prefill its tokens here"
+            )
 
 
 def continuations(state: State, tokens, counts, vocab_size: int, max_length: int) -> list[list[int]]:

@@ -100,6 +100,7 @@ class BlockPool:
         self.filled = np.zeros(RESERVED, np.int32)
         self._free = np.zeros(RESERVED, bool)
         self._claimed = np.zeros(RESERVED, bool)
+        self.owner = "an engine"  # in words, for whoever is given rows that are not its own
         self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
         self._prefix: dict[tuple, int] = {}
         self._names: dict[int, tuple] = {}
@@ -347,6 +348,12 @@ class BlockPool:
         """Forget every kept prefix that nobody uses."""
         while self._idle:
             self._forget(self._idle.popitem()[0])
+
+    def forget_prefixes(self) -> None:
+        """Forget every prefix, those in use too: what they hold is of another model."""
+        self.clear_prefixes()
+        for index in (self._prefix, self._names, self._uids):
+            index.clear()
 
     def _forget(self, block: int) -> None:
         del self._prefix[self._names.pop(block)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CapabilityError
+from .twin.twin import twin
 
 PROBE = 3  # a token that every vocabulary has
 SAME = 1e-3  # relative error of logits that is rounding
@@ -20,14 +21,15 @@ class Head:
     shallow copies of the modules around it; the module without parts that made that output is the final norm.
 
     Args:
-        module: the transformers model; it is not touched.
+        model: the transformers model; it is not touched.
 
     Raises:
         CapabilityError: the model's last hidden state does not give its logits that way.
     """
 
     @torch.no_grad()
-    def __init__(self, module):
+    def __init__(self, model):
+        module = twin(model, hooks=False)
         ids = torch.full((1, 2), PROBE, device=module.get_input_embeddings().weight.device)
         outputs, out = _traced(module, ids)
         last = out.hidden_states[-1]

@@ -1,4 +1,4 @@
-"""One forward pass of a Hugging Face causal LM over the block pool; nothing of the model is patched."""
+"""One forward pass of a model's twin over the block pool."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import AttentionInterface
 
 from ..cache.feed import Feed
@@ -17,7 +18,8 @@ from ..cache.pool import BlockPool
 from ..errors import CapabilityError
 from ..kernels.attention.attention import paged_attention
 from ..kernels.attention.attention_cpu import CellPlan, paged_attention_cpu
-from .ragged import install_mask_hook, rope_switch, rotate_rows, row_wise_ropes
+from .ragged import install_mask_hook, rope_switch, row_wise_ropes
+from .twin.twin import replace
 
 _names = itertools.count()
 LONG = 32  # more new tokens than this are a prompt: torch's own attention over gathered cells is faster
@@ -48,13 +50,15 @@ class Pass:
         pool.scrub = True  # rectangles of cells are read and masked afterwards
         self.cache = PagedCache(self.plan, pool, path)
         self.layout = self.cache  # a cache whose recurrent states are laid out as the model wants them
-        self._arguments = self._accepted(module)
+        self._arguments = accepted(module)
         self._name = f"handloom_{next(_names)}"
         self._step: CellPlan | None = None
         self._feed: Feed | None = None
         self._ropes = row_wise_ropes(module)
+        self.output = output_layer(module)
         self.restart = rope_switch(self.config)
         self.compiled = None  # a CompiledStep that runs passes of one token per row
+        self.hooked = False  # the model has forward hooks, which a compiled step might pass by
         if path == "attention":
             me = weakref.ref(self)
             AttentionInterface.register(self._name, lambda *a, **kw: me().attend(*a, **kw))
@@ -77,10 +81,6 @@ class Pass:
         """Where input ids go."""
         return self.module.get_input_embeddings().weight.device
 
-    @staticmethod
-    def _accepted(module) -> set[str]:
-        return set(inspect.signature(module.forward).parameters)
-
     # -- one forward pass
 
     def forward(
@@ -99,7 +99,8 @@ class Pass:
         cache = self.cache if cache is None else cache
         cache.bind(feed)
         self._aim(feed)
-        if self.compiled is not None and not last_only and self.compiled.takes(feed, hidden):
+        compiled = self.compiled is not None and not self.hooked and not last_only
+        if compiled and self.compiled.takes(feed, hidden):
             return Output(self.compiled(feed))
         arguments = {"use_cache": True}
         arguments["cache_params" if "cache_params" in self._arguments else "past_key_values"] = cache
@@ -114,7 +115,7 @@ class Pass:
             arguments["logits_to_keep"] = 1
         if hidden:
             arguments["output_hidden_states"] = True
-        with self._ours(), self._last_of_each(feed) if ragged else nullcontext():
+        with self._ours(), self.output.only_last(feed) if ragged and self.output else nullcontext():
             out = self.module(**arguments)
         logits = out.logits
         if last_only:
@@ -143,8 +144,7 @@ class Pass:
 
     @contextmanager
     def _ours(self):
-        """Our attention function and rotations for the length of one pass; the model is left as it was."""
-        handles = [part.register_forward_hook(rotate_rows, with_kwargs=True) for part in self._ropes]
+        """Our attention function for the length of one pass; a compiled step has another."""
         settings = vars(self.config)  # the property's setter walks all sub-configurations, at every step
         theirs = settings["_attn_implementation_internal"]
         if self.path == "attention":
@@ -153,31 +153,6 @@ class Pass:
             yield
         finally:
             settings["_attn_implementation_internal"] = theirs
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def _last_of_each(self, feed: Feed):
-        """The output layer sees each row's last token alone, for the length of one pass.
-
-        A model that calls it in another way computes all logits, from which they are picked afterwards.
-        """
-        output = self.module.get_output_embeddings()
-        if output is None:
-            yield
-            return
-
-        def pick(layer, inputs):
-            states = inputs[0] if inputs else None
-            if torch.is_tensor(states) and states.shape[:2] == feed.positions.shape:
-                return last_of_rows(states, feed), *inputs[1:]
-            return None
-
-        handle = output.register_forward_pre_hook(pick)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def attend(
         self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None,
@@ -197,6 +172,53 @@ class Pass:
         counts = None if counts is None else counts.to(place)
         table, lengths = feed.blocks().to(place), feed.valid().to(place)
         return paged_attention(query, key, value, table, lengths, counts=counts, **options), None
+
+
+def accepted(module) -> set[str]:
+    """Names of the arguments that a model's forward takes, those of an adapter's base model included."""
+    names = set(inspect.signature(module.forward).parameters)
+    return names | accepted(module.get_base_model()) if hasattr(module, "get_base_model") else names
+
+
+class OutputLayer(nn.Module):
+    """An output layer that can be told to see each row's last token alone.
+
+    A model that calls it in another way computes all logits, from which they are picked afterwards.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.feed = layer, None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's own."""
+        return self.layer.weight
+
+    @contextmanager
+    def only_last(self, feed: Feed):
+        """For the length of one pass over `feed`."""
+        self.feed = feed
+        try:
+            yield
+        finally:
+            self.feed = None
+
+    def forward(self, states, *rest):
+        """`[B, Q, D]` -> `[B, Q or 1, V]`."""
+        if self.feed is not None and states.shape[:2] == self.feed.positions.shape:
+            states = last_of_rows(states, self.feed)
+        return self.layer(states, *rest)
+
+
+def output_layer(module: nn.Module) -> OutputLayer | None:
+    """The output layer of a twin, which from now on can be told what to see; None where the model names none."""
+    layer = module.get_output_embeddings()
+    if layer is None or isinstance(layer, OutputLayer):
+        return layer
+    mine = OutputLayer(layer)
+    replace(module, layer, mine)
+    return mine
 
 
 def last_of_rows(part, feed):

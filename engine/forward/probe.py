@@ -11,6 +11,7 @@ from ..cache.paged import ATTENTION, HYBRID, RECURRENT, layer_plan
 from ..cache.pool import BlockPool
 from ..errors import ModelError
 from .model import Model, supported_layers
+from .passes import accepted
 from .solo import SoloModel
 
 log = logging.getLogger("handloom")
@@ -28,7 +29,7 @@ def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool
     """The fastest adapter that is right for a model.
 
     Args:
-        module: a transformers causal LM in evaluation mode.
+        module: the twin of a transformers causal LM.
         pool_options: arguments of `BlockPool`.
         prefill_chunk: most prompt tokens in one forward pass.
         self_check: compare logits with transformers' cache on two short rows; without it the static rules decide.
@@ -57,7 +58,7 @@ def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool
     reason = refusal or "; ".join(tried)
     log.warning("%s runs one sequence at a time (%s)", type(module).__name__, reason)
     pool = BlockPool(**pool_options)
-    return SoloModel(module, reason, config.model_type in STATE_IN_MODULES), pool, vocab
+    return SoloModel(module, pool, reason, config.model_type in STATE_IN_MODULES), pool, vocab
 
 
 def _refusal(module) -> str:
@@ -75,12 +76,13 @@ def _paths(module) -> list[str]:
     # keys that are expanded behind the cache.
     if getattr(config, "attn_temperature_tuning", None) or config.model_type in POSITION_FROM_KEYS:
         return rows
+    base = module.get_base_model() if hasattr(module, "get_base_model") else module  # below an adapter
     own = (
         "chunked_attention" in kinds
         or getattr(config, "kv_lora_rank", None)
         or not kinds & (ATTENTION | HYBRID)
     )
-    if own or not type(module)._can_set_attn_implementation():
+    if own or not type(base)._can_set_attn_implementation():
         return ["mask", *rows]
     return ["attention", "mask", *rows]
 
@@ -96,7 +98,7 @@ def _reference(module, config, prompt):
     """Logits `[T, V]` of a prompt, and the cache it left, from transformers alone."""
     cache = DynamicCache(config=config)
     ids = torch.tensor([prompt], device=module.get_input_embeddings().weight.device)
-    name = "cache_params" if "cache_params" in SoloModel(module, "")._arguments else "past_key_values"
+    name = "cache_params" if "cache_params" in accepted(module) else "past_key_values"
     try:
         out = module(input_ids=ids, use_cache=True, **{name: cache})
     except Exception as error:

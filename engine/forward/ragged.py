@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
+
+from .twin.twin import replace
 
 
 def install_mask_hook() -> None:
@@ -38,33 +41,49 @@ def _ragged_mask(original, additive: bool):
     return mask
 
 
-def row_wise_ropes(module) -> list:
-    """Rotary embeddings whose frequencies depend on the longest row, so that rows disturb each other."""
-    found = []
-    for part in module.modules():
+def row_wise_ropes(module) -> list[RowWise]:
+    """Rotary embeddings whose frequencies depend on the longest row; in the twin they answer row by row from now on."""
+    found = [part for part in module.modules() if isinstance(part, RowWise)]
+    wrapped = {id(part.part) for part in found}
+    for part in list(module.modules()):
         kinds = getattr(part, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-        if any(kind and ("dynamic" in kind or kind == "longrope") for kind in kinds):
-            found.append(part)
+        changing = any(kind and ("dynamic" in kind or kind == "longrope") for kind in kinds)
+        if changing and id(part) not in wrapped and not isinstance(part, RowWise):
+            found.append(RowWise(part))
+            replace(module, part, found[-1])
     return found
 
 
-def rotate_rows(part, args, kwargs, output):
-    """A forward hook that gives each row the rotation it would have alone."""
-    x, positions = args[0] if args else kwargs["x"], kwargs.get("position_ids")
-    positions = args[1] if positions is None else positions
-    rest = {k: v for k, v in kwargs.items() if k not in ("x", "position_ids")}
-    kinds = part.rope_type
-    prefixes = [f"{kind}_" for kind in kinds] if isinstance(kinds, dict) else [""]
-    prefixes = [p for p in prefixes if hasattr(part, f"{p}original_inv_freq")]
-    rows = []
-    for i in range(positions.shape[0]):
-        _reset_rope(
-            part, prefixes, x.device
-        )  # the frequencies of a longer neighbour must not outlive its turn
-        rows.append(part.forward(x, positions[i : i + 1], *args[2:], **rest))
-    _reset_rope(part, prefixes, x.device)
-    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+class RowWise(nn.Module):
+    """A rotary embedding that gives each row the rotation it would have alone.
+
+    Args:
+        part: the twin's rotary embedding. It writes its frequencies to its buffers, so those become its own.
+    """
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        part.__dict__["_buffers"] = dict(part._buffers)
+        self.part = part
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("part"), name)
+
+    def forward(self, x, position_ids, *args, **kwargs):
+        """Cosines and sines of `position_ids [B, Q]`."""
+        kinds = self.part.rope_type
+        prefixes = [f"{kind}_" for kind in kinds] if isinstance(kinds, dict) else [""]
+        prefixes = [p for p in prefixes if hasattr(self.part, f"{p}original_inv_freq")]
+        rows = []
+        for positions in position_ids.split(1):
+            # The frequencies of a longer neighbour must not outlive its turn.
+            _reset_rope(self.part, prefixes, x.device)
+            rows.append(self.part(x, positions, *args, **kwargs))
+        return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
 
 def _reset_rope(part, prefixes, device) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
+from ..cache.pool import BlockPool
 from ..cache.sequence import History, Row
 from .capabilities import Capabilities, Capability
 from .model import longer_rows
-from .passes import Output, padded
+from .passes import Output, accepted, padded
 
 
 @dataclass(eq=False)
@@ -29,18 +29,19 @@ class SoloModel:
     again from its tokens, so old States stay valid.
 
     Args:
-        module: the transformers model.
+        module: the transformers model, or its twin.
+        pool: marks the rows as this model's; no cell of it is used.
         reason: why it is run this way.
         exclusive: the model keeps state in its own modules, so only the cache used last is usable.
     """
 
     path, restart, recurrent, paged, shares_prefixes, alone = "solo", None, False, False, False, True
-    compiled, takes_prompts_together = None, False
+    compiled, takes_prompts_together, hooked = None, False, False
 
-    def __init__(self, module, reason: str, exclusive: bool = False):
-        self.module, self.reason, self.exclusive = module, reason, exclusive
+    def __init__(self, module, pool: BlockPool, reason: str, exclusive: bool = False):
+        self.module, self.pool, self.reason, self.exclusive = module, pool, reason, exclusive
         self.config = module.config.get_text_config(decoder=True)
-        self._arguments = set(inspect.signature(module.forward).parameters)
+        self._arguments = accepted(module)
         self._live: Session | None = None
 
     @property
@@ -55,7 +56,7 @@ class SoloModel:
         history = History(tokens if embeddings is None else [-1] * len(tokens))
         if not every:
             out = Output(out.logits[:, -1:], out.hidden)
-        return Row(None, history, len(tokens), session), out
+        return Row(self.pool.table(), history, len(tokens), session), out
 
     def extend(self, rows, tokens, states=(), *, hidden=False) -> tuple[tuple[Row, ...], Output]:
         """See `Model.extend`; rows are computed one after the other."""
@@ -68,8 +69,8 @@ class SoloModel:
             if hidden:
                 joined = [torch.cat(h, 1) for h in zip(*(p.hidden for p in parts), strict=True)]
                 layers.append([padded(h, width) for h in joined])
-            row = Row(None, row.history, row.prompt_length, session)
-            longer += longer_rows([row], [None], [new])
+            row = Row(row.table, row.history, row.prompt_length, session)
+            longer += longer_rows([row], [row.table], [new])
         joined = tuple(torch.cat(parts) for parts in zip(*layers, strict=True)) if hidden else None
         return tuple(longer), Output(torch.cat(logits), joined)
 

@@ -63,7 +63,8 @@ class FourBitLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]` in x's dtype, computed in the layer's compute dtype."""
-        if x.device.type == "cuda" and x.numel() > MANY * self.in_features:
+        watched = self.layer._forward_hooks or self.layer._forward_pre_hooks
+        if watched or (x.device.type == "cuda" and x.numel() > MANY * self.in_features):
             return self.layer(x)
         state, nested = self.layer.weight.quant_state, (None, None, None, 0)
         if state.nested:
@@ -77,7 +78,7 @@ def own_products(model: nn.Module, kernels: str | None = None) -> int:
     """Give every 4-bit bitsandbytes layer of a model our product, in place; the number of layers.
 
     Args:
-        model: loaded with `quantization="nf4"` or `"fp4"`.
+        model: the twin of one loaded with `quantization="nf4"` or `"fp4"`.
         kernels: see `FourBitLinear`.
 
     Raises:

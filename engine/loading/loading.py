@@ -11,14 +11,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ..errors import ModelError
-from ..kernels.linear.blocked import BlockedLinear, block_linears, unblockable
+from ..kernels.linear.blocked import BlockedLinear, unblockable
 from . import packing, parallel
-from .fourbit import own_products
 
 log = logging.getLogger("handloom")
 OWN = {"nf4-triton": "nf4", "fp4-triton": "fp4"}  # bitsandbytes' weights, our product
 QUANTIZATIONS = ("nf4", "fp4", "int8", *OWN, *packing.BITS)
-LAYOUTS = ("auto", "blocked", "plain")
 DTYPES = ("auto", "fastest", "float32", "float16", "bfloat16", "float64")
 SMALL = 1 << 18  # weights of a layer below which the dtype is not worth a measurement
 GAIN = 1.2  # how much faster another dtype has to be before the checkpoint's own is left
@@ -50,10 +48,9 @@ def load(
             and `quantization`.
         quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes), `nf4-triton` or `fp4-triton` (the same weights,
             products of few rows in our kernel), or on a CPU `int8-cpu` or `int4-cpu`: packed
-            weights, the output layer included, with bfloat16 activations.
-        layout: of the weights of linear layers on a CPU. `auto` and `blocked` put them in oneDNN's blocked layout,
-            in the same dtype, for products that are faster and round differently (`kernels.blocked`); `blocked`
-            fails where nothing can be. `plain` leaves the modules as transformers made them, for training or hooks.
+            weights, the output layer included, with bfloat16 activations. The plain ones are given up for them, so
+            adapters and probes find no nn.Linear.
+        layout: what the engine will do with linear layers on a CPU, see `Engine`; here it counts for `fastest` alone.
         gguf_file: a GGUF file in the folder, dequantised on load.
         revision, trust_remote_code, model_kwargs: passed on to transformers.
 
@@ -61,8 +58,6 @@ def load(
         ModelError: nothing usable is found there, or an argument is not valid.
     """
     place = _place(device, device_map, tp_plan, quantization)
-    if layout not in LAYOUTS:
-        raise ModelError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
     fastest, dtype = dtype == "fastest", _dtype(dtype)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     if gguf_file is not None:
@@ -90,29 +85,9 @@ def load(
         raise ModelError(f"cannot load a causal LM from {str(name_or_path)!r}: {error}") from error
     if "device_map" not in arguments and tp_plan is None:
         module = module.to(place)
-    if quantization in OWN:
-        own_products(module)
     if quantization in packing.BITS:
         packing.pack(module, quantization)
-    module = module.eval()
-    if layout == "blocked" or (layout == "auto" and quantization is None and tp_plan is None):
-        _block(module, layout)
-    return module, _tokenizer(name_or_path, common)
-
-
-def _block(module, layout: str) -> None:
-    """Put the weights on the CPU into the blocked layout, in place.
-
-    Raises:
-        ModelError: `layout` asks for it by name and no layer can be.
-    """
-    left = block_linears(module)
-    blocked = [part for part in module.modules() if isinstance(part, BlockedLinear)]
-    if blocked:
-        log.info("%d linear layers in oneDNN's blocked layout, %d as they were", len(blocked), len(left))
-    elif layout == "blocked":
-        reasons = sorted(set(left.values())) or ["the model has no nn.Linear"]
-        raise ModelError(f"layout='blocked': no layer can be: {'; '.join(reasons)[:300]}")
+    return module.eval(), _tokenizer(name_or_path, common)
 
 
 def _place(device, device_map, tp_plan, quantization) -> torch.device:

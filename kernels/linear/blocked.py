@@ -57,6 +57,14 @@ class BlockedLinear(nn.Module):
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
         self._block(source.weight)
 
+    def take(self, source):
+        """Take over weight and bias of a layer of the same shape, in place: a compiled step finds them."""
+        self.bias = None if source.bias is None else source.bias.detach().clone()
+        number, self._blocked = self._number, None  # the old copy goes before the new one takes its memory
+        self._block(source.weight)
+        self._number = number
+        _layers[number] = self
+
     def _block(self, weight):
         """Take over a plain weight [N, K]."""
         self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
@@ -125,7 +133,7 @@ def block_linears(model):
     Returns:
         dict of the layers left as they were: name -> why. Blocking twice changes nothing.
     """
-    return replace_linears(model, lambda name, layer: unblockable(layer) or _small(layer), BlockedLinear)
+    return replace_linears(model, lambda name, layer: unblockable(layer) or small(layer), BlockedLinear)
 
 
 def unblockable(layer):
@@ -154,6 +162,7 @@ def supports(dtype):
     return dtype == torch.float32
 
 
-def _small(layer):
+def small(layer):
+    """Why blocking a layer would not pay, in words; None where it does."""
     count = layer.weight.numel()
     return f"{count} weights; blocking pays from {SMALLEST}" if count < SMALLEST else None

@@ -177,7 +177,7 @@ def test_a_compiled_step_runs_blocked_layers(small):
 
 
 def count(engine):
-    return sum(isinstance(part, BlockedLinear) for part in engine.model.modules())
+    return sum(isinstance(part, BlockedLinear) for part in engine.runner.module.modules())
 
 
 def test_loading_blocks_on_a_cpu_unless_told_not_to(small, tmp_path, caplog):

@@ -143,7 +143,7 @@ def test_quantised_models_run_on_a_cpu_and_answer_as_transformers_does(saved, ki
 
 def test_four_bits_with_our_product_give_the_same_logits(saved):
     engine = load(saved, quantization="nf4-triton")
-    assert type(engine.model.model.layers[0].mlp.gate_proj).__name__ == "FourBitLinear"
+    assert type(engine.runner.module.model.layers[0].mlp.gate_proj).__name__ == "FourBitLinear"
     want = load(saved, quantization="nf4").prefill(PROMPTS).logits
     error = (engine.prefill(PROMPTS).logits - want).std() / want.std()
     assert error < 0.1  # bitsandbytes may multiply in bfloat16; weights that are misread give 1.4

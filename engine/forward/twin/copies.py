@@ -1,0 +1,152 @@
+"""Layers of a twin that run on copies of their weights, made for speed and made again when the weights have moved."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...errors import ModelError
+from ...kernels.linear.blocked import BlockedLinear, small, unblockable
+from ...kernels.linear.linears import replace_linears
+from ...loading.fourbit import own_products
+from .twin import watched
+
+log = logging.getLogger("handloom")
+LAYOUTS = ("auto", "blocked", "plain", "triton")
+SHARE = 0.5  # of the free memory that `auto` may take for copies
+
+
+class Origin:
+    """The parameters that a copy was made from, as they were then.
+
+    Args:
+        modules: of the twin; their tables of parameters are the user's, so what is assigned there is seen.
+    """
+
+    __slots__ = ("_seen", "_tables")
+
+    def __init__(self, *modules: nn.Module):
+        self._tables = [module._parameters for module in modules]
+        self._seen = self._now()
+
+    def _now(self) -> list[tuple]:
+        return [
+            (parameter, 0 if parameter.is_inference() else parameter._version)
+            for table in self._tables
+            for parameter in table.values()
+            if parameter is not None
+        ]
+
+    def moved(self) -> bool:
+        """Whether one was assigned or edited; what went through `.data` is for `Fingerprint` to see."""
+        now = self._now()
+        return len(now) != len(self._seen) or any(
+            a is not b or m != n for (a, m), (b, n) in zip(now, self._seen, strict=True)
+        )
+
+
+class Blocked(nn.Module):
+    """A linear layer of a twin that runs on a copy of its weight in oneDNN's blocked layout.
+
+    The layer itself stays a part, with its parameters and hooks; while it has hooks it is called itself.
+
+    Args:
+        layer: the twin's nn.Linear, see `kernels.linear.blocked.unblockable`.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, self.copy = layer, BlockedLinear(layer)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.__dict__["origin"] = Origin(layer)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The layer's own weight [N, K]."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The layer's own bias [N]."""
+        return self.layer.bias
+
+    def renew(self) -> None:
+        """Copy the weights as they are now."""
+        self.copy.take(self.layer)
+        self.origin = Origin(self.layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        if torch.compiler.is_compiling():
+            return self.copy(x)  # renewed by its engine before a run
+        if watched(self.layer):
+            return self.layer(x)
+        if self.origin.moved():
+            self.renew()
+        return self.copy(x)
+
+
+def check_layout(layout: str) -> None:
+    """Raise ModelError for an unknown layout."""
+    if layout not in LAYOUTS:
+        raise ModelError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+
+
+def lay_out(tree: nn.Module, layout: str) -> None:
+    """Put other linear layers into a twin; see `Engine` for the layouts.
+
+    Raises:
+        ModelError: `layout` is unknown, or asks by name for what no layer can have.
+    """
+    check_layout(layout)
+    if layout == "triton":
+        own_products(tree)
+    elif layout != "plain":
+        _block(tree, layout)
+
+
+def _block(tree: nn.Module, layout: str) -> None:
+    def refusal(name, layer):
+        return unblockable(layer) or small(layer)
+
+    layers = [m for m in tree.modules() if isinstance(m, nn.Linear) and not refusal("", m)]
+    size, free = sum(m.weight.numel() * m.weight.element_size() for m in layers), free_memory()
+    if layout == "auto" and size > SHARE * free:
+        log.info(
+            "the linear layers stay as they are: blocked copies would take %.0f MB of %.0f MB free; "
+            "layout='blocked' makes them all the same", size / 1e6, free / 1e6
+        )  # fmt: skip
+        return
+    left = replace_linears(tree, refusal, Blocked)
+    if layers:
+        log.info(
+            "%d linear layers in oneDNN's blocked layout, copies of %.0f MB beside the model's own; %d as they were",
+            len(layers), size / 1e6, len(left)
+        )  # fmt: skip
+    elif layout == "blocked":
+        reasons = sorted(set(left.values())) or ["the model has no nn.Linear"]
+        raise ModelError(f"layout='blocked': no layer can be: {'; '.join(reasons)[:300]}")
+
+
+def renew(tree: nn.Module) -> None:
+    """Make every copy in a twin again."""
+    for part in tree.modules():
+        if hasattr(part, "renew"):
+            part.renew()
+
+
+def free_memory() -> float:
+    """Bytes that are free on the host, for the machine and for the control group; infinite where unknown."""
+    free = []
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(1024 * int(fields["MemAvailable"].split()[0]))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            free.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, KeyError, ValueError):
+        pass  # not Linux, or no control group
+    return min(free, default=float("inf"))

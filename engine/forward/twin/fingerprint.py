@@ -1,0 +1,175 @@
+"""The fingerprint of a model: whether it is still what an engine last saw, by looking and without a forward pass."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_modules
+
+from .twin import TABLES
+
+SAMPLED = 64  # elements of every tensor that are compared: an edit through `.data` leaves no other trace
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals NaN by its bits
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass
+class Changes:
+    """What differs from what was seen last.
+
+    Args:
+        modules: parts or configurations were replaced, or tensors have another dtype or device.
+        hooks: forward hooks came or went.
+        moved: a parameter or buffer lies elsewhere.
+        values: a parameter or buffer was assigned or edited.
+        attributes: modules and the names of their attributes that are others now.
+    """
+
+    modules: bool = False
+    hooks: bool = False
+    moved: bool = False
+    values: bool = False
+    attributes: list[tuple[nn.Module, list[str]]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return self.modules or self.hooks or self.moved or self.values or bool(self.attributes)
+
+    def __str__(self) -> str:
+        kinds = ("modules", "hooks", "values", "attributes")
+        return ", ".join(kind for kind in kinds if getattr(self, kind)) or "the place of its weights"
+
+
+class Fingerprint:
+    """Identities of modules, attributes, hooks and tensors of a model, versions and samples of its values.
+
+    Edits in place are told by torch's version counters, those through `.data` by 64 elements of every tensor: one
+    that leaves all of them alone is not seen, nor is what a hook does differently from one call to the next.
+
+    Args:
+        model: the user's model; nothing of it is changed.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._look()
+
+    @property
+    def hooked(self) -> bool:
+        """Whether any forward hook is registered."""
+        return bool(self._hooks)
+
+    def changes(self) -> Changes:
+        """What has changed since the last call, which this one replaces."""
+        found = Changes()
+        found.modules = any(not _same(table, values) for table, values in self._parts)
+        found.modules |= any(vars(config) != seen for config, seen in self._configs)
+        found.hooks = self._hooks != list(itertools.chain.from_iterable(self._hook_tables))
+        tensors = self._tensors()
+        found.values = len(tensors) != len(self._seen) or not all(map(operator.is_, tensors, self._seen))
+        if not found.values:
+            found.moved = self._places != _places(tensors)
+            found.values = self._versions != _versions(tensors)
+            found.values |= found.moved or any(not torch.equal(torch.cat(v), s) for v, s in self._samples)
+        else:
+            found.moved = True
+        if found.moved:
+            found.modules |= [_kind(t) for t in tensors] != self._kinds
+        found.attributes = [*self._attribute_changes()]
+        if found:
+            self._look()
+        return found
+
+    def _look(self) -> None:
+        modules = list(self.model.modules())
+        self._parts = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+        configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
+        self._configs = [(c, dict(vars(c))) for c in configs.values() if hasattr(c, "__dict__")]
+        self._attributes = [(m, m.__dict__, tuple(m.__dict__.values())) for m in modules]
+        self._names = [tuple(m.__dict__) for m in modules]
+        own = (v for m in modules for name, v in m.__dict__.items() if name not in TABLES)
+        self._contents = [(v, v.copy()) for v in own if type(v) in (list, set, dict) and _plain(v)]
+        self._hook_tables = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
+        self._hook_tables += [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
+        self._hooks = list(itertools.chain.from_iterable(self._hook_tables))
+        tables = [m._parameters for m in modules] + [m._buffers for m in modules]
+        self._tables = [table for table in tables if table]
+        self._seen = tensors = self._tensors()
+        self._kinds = [_kind(t) for t in tensors]
+        self._places, self._versions = _places(tensors), _versions(tensors)
+        self._samples = [(views, torch.cat(views)) for views in _sample_views(tensors)]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        values = itertools.chain.from_iterable(map(dict.values, self._tables))
+        return [_local(t) for t in values if t is not None]
+
+    def _attribute_changes(self) -> Iterator[tuple[nn.Module, list[str]]]:
+        for (module, table, values), names in zip(self._attributes, self._names, strict=True):
+            if not _same(table, values):
+                old = dict(zip(names, values, strict=True))
+                changed = [
+                    name
+                    for name in {**old, **table}
+                    if name not in TABLES and name != "_compiled_call_impl" and _differs(name, old, table)
+                ]
+                if changed:
+                    yield module, changed
+        for container, seen in self._contents:
+            if container != seen:
+                yield self.model, []
+                return
+
+
+def _same(table: dict, values: tuple) -> bool:
+    return len(table) == len(values) and all(map(operator.is_, table.values(), values))
+
+
+def _differs(name: str, old: dict, new: dict) -> bool:
+    if name not in old or name not in new:
+        return True
+    a, b = old[name], new[name]
+    return not (a is b or (isinstance(a, PLAIN) and isinstance(b, PLAIN) and a == b))
+
+
+def _plain(container) -> bool:
+    values = container.values() if isinstance(container, dict) else container
+    return all(isinstance(value, PLAIN) for value in values)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a distributed tensor that this process holds."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _kind(tensor: torch.Tensor) -> tuple:
+    return tensor.dtype, tensor.device
+
+
+def _places(tensors: list[torch.Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _versions(tensors: list[torch.Tensor]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def _sample_views(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Views of `SAMPLED` elements of every tensor as integers, those of one kind together."""
+    kinds: dict[tuple, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        size = tensor.element_size()
+        if tensor.numel() == 0 or tensor.device.type == "meta" or size not in BITS or tensor.dtype.is_complex:
+            continue
+        if tensor.layout != torch.strided:
+            continue
+        reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        step = max(1, reach // SAMPLED) | 1  # odd, so that it does not stay in one column
+        count = min(SAMPLED, (reach - 1) // step + 1)
+        bits = tensor.detach().view(BITS[size])
+        view = bits.as_strided((count,), (step,), bits.storage_offset())
+        kinds.setdefault((size, tensor.device), []).append(view)
+    return list(kinds.values())
