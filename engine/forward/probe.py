@@ -12,6 +12,7 @@ from ..cache.pool import BlockPool
 from ..errors import ModelError
 from .model import Model, supported_layers
 from .passes import accepted
+from .ragged import row_wise_ropes
 from .solo import SoloModel
 
 log = logging.getLogger("handloom")
@@ -41,6 +42,7 @@ def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool
         ModelError: the model cannot run a forward pass at all.
     """
     config = module.config.get_text_config(decoder=True)
+    row_wise_ropes(module)  # before the first pass: they write to buffers, which are the user's until then
     prompts = _prompts(config.vocab_size)
     reference, cache = _reference(module, config, prompts[0])
     vocab = reference.shape[-1]
