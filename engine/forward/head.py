@@ -21,17 +21,16 @@ class Head:
     shallow copies of the modules around it; the module without parts that made that output is the final norm.
 
     Args:
-        model: the transformers model; it is not touched.
+        module: the transformers model; it is not touched.
 
     Raises:
         CapabilityError: the model's last hidden state does not give its logits that way.
     """
 
     @torch.no_grad()
-    def __init__(self, model):
-        module = twin(model, hooks=False)
+    def __init__(self, module):
         ids = torch.full((1, 2), PROBE, device=module.get_input_embeddings().weight.device)
-        outputs, out = _traced(module, ids)
+        outputs, out = _traced(twin(module, hooks=False), ids)
         last = out.hidden_states[-1]
         made = [path for path, output in outputs if path and _same(_first(output), last)]
         if not made or last.dim() != 3:
