@@ -13,9 +13,9 @@ from os import PathLike
 import torch
 
 from .errors import CapabilityError, HandloomError, ModelError, ParameterError, PromptError
-from .forward.compiling import compile_step
 from .forward.head import Head
 from .forward.probe import adapt
+from .forward.programs.compiling import compile_step
 from .forward.twin.copies import check_layout, lay_out, renew
 from .forward.twin.fingerprint import Changes, Fingerprint
 from .forward.twin.twin import Twin

@@ -30,7 +30,8 @@ from pathlib import Path
 if __name__ == "__main__":  # before Triton is imported; tests import this file, and have an interpreter
     os.environ["TRITON_INTERPRET"] = "0"
 ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "tests" / room) for room in ("support", "kernels")]
+ROOMS = "support", "support/models", "support/sampling", "kernels/attention"  # whose cases are run here, too
+sys.path += [str(ROOT / "tests" / room) for room in ROOMS]
 
 import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..cache.feed import Feed
-from ..forward.capture import Mailbox, recorder_for
+from ..forward.programs.capture import Mailbox, recorder_for
 from ..pipeline.pipeline import Context
 from .batch import IDLE, Batch, Step
 

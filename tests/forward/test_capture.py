@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from handloom.cache.transfer import upload
-from handloom.forward.capture import CudaRecorder, Mailbox
+from handloom.forward.programs.capture import CudaRecorder, Mailbox
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from helpers import assert_nothing_leaked, tiny_llama
 from torch._dynamo.utils import counters
 
 from handloom import Engine, SamplingParams
-from handloom.forward.compiling import CompiledStep
+from handloom.forward.programs.compiling import CompiledStep
 
 LENGTHS, NEW = [5, 17, 1, 9, 23], [6, 11, 8, 5, 9]  # two slots, so three rows replace others in flight
 

@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 
 from handloom import CapabilityError, Engine, SamplingParams
 from handloom.cache.pool import BlockPool, Store
-from handloom.forward.compiling import CompiledStep
 from handloom.forward.model import uncapturable
+from handloom.forward.programs.compiling import CompiledStep
 from handloom.kernels import dispatch
 from handloom.loop.graph import GraphBatch
 from handloom.loop.loop import prefill

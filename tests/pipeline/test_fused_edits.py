@@ -77,7 +77,7 @@ def test_the_programs_fuse_every_member_that_can_be(monkeypatch):
 
 def interpreted(first, last):
     """Run programs in a process of its own, because a stray pointer in the interpreter ends the process."""
-    program = Path(__file__).resolve().parents[1] / "support" / "interpreted_edits.py"
+    program = Path(__file__).resolve().parents[1] / "support" / "sampling" / "interpreted_edits.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, program, str(first), str(last)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -187,7 +187,7 @@ def pipeline_tokens(profile="default"):
 def test_two_processes_draw_the_same():
     """Seeds, not the state of a process: another interpreter with another hash seed gives the same bits."""
     environment = os.environ | {"PYTHONHASHSEED": "123", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROGRAM, str(HERE), str(HERE.parent / "support")]
+    command = [sys.executable, "-c", PROGRAM, str(HERE), str(HERE.parent / "support" / "sampling")]
     child = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     there = json.loads(child.stdout)
     x, call = batch_of()

@@ -16,7 +16,7 @@ SHARES = 4  # processes that divide the checks among them
 @pytest.mark.parametrize("share", range(SHARES))
 def test_kernels_compute_what_the_references_do(share):
     """A process of its own, because a stray pointer in the interpreter ends the process."""
-    program = Path(__file__).resolve().parents[1] / "support" / "interpreted_kernels.py"
+    program = Path(__file__).resolve().parents[1] / "support" / "sampling" / "interpreted_kernels.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, program, "--share", f"{share}/{SHARES}"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

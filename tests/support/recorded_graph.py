@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from handloom.forward.compiling import CompiledStep
+from handloom.forward.programs.compiling import CompiledStep
 from handloom.loop import graph
 
 # Operations that wait for the device on CUDA, or copy from the host's memory.

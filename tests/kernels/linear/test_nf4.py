@@ -11,7 +11,7 @@ from helpers import tiny_llama
 from recorded_graph import install
 
 from handloom import Engine, ModelError, SamplingParams
-from handloom.forward.compiling import CompiledStep
+from handloom.forward.programs.compiling import CompiledStep
 from handloom.kernels import dispatch
 from handloom.kernels.linear.nf4 import FourBitWeight, four_bit_linear, four_bit_linear_reference
 from handloom.loading.fourbit import own_products
@@ -195,7 +195,7 @@ def test_our_products_need_layers_in_bitsandbytes_layout():
 def test_every_build_keeps_its_limits(target):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.compile.nf4_variants", target]
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count(target) == 6

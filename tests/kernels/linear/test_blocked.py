@@ -12,7 +12,7 @@ from torch import nn
 
 from handloom import Engine
 from handloom.errors import ModelError
-from handloom.forward.compiling import CompiledStep
+from handloom.forward.programs.compiling import CompiledStep
 from handloom.kernels.linear import blocked
 from handloom.kernels.linear.blocked import BlockedLinear, block_linears, supports, unblockable
 

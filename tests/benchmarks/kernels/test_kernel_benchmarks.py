@@ -27,7 +27,7 @@ from handloom.kernels.attention.attention import paged_attention_reference
 from handloom.kernels.linear.blocked import supports
 from handloom.kernels.sampling.reference import apply_edits, scale, truncate
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FIGURES = {"operations", "bytes_read", "bytes_written", "passes"}
 
 

@@ -2,8 +2,8 @@
 
 Two runs, as the two versions cannot be in one process:
 
-    python tests/support/record_transformers.py save FOLDER          # the models, with the transformers of the project
-    python tests/support/record_transformers.py record FOLDER JSON   # with transformers 4.49.0 on the path
+    python tests/support/models/record_transformers.py save FOLDER       # the models, by the project's transformers
+    python tests/support/models/record_transformers.py record FOLDER JSON   # with transformers 4.49.0 on the path
 """
 
 import json
@@ -36,6 +36,7 @@ CONSTRAINTS = [
 
 def save(folder: Path) -> None:
     """The models, made by the project's tests."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     from helpers import tiny_llama
 
     for name, fields in MODELS.items():

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.compile.__main__ import as_limit, breaches, pipelines, sampling_cases
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FIGURES = {"registers": 40, "spills": 0, "shared": 64, "wide_loads": 2, "contractions": 0, "seconds": 1.0}
 
 

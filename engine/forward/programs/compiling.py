@@ -13,11 +13,11 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..cache.feed import Feed
-from ..cache.paged import ATTENTION
-from ..errors import CapabilityError
-from .model import Model
-from .passes import FOREIGN
+from ...cache.feed import Feed
+from ...cache.paged import ATTENTION
+from ...errors import CapabilityError
+from ..model import Model
+from ..passes import FOREIGN
 
 log = logging.getLogger("handloom")
 # Largest mean difference to the eager logits, in standard deviations of them, that is rounding and not structure.

@@ -1,0 +1,1 @@
+"""programs: passes that are recorded or compiled once, and replayed."""
