@@ -1,5 +1,5 @@
 """`python -m handloom` is the command `handloom`."""
 
-from .cli.command import main
+from .cli import main
 
 raise SystemExit(main())

@@ -158,7 +158,7 @@ class ResultFile:
 
 
 def read_results(paths: Iterable[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and records of result files of one plan, the first of records that come twice.
+    """Header and records of result files of one plan, the first of records that come twice, in the plan's order.
 
     Raises:
         HandloomError: a file that is missing, holds something else, or was made from another plan.
@@ -182,7 +182,17 @@ def read_results(paths: Iterable[Path]) -> tuple[dict[str, Any], list[dict[str, 
                 if own is not None and header is not None and own.get("same") != header.get("same"):
                     raise HandloomError(f"{path} holds the samples of another plan than the files before it")
                 header = header or own
-    return header or {}, list(found.values())
+    header = header or {}
+    order = {name: place for place, name in enumerate(header.get("settings", ()))}
+
+    def place(record: dict[str, Any]) -> tuple[int, str, int]:
+        return (
+            order.get(record.get("setting"), len(order)),
+            str(record.get("prompt_id", "")),
+            record["sample"],
+        )
+
+    return header, sorted(found.values(), key=place)
 
 
 def merge(paths: Iterable[Path], output: Path) -> int:
@@ -192,7 +202,6 @@ def merge(paths: Iterable[Path], output: Path) -> int:
         paths: results of the shards of one plan. output: replaced as a whole when all is written.
     """
     header, records = read_results(paths)
-    records.sort(key=lambda record: (str(record["id"]), record["sample"]))
     fresh = output.with_name(f".{output.name}.new")
     with fresh.open("w", encoding="utf-8") as file:
         for entry in [{"header": header}, *records]:

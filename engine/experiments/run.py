@@ -213,7 +213,8 @@ def header_of(plan: Plan, engine: Engine) -> dict[str, Any]:
 
         name = torch.cuda.get_device_name(device)
     return {
-        "models": plan.models, "weights": weights_hash(engine), "seed": plan.seed, "defaults": defaults,
+        "models": plan.models, "settings": [setting.name for setting in plan.settings],
+        "weights": weights_hash(engine), "seed": plan.seed, "defaults": defaults,
         "versions": {"python": platform.python_version(), **found}, "device": name,
     }  # fmt: skip
 
@@ -225,7 +226,8 @@ def weights_hash(engine: Engine) -> str:
     seen = hashlib.sha256()
     for name, tensor in sorted(engine.model.state_dict().items()):
         flat = tensor.reshape(-1)
-        at = torch.linspace(0, max(len(flat) - 1, 0), steps=min(len(flat), 8), device=flat.device).long()
+        count = min(len(flat), 8)
+        at = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
         values = flat[at].float().tolist() if flat.is_floating_point() else flat[at].tolist()
         seen.update(repr((name, tuple(tensor.shape), str(tensor.dtype), values)).encode())
     return seen.hexdigest()[:16]

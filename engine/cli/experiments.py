@@ -1,0 +1,186 @@
+"""The commands of experiments: `handloom sweep`, `compare`, `report`, `merge`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import HandloomError, ParameterError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+Files = Annotated[list[Path], typer.Argument(help="Results of `handloom sweep`.")]
+Metrics = Annotated[
+    list[str] | None, typer.Option("--metric", "-m", help="May be repeated; default: the plan's.")
+]
+
+
+@app.command()
+def sweep(
+    plan: Annotated[Path, typer.Argument(help="YAML: models, prompts, settings, grid, samples, seed.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: the plan's name with .jsonl.")
+    ] = None,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be drawn, and stop.")] = False,
+    shard: Annotated[str, typer.Option(help="i/n: one of n parts, for job arrays.")] = "0/1",
+    gpus: Annotated[str | None, typer.Option(help="0,1,...: a process for each, merged at the end.")] = None,
+) -> None:
+    """Draw every sample of a plan; run again to resume. Exit code 1 if some failed."""
+    from ..experiments.plan import Plan
+    from ..experiments.run import run
+
+    read, part = Plan.read(plan), _shard(shard)
+    output = output or plan.with_suffix(".jsonl")
+    if dry_run:
+        _describe(read, part)
+        return
+    if gpus is not None:
+        raise typer.Exit(_spread(plan, output, [name.strip() for name in gpus.split(",")]))
+    note = Console(file=sys.stderr, highlight=False)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", handlers=_handlers(output, note)
+    )
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("handloom").setLevel(logging.INFO)
+    columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=note, disable=not note.is_terminal) as bar:
+        task = bar.add_task("samples", total=None)
+        failed = run(
+            read, output, shard=part, progress=lambda done, n, _: bar.update(task, completed=done, total=n)
+        )
+    if failed:
+        note.print(f"{failed} samples failed; their records say why", style="red")
+        raise typer.Exit(1)
+
+
+def _handlers(output: Path, note: Console) -> list[logging.Handler]:
+    """Lines go to a file beside the results, and to stderr where no bar is shown."""
+    handlers: list[logging.Handler] = [logging.FileHandler(output.with_suffix(".log"), encoding="utf-8")]
+    return handlers if note.is_terminal else [*handlers, logging.StreamHandler()]
+
+
+def _describe(plan, part: tuple[int, int]) -> None:
+    console = Console(highlight=False)
+    units = sum(1 for _ in plan.units(part))
+    tokens = units * max((s.params.get("max_new_tokens", 256) for s in plan.settings), default=0)
+    factors = ((plan.models, "models"), (plan.items, "prompts"), (plan.settings, "settings"))
+    product = " x ".join([*(f"{len(found)} {name}" for found, name in factors), f"{plan.samples} samples"])
+    console.print(f"{product} = {len(plan)} samples, {units} in this shard, at most {tokens} tokens")
+    for setting in plan.settings:
+        console.print(
+            f"  {setting.name}: {setting.strategy or 'sampling'} {dict(setting.values)}", markup=False
+        )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit()):
+        raise ParameterError(f"--shard {text!r}: expected i/n, such as 0/4")
+    return int(part), int(parts)
+
+
+def _spread(plan: Path, output: Path, gpus: list[str]) -> int:
+    """One process a device, each with its shard; what they wrote becomes one file."""
+    from ..experiments.records import merge
+
+    parts = [output.with_suffix(f".{i}.jsonl") for i in range(len(gpus))]
+    children = []
+    for i, (gpu, part) in enumerate(zip(gpus, parts, strict=True)):
+        command = [
+            sys.executable,
+            "-m",
+            "handloom",
+            "sweep",
+            str(plan),
+            "-o",
+            str(part),
+            "--shard",
+            f"{i}/{len(gpus)}",
+        ]
+        children.append(subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}))
+    codes = [child.wait() for child in children]
+    merge([part for part in parts if part.exists()], output)
+    return max(codes)
+
+
+@app.command()
+def compare(
+    files: Files,
+    *,
+    metric: Metrics = None,
+    baseline: Annotated[str | None, typer.Option(help="Setting that the others are compared with.")] = None,
+    texts: Annotated[int, typer.Option(help="Show so many samples with what differs marked.", min=0)] = 0,
+) -> None:
+    """Compare settings on the same prompts and noise: paired differences with intervals."""
+    from ..experiments.compare import compare_records, identity
+    from ..experiments.records import read_results
+
+    _, records = read_results(files)
+    found = compare_records(records, metric or ["logprob", "tokens"], baseline)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(str(found), markup=False)
+    for pair in found.pairs:
+        shared = [key for key in map(identity, records) if key[0] == pair.name][:texts]
+        for setting, prompt, sample in shared:
+            console.print(f"\n{setting}, prompt {prompt}, sample {sample}:\n{found.text(setting, prompt, sample)}",
+                          markup=False)  # fmt: skip
+
+
+@app.command()
+def report(
+    files: Files,
+    *,
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Where the report goes.")] = Path("report"),
+    metric: Metrics = None,
+    baseline: Annotated[str | None, typer.Option(help="Setting that the others are compared with.")] = None,
+) -> None:
+    """Tables, plots and one HTML page of a run."""
+    from ..experiments.records import read_results
+    from ..experiments.report import report as write
+
+    header, records = read_results(files)
+    for path in write(records, folder, metric or ["logprob", "diversity"], header, baseline):
+        Console(highlight=False).print(str(path), markup=False)
+
+
+@app.command()
+def merge(
+    files: Files, output: Annotated[Path, typer.Option("--output", "-o", help="The file of all.")]
+) -> None:
+    """Put the results of shards into one file."""
+    from ..experiments.records import merge as join
+
+    Console(highlight=False).print(f"{join(files, output)} samples in {output}", markup=False)
+
+
+@app.command()
+def export(
+    files: Files,
+    output: Annotated[Path, typer.Option("--output", "-o")],
+    form: Annotated[str, typer.Option(help="parquet, human-eval, alpaca-eval or open-ended.")] = "parquet",
+) -> None:
+    """Write results in a form that other tools read."""
+    from ..experiments.records import export as write
+    from ..experiments.records import read_results
+
+    write(read_results(files)[1], output, form)
+
+
+COMMANDS = frozenset(command.callback.__name__ for command in app.registered_commands if command.callback)
+
+
+def main() -> None:
+    """Run one of the commands, with every error as one line on stderr."""
+    try:
+        app()
+    except (HandloomError, OSError) as error:
+        Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        raise SystemExit(2 if isinstance(error, ParameterError) else 1) from None

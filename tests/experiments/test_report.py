@@ -1,0 +1,155 @@
+"""Reports: numbers recomputed by hand, plots with content, a page that stands alone."""
+
+import csv
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from handloom.errors import ParameterError
+from handloom.experiments.compare import compare_records
+from handloom.experiments.metrics import find
+from handloom.experiments.report import csv_text, markdown, pareto, report, table_of
+
+pytest.importorskip("matplotlib")
+
+
+def record(setting, prompt, sample, tokens, **params):
+    made = {
+        "id": f"{setting}{prompt}{sample}",
+        "setting": setting,
+        "prompt_id": prompt,
+        "sample": sample,
+        "model": "m",
+    }
+    made |= {"token_ids": tokens, "text": str(tokens), "finish_reason": "length", "params": params}
+    return made | {"raw_logprobs": [-0.1 * t for t in tokens]}
+
+
+@pytest.fixture
+def records():
+    rng = np.random.default_rng(0)
+    return [
+        record(f"t={t}", str(prompt), sample, rng.integers(1, 5 + 10 * t, 12).tolist(), temperature=t)
+        for t in (0.5, 1.0, 1.5)
+        for prompt in range(12)
+        for sample in range(2)
+    ]
+
+
+def test_tables_hold_means_over_prompts_with_n_and_interval(records):
+    table = table_of(records, find(["logprob", "distinct_2"]))
+    by_prompt = {}
+    for r in records:
+        if r["setting"] == "t=1.0":
+            by_prompt.setdefault(r["prompt_id"], []).append(np.mean(r["raw_logprobs"]))
+    found = table["t=1.0"]["logprob"]
+    assert found.value == pytest.approx(np.mean([np.mean(v) for v in by_prompt.values()]))
+    assert found.low < found.value < found.high
+    assert found.n == 12
+    rows = list(csv.DictReader(io.StringIO(csv_text(table))))
+    assert len(rows) == 6
+    assert all(
+        float(row["low"]) <= float(row["mean"]) <= float(row["high"]) and row["n"] == "12" for row in rows
+    )
+    lines = markdown(table).splitlines()
+    assert lines[0] == "| setting | logprob | distinct_2 |"
+    assert all(re.search(r"\[.*, .*\] \(n=12\).*\[.*, .*\] \(n=12\)", line) for line in lines[2:])
+
+
+def test_the_front_is_what_no_point_beats():
+    points = {"a": (1, 5), "b": (2, 4), "c": (2, 3), "d": (4, 1), "e": (0, 5)}
+    assert pareto(points) == ["a", "b", "d"]
+    assert pareto({"a": (1, 1), "b": (1, 1)}) == ["a", "b"]
+
+
+def test_a_report_opens_offline_and_has_every_plot(records, tmp_path):
+    from matplotlib.image import imread
+
+    paths = report(records, tmp_path / "out", ["logprob", "distinct_2"], {"weights": "<abc>"})
+    names = {path.name for path in paths}
+    plots = {"tradeoff", "survival", "logprob_over_temperature"}
+    assert names == {"report.md", "report.csv", "report.html"} | {
+        f"{p}.{k}" for p in plots for k in ("png", "svg")
+    }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "&lt;abc&gt;" in page
+    assert (
+        str(compare_records(records, find(["logprob", "distinct_2"]))).splitlines()[0]
+        in (tmp_path / "out/report.md").read_text()
+    )
+    for plot in plots:
+        pixels = imread(tmp_path / "out" / f"{plot}.png")[..., :3]
+        coloured = np.ptp(pixels, axis=-1) > 0.2
+        assert coloured.sum() > 100, plot
+
+
+def test_bad_reports_say_what_is_wrong(records, tmp_path):
+    with pytest.raises(ParameterError, match="no records"):
+        report([], tmp_path)
+    with pytest.raises(ParameterError, match="no record has what the metric 'exact_match' needs"):
+        report(records, tmp_path, ["exact_match"])
+
+
+def handloom(*arguments, cwd):
+    command = [sys.executable, "-m", "handloom", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+
+
+def test_commands_say_what_is_wrong_in_one_line(tmp_path):
+    (tmp_path / "plan.yaml").write_text("model: x\nprompts: [a]\nsettings: {a: {temprature: 1}}\n")
+    for arguments, code, text in (
+        (["sweep", "plan.yaml"], 2, "temprature"),
+        (["sweep", "none.yaml"], 2, "there is no plan none.yaml"),
+        (["compare", "none.jsonl"], 1, "there is no none.jsonl"),
+    ):
+        done = handloom(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert text in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_says_what_would_be_drawn(tmp_path):
+    plan = "model: x\nprompts: [a, b]\nsettings: {min-p: {min_p: 0.1}}\ngrid: {temperature: [1, 2]}\nsamples: 3\n"
+    (tmp_path / "plan.yaml").write_text(plan + "params: {max_new_tokens: 5}\n")
+    done = handloom("sweep", "plan.yaml", "--dry-run", "--shard", "0/2", cwd=tmp_path)
+    assert done.returncode == 0
+    assert (
+        "1 models x 2 prompts x 2 settings x 3 samples = 12 samples, 6 in this shard, at most 30 tokens"
+        in " ".join(done.stdout.split())
+    )
+    assert "min-p temperature=2" in done.stdout
+    assert not (tmp_path / "plan.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_path_on_a_real_model(smollm2, tmp_path):
+    """A plan of two rules and two temperatures: drawn in two shards, merged, compared, reported by the commands."""
+    prompts = [f"Question {i}: what is {i} plus {i + 1}? Answer:" for i in range(6)]
+    plan = f"""
+model: {smollm2}
+prompts: {prompts}
+settings: {{min-p: {{min_p: 0.1}}, top-p: {{top_p: 0.9}}}}
+grid: {{temperature: [0.7, 1.5]}}
+params: {{max_new_tokens: 6, ignore_eos: true}}
+samples: 2
+"""
+    (tmp_path / "plan.yaml").write_text(plan)
+    for i in range(2):
+        done = handloom("sweep", "plan.yaml", "-o", f"{i}.jsonl", "--shard", f"{i}/2", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "24 samples drawn" in done.stderr
+        assert "24 samples drawn" in (tmp_path / f"{i}.log").read_text()
+    assert handloom("merge", "0.jsonl", "1.jsonl", "-o", "all.jsonl", cwd=tmp_path).stdout.startswith(
+        "48 samples"
+    )
+    compared = handloom("compare", "all.jsonl", "-m", "logprob", "--texts", 1, cwd=tmp_path)
+    assert "top-p temperature=1.5 against min-p temperature=0.7, 12 samples in pairs" in compared.stdout
+    done = handloom("report", "all.jsonl", "-o", "out", "-m", "logprob", "-m", "distinct_2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "logprob_over_temperature.png").stat().st_size > 5000
