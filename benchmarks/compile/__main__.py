@@ -213,7 +213,7 @@ def compile_builds(target):
 
     found = {}
     named = [(f"attention {build.name}", build) for build in attention_variants.builds()]
-    named += [(build.name, build) for build in nf4_variants.builds()]
+    named += [(build.name, build) for build in nf4_variants.builds(target)]
     for name, build in named:
         started = processor_seconds()
         row = attention_variants.measure(build, target)

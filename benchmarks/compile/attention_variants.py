@@ -196,11 +196,11 @@ def excess(build, row):
     return [f"{build.name} on {row['target']}: {text}" for text in found]
 
 
-def report(found):
-    """Print these builds on every target (or those on the command line); exit 1 where a limit is broken."""
+def report(builds_on):
+    """Print the builds of every target (or of those on the command line); exit 1 where a limit is broken."""
     wrong = []
     for target in sys.argv[1:] or TARGETS:
-        for build in found:
+        for build in builds_on(target):
             row = measure(build, target)
             wrong += excess(build, row)
             print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
@@ -209,4 +209,4 @@ def report(found):
 
 
 if __name__ == "__main__":
-    report(builds())
+    report(lambda target: builds())

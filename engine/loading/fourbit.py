@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..kernels.linear.nf4 import FourBitWeight, NestedScales, four_bit_linear
+from ..kernels.linear.nf4 import FourBitWeight, NestedScales, code_planes, four_bit_linear
 
 log = logging.getLogger("handloom")
 MANY = 64  # rows from which a dense copy of the weight pays: bitsandbytes' own way for prompts
@@ -16,21 +16,23 @@ MANY = 64  # rows from which a dense copy of the weight pays: bitsandbytes' own 
 # One opaque op, so that a compiled step holds the product and need not look into the choice of kernels.
 _library = torch.library.Library("handloom", "FRAGMENT")
 _library.define(
-    "four_bit(Tensor x, Tensor packed, Tensor code, Tensor absmax, int outputs, int blocksize, Tensor? inner_code, "
-    "Tensor? inner_absmax, Tensor? offset, int inner_blocksize, Tensor? bias, str? kernels) -> Tensor"
+    "four_bit(Tensor x, Tensor packed, Tensor code, Tensor? planes, Tensor absmax, int outputs, int blocksize, "
+    "Tensor? inner_code, Tensor? inner_absmax, Tensor? offset, int inner_blocksize, Tensor? bias, str? kernels) "
+    "-> Tensor"
 )
 
 
 def _four_bit(
-    x, packed, code, absmax, outputs, blocksize, inner_code, inner_absmax, offset, inner_blocksize, bias, kernels
+    x, packed, code, planes, absmax, outputs, blocksize, inner_code, inner_absmax, offset, inner_blocksize, bias,
+    kernels,
 ):  # fmt: skip
     """`kernels.nf4.four_bit_linear` of the parts of a weight; without double quantisation the inner ones are None."""
     nested = None if inner_code is None else NestedScales(inner_code, inner_absmax, offset, inner_blocksize)
-    weight = FourBitWeight(packed, (outputs, x.shape[-1]), code, absmax, blocksize, nested)
+    weight = FourBitWeight(packed, (outputs, x.shape[-1]), code, absmax, blocksize, nested, planes)
     return four_bit_linear(x, weight, bias, kernels=kernels)
 
 
-def _four_bit_fake(x, packed, code, absmax, outputs, *rest):
+def _four_bit_fake(x, packed, code, planes, absmax, outputs, *rest):
     return x.new_empty(*x.shape[:-1], outputs)
 
 
@@ -50,6 +52,8 @@ class FourBitLinear(nn.Module):
         super().__init__()
         self.layer, self.kernels = layer, kernels
         self.in_features, self.out_features = layer.in_features, layer.out_features
+        planes = code_planes(layer.weight.quant_state.code) if layer.weight.device.type == "cuda" else None
+        self.register_buffer("planes", planes, persistent=False)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -70,7 +74,14 @@ class FourBitLinear(nn.Module):
         if state.nested:
             nested = (state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
         given = x if self.layer.compute_dtype is None else x.to(self.layer.compute_dtype)
-        parts = (self.layer.weight.data, state.code, state.absmax, self.out_features, state.blocksize)
+        parts = (
+            self.layer.weight.data,
+            state.code,
+            self.planes,
+            state.absmax,
+            self.out_features,
+            state.blocksize,
+        )
         return torch.ops.handloom.four_bit(given, *parts, *nested, self.layer.bias, self.kernels).to(x.dtype)
 
 

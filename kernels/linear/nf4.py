@@ -30,6 +30,7 @@ class FourBitWeight:
         packed: uint8 [N * K / 2], any shape. shape: (N, K).
         code: float32 [16], the values (nf4 or fp4). blocksize: weights a scale.
         absmax: scales, float32 [N * K / blocksize], or uint8 with `nested`.
+        planes: `code_planes(code)`, made once; None makes it at every product.
     """
 
     packed: torch.Tensor
@@ -38,6 +39,7 @@ class FourBitWeight:
     absmax: torch.Tensor
     blocksize: int
     nested: NestedScales | None = None
+    planes: torch.Tensor | None = None
 
     @classmethod
     def from_bitsandbytes(cls, packed, state):
@@ -61,6 +63,15 @@ class FourBitWeight:
         codes = torch.stack([bytes_ >> 4, bytes_ & 15], -1).flatten()
         values = self.code[codes].view(-1, self.blocksize) * self.scales()[:, None]
         return values.view(self.shape)
+
+
+def code_planes(code):
+    """float32 [16] values -> int32 [2, 8]: high bytes, then low bytes, four a word; as bfloat16 and as float16."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        low, high = code.to(dtype).view(torch.uint8).view(16, 2).unbind(1)
+        found.append(torch.cat([high, low]).contiguous().view(torch.int32))
+    return torch.stack(found)
 
 
 def four_bit_linear(x, weight, bias=None, *, kernels=None, out=None):

@@ -13,7 +13,7 @@ from recorded_graph import install
 from handloom import Engine, ModelError, SamplingParams
 from handloom.forward.programs.compiling import CompiledStep
 from handloom.kernels import dispatch
-from handloom.kernels.linear.nf4 import FourBitWeight, four_bit_linear, four_bit_linear_reference
+from handloom.kernels.linear.nf4 import FourBitWeight, code_planes, four_bit_linear, four_bit_linear_reference
 from handloom.loading.fourbit import own_products
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -75,6 +75,14 @@ def test_kernel_with_bias_and_other_blocks(rows, kind):
     check(weight, activations(rows, 256), torch.linspace(-3, 3, 33, device=DEVICE))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_kernel_whose_inputs_are_shared_out(rows):
+    """7,168 inputs are more than a program takes at once; 4,864 are no whole number of shares."""
+    for inputs in (7168, 4864):
+        weight, _ = quantized(19, inputs, nested=True)
+        check(weight, activations(rows, inputs), torch.linspace(-3, 3, 19, device=DEVICE))
+
+
 def test_kernel_writes_its_output_and_nothing_else():
     weight, _ = quantized(33, 128)
     for rows in (1, 4):
@@ -103,6 +111,48 @@ def test_refusals():
     odd = FourBitWeight(weight.packed, (16, 96), weight.code, weight.absmax, 64)
     with pytest.raises(dispatch.KernelUnavailable, match="96 inputs in blocks of 64"):
         four_bit_linear(activations(1, 96), odd, kernels="triton")
+
+
+def permuted(text, word, planes):
+    """Registers after PTX that knows and, or, shr, mov, cvt and prmt, given its word and its eight planes."""
+    known = {f"${8 + i}": value & 0xFFFFFFFF for i, value in enumerate([word, *planes])}
+
+    def get(name):
+        return known[name] if name in known else int(name, 0)
+
+    def prmt(low, high, selector):
+        bytes_ = (low | high << 32).to_bytes(8, "little")
+        assert selector & 0x8888 == 0  # else a byte's sign is taken
+        return int.from_bytes(bytes(bytes_[selector >> 4 * i & 7] for i in range(4)), "little")
+
+    rules = {
+        "and.b32": int.__and__, "or.b32": int.__or__, "shr.b32": int.__rshift__, "shr.u32": int.__rshift__,
+        "prmt.b32": prmt, "cvt.f32.f16": lambda half: half,
+    }  # fmt: skip
+    for line in filter(None, (line.strip() for line in text.strip("{}").split(";"))):
+        name, operands = line.split(None, 1)
+        if name == "mov.b32":
+            first, second, source = (part.strip(" {}") for part in operands.split(","))
+            known |= {first: get(source) & 0xFFFF, second: get(source) >> 16}
+        elif name != ".reg":
+            to, *sources = (part.strip() for part in operands.split(","))
+            known[to] = rules[name](*map(get, sources))
+    return [known[f"${i}"] for i in range(8)]
+
+
+@pytest.mark.parametrize("which", ["values", "floats"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_permutations_pick_the_values_of_the_codes(which, dtype):
+    """The interpreter runs no PTX, so its few instructions are followed by hand."""
+    from handloom.kernels.linear.nf4_codes import PTX
+
+    code = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    planes = code_planes(code)[int(dtype == torch.float16)].tolist()
+    bits = [value & 0xFFFF for value in code.to(dtype).view(torch.int16).tolist()]
+    for word in (0x76543210, 0xFEDCBA98, 0x0F1E2D3C, 0xFFFFFFFF, 0):
+        bytes_ = word.to_bytes(4, "little")
+        want = [bits[c] for byte in bytes_ for c in (byte >> 4, byte & 15)]
+        assert permuted(PTX[which], word, planes) == want
 
 
 # -- whole models
@@ -198,4 +248,4 @@ def test_every_build_keeps_its_limits(target):
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count(target) == 6
+    assert done.stdout.count(target) == 9
