@@ -16,6 +16,7 @@ from .errors import CapabilityError, HandloomError, ModelError, ParameterError, 
 from .forward.head import Head
 from .forward.probe import adapt
 from .forward.programs.compiling import compile_step
+from .forward.programs.recorded import record_passes
 from .forward.twin.copies import check_layout, lay_out, renew
 from .forward.twin.fingerprint import Changes, Fingerprint
 from .forward.twin.twin import Twin
@@ -31,6 +32,7 @@ from .state import State, check_owner, continuations, stacked, whole_numbers
 from .text.prompts import chat_ids
 
 log = logging.getLogger("handloom")
+PASS = {"cuda": 4096}  # prompt tokens of a pass; a pass of so many fills the device
 
 
 class Engine:
@@ -49,7 +51,8 @@ class Engine:
             added here: `eos_token_ids=[*ids, tokenizer.eos_token_id]`.
         block_size: tokens in a block of the key/value pool, >= 1.
         max_blocks: most blocks in the pool; None lets it grow.
-        prefill_chunk: most prompt tokens in one forward pass, >= 1.
+        prefill_chunk: most prompt tokens in one forward pass, of one prompt or of several together, >= 1; None is
+            4096 on CUDA and 512 elsewhere. Decoding goes on between such passes.
         pipeline: the processors every request goes through; None is `Pipeline.default()`, which does nothing
             that a request does not ask for.
         prefix_cache: keep prompts' blocks for prompts that begin alike.
@@ -79,7 +82,7 @@ class Engine:
         eos_token_ids: Iterable[int] | None = None,
         block_size: int = 16,
         max_blocks: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         pipeline: Pipeline | None = None,
         prefix_cache: bool = True,
         graph: bool | None = None,
@@ -91,6 +94,8 @@ class Engine:
             raise ParameterError(
                 f"Engine takes a model that is loaded: Engine.from_pretrained({str(model)!r}) loads one"
             )
+        if prefill_chunk is None:
+            prefill_chunk = PASS.get(model.get_input_embeddings().weight.device.type, 512)
         whole = {"slots": slots, "block_size": block_size, "prefill_chunk": prefill_chunk}
         whole |= {} if max_blocks is None else {"max_blocks": max_blocks}
         for name, value in whole.items():
@@ -106,7 +111,7 @@ class Engine:
         # A shared prefix was computed in another shape than the prompt alone: equal, but not to the last bit.
         share = prefix_cache and not fixed_slots
         self._pool_options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": share}
-        self._prefill_chunk, self._self_check, self._layout = prefill_chunk, self_check, layout
+        self.prefill_chunk, self._self_check, self._layout = prefill_chunk, self_check, layout
         self._asked_slots, self._graph = slots, graph
         self.fixed_slots, self.compile = fixed_slots, compile
         self._lock, self._running = threading.Lock(), None
@@ -124,7 +129,7 @@ class Engine:
         self._twin = Twin(self.model)
         lay_out(self._twin.module, self._layout)
         self.runner, self.pool, self.vocab_size = adapt(
-            self._twin.module, self._pool_options, self._prefill_chunk, self._self_check
+            self._twin.module, self._pool_options, self.prefill_chunk, self._self_check
         )
         self.capabilities = self.runner.capabilities()
         self.graphs = self._wants_graphs(self._graph)
@@ -136,6 +141,8 @@ class Engine:
         """Drop what was recorded or compiled from the model as it was."""
         self._batches: dict[tuple[int, int], GraphBatch] = {}
         self._head: Head | None = None
+        if self.graphs:
+            record_passes(self.runner, self.slots, self.vocab_size)
         if self.compile:
             compile_step(self.runner, {self.bucket(rows) for rows in range(1, self.slots + 1)})
 

@@ -99,6 +99,7 @@ class BlockPool:
         self.refs = np.zeros(RESERVED, np.int32)
         self.filled = np.zeros(RESERVED, np.int32)
         self._free = np.zeros(RESERVED, bool)
+        self._free_count = self._free_low = 0  # all that are free, and those below the high water mark
         self._claimed = np.zeros(RESERVED, bool)
         self.owner = "an engine"  # in words, for whoever is given rows that are not its own
         self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
@@ -106,6 +107,7 @@ class BlockPool:
         self._names: dict[int, tuple] = {}
         self._uids: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._dirty: list[int] = []  # handed out, and not yet scrubbed
         self._next_uid = 1
         self.high_water = RESERVED
         self.copies = 0
@@ -156,7 +158,7 @@ class BlockPool:
         """Blocks that could be handed out now; infinite for a pool that may grow without bound."""
         if self.max_blocks is None:
             return float("inf")
-        return int(self._free.sum()) + len(self._idle) + self.max_blocks + RESERVED - self.capacity
+        return self._free_count + len(self._idle) + self.max_blocks + RESERVED - self.capacity
 
     # -- references
 
@@ -180,7 +182,7 @@ class BlockPool:
                 if block in self._names:
                     self._idle[block] = None
                 else:
-                    self._free[block] = True
+                    self._put_back(block)
 
     # -- allocation
 
@@ -199,24 +201,36 @@ class BlockPool:
             return ()
         self._make_room(count)
         blocks = self._choose(count, after, max(room, count))
-        index = np.asarray(blocks)
-        self._free[index] = False
-        self.filled[index] = 0
-        used = index[index < self.high_water]
-        self.high_water = max(self.high_water, int(index.max()) + 1)
-        if self.scrub and len(used):
+        for block in blocks:  # a few, mostly one
+            self._free[block], self.filled[block] = False, 0
+        used = [block for block in blocks if block < self.high_water]
+        self._free_count -= len(blocks)
+        self._free_low -= len(used)
+        top = max(blocks) + 1
+        if top > self.high_water:
+            self._free_low += int(self._free[self.high_water : top].sum())
+            self.high_water = top
+        if self.scrub:
+            self._dirty += used
+        return tuple(blocks)
+
+    def clean(self) -> None:
+        """Zero the blocks that were handed out since the last time, before anything is written to them."""
+        if self._dirty:
+            dirty, self._dirty = self._dirty, []
+            places = {store.keys.device for store in self.stores}
+            there = {device: upload(dirty, device) for device in places}
             for store in self.stores:
-                where = upload(used.tolist(), store.keys.device)
-                store.keys[:, where] = 0
-                store.values[:, where] = 0
-        return tuple(int(b) for b in blocks)
+                where = there[store.keys.device]
+                store.keys.index_fill_(1, where, 0)
+                store.values.index_fill_(1, where, 0)
 
     def reserve(self, count: int) -> None:
         """Grow now, so that `count` blocks can be handed out without moving the pool in the middle of a run.
 
         As far as `max_blocks` and half of the device's free memory allow; beyond that the pool grows when it must.
         """
-        target = self.capacity + count - int(self._free.sum()) - len(self._idle)
+        target = self.capacity + count - self._free_count - len(self._idle)
         if self.max_blocks is not None:
             target = min(target, self.max_blocks + RESERVED)
         if target > self.capacity and target * self.block_bytes <= self._spare() // 2:
@@ -239,9 +253,9 @@ class BlockPool:
 
     def _make_room(self, count: int) -> None:
         # Idle prefixes go first: they never raise the amount of memory that was ever touched.
-        while self._idle and int(self._free[: self.high_water].sum()) < count:
+        while self._idle and self._free_low < count:
             self._forget(self._idle.popitem(last=False)[0])
-        short = count - int(self._free.sum())
+        short = count - self._free_count
         if short <= 0:
             return
         target = max(2 * self.capacity, self.capacity + short)
@@ -249,28 +263,30 @@ class BlockPool:
             target = min(target, self.max_blocks + RESERVED)
         if target < self.capacity + short:
             raise PoolExhausted(
-                f"{count} blocks of {self.block_size} tokens wanted, {int(self._free.sum())} free of "
+                f"{count} blocks of {self.block_size} tokens wanted, {self._free_count} free of "
                 f"max_blocks={self.max_blocks}; use fewer slots, shorter requests, or drop States"
             )
         self._resize(target)
 
     def _choose(self, count: int, after: int | None, room: int):
         free = self._free
-        if after is not None and after + count < self.capacity and free[after + 1 : after + 1 + count].all():
-            return range(after + 1, after + 1 + count)
-        edges = np.diff(np.concatenate(([0], (free & ~self._claimed).astype(np.int8), [0])))
-        starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-        lengths = ends - starts
+        if after is not None and after + count < self.capacity and free[after + 1]:
+            behind = range(after + 1, after + 1 + count)
+            if count == 1 or free[behind[0] : behind[-1] + 1].all():
+                return behind
+        edges = np.flatnonzero(np.diff((free & ~self._claimed).view(np.int8), prepend=0, append=0))
+        starts, lengths = edges[::2], edges[1::2] - edges[::2]
         fits = np.flatnonzero(lengths >= room)
         if not len(fits):
             fits = np.flatnonzero(lengths >= count)
         if len(fits):
             start = int(starts[fits[0]])
             return range(start, start + count)
-        return np.flatnonzero(free)[:count]
+        return np.flatnonzero(free)[:count].tolist()
 
     def _resize(self, capacity: int) -> None:
         extra = capacity - self.capacity
+        self._free_count += extra
         self.refs = np.concatenate((self.refs, np.zeros(extra, np.int32)))
         self.filled = np.concatenate((self.filled, np.zeros(extra, np.int32)))
         self._free = np.concatenate((self._free, np.ones(extra, bool)))
@@ -310,6 +326,7 @@ class BlockPool:
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` cells of a block in every layer; what a sibling wrote behind them stays its own."""
         self.copies += 1
+        self.clean()
         for store in self.stores:
             store.keys[:, target, :count] = store.keys[:, source, :count]
             store.values[:, target, :count] = store.values[:, source, :count]
@@ -327,16 +344,28 @@ class BlockPool:
             parent = self._uids[block]
         return tuple(found)
 
-    def register(self, table: Table, tokens) -> None:
-        """Make the full blocks of `tokens`, held by `table`, known to `match`."""
+    def register(self, table: Table, tokens) -> list[int]:
+        """Make the full blocks of `tokens`, held by `table`, known to `match`; those that were not are returned."""
+        named: list[int] = []
         if not self.prefix_cache:
-            return
+            return named
         parent = 0
         for i in range(len(tokens) // self.block_size):
             key = (parent, tuple(tokens[i * self.block_size : (i + 1) * self.block_size]))
             if key not in self._prefix:
                 self._name(table.blocks[i], key)
+                named.append(table.blocks[i])
             parent = self._uids[self._prefix[key]]
+        return named
+
+    def unregister(self, blocks) -> None:
+        """Forget prefixes that were registered too early: what their blocks hold was never computed."""
+        for block in blocks:
+            if block in self._idle:
+                del self._idle[block]
+                self._forget(block)
+            elif block in self._names:
+                del self._prefix[self._names.pop(block)], self._uids[block]
 
     def _name(self, block: int, key: tuple) -> None:
         if block in self._names:  # known behind a twin that is gone by now
@@ -358,7 +387,12 @@ class BlockPool:
     def _forget(self, block: int) -> None:
         del self._prefix[self._names.pop(block)]
         del self._uids[block]
+        self._put_back(block)
+
+    def _put_back(self, block: int) -> None:
         self._free[block] = True
+        self._free_count += 1
+        self._free_low += 1
 
     # -- integrity
 
@@ -377,6 +411,8 @@ class BlockPool:
         state[:RESERVED] += 1
         lost = np.flatnonzero(state != 1)
         assert not len(lost), f"blocks {lost.tolist()} are not exactly one of used, free, kept"
+        low = self._free[: self.high_water].sum()
+        assert (self._free_count, self._free_low) == (self._free.sum(), low), "free blocks are miscounted"
         assert set(self._prefix.values()) == set(self._names) == set(self._uids), "prefix index out of step"
         for store in self.stores:
             assert not store.keys[:, ZERO].any(), "the zero block was written"

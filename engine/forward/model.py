@@ -6,9 +6,10 @@ import torch
 
 from ..cache.feed import Feed
 from ..cache.paged import ATTENTION, EMPTY, HYBRID, RECURRENT, PagedCache, layer_plan
-from ..cache.sequence import EMBEDDING, History, Row
+from ..cache.sequence import EMBEDDING, Row
 from ..errors import CapabilityError
 from .capabilities import Capabilities, Capability
+from .filling import Filling, advance
 from .passes import Output, Pass, padded
 
 
@@ -36,50 +37,18 @@ class Model(Pass):
         Returns:
             The row, and its Output: logits `[1, 1, V]`, or `[1, T, V]` with `every`.
         """
-        whole = hidden or every or embeddings is not None or not self.shares_prefixes
-        table = self.pool.table(() if whole else self.pool.match(tokens))
-        start, chunk = len(table) * self.pool.block_size, self.prefill_chunk
-        if not self.shares_prefixes:
-            chunk = len(tokens)
-        cache = PagedCache(self.plan, self.pool, self.path) if self.recurrent else None
-        outputs = []
-        for begin in range(start, len(tokens), chunk):
-            part = tokens[begin : begin + chunk]
-            table = self._writable(table, begin, len(part), room)
-            piece = None if embeddings is None else self.embedded(embeddings[None, begin : begin + chunk])
-            feed = Feed.build([part], [begin], [table], self.pool.block_size, self.device, piece)
-            outputs.append(self.forward(feed, cache, hidden=hidden, last_only=not every))
-        if self.recurrent:
-            self.layout = cache
-        if not whole:
-            self.pool.register(table, tokens)
-        history = History(tokens if embeddings is None else [EMBEDDING] * len(tokens))
-        return Row(table, history, len(tokens)), _joined(outputs, every, hidden)
-
-    def prefill_together(self, prompts, rooms) -> tuple[list[Row], torch.Tensor]:
-        """New rows that hold prompts, computed in one ragged pass.
-
-        Args:
-            prompts: the ids of each, at least one.
-            rooms: blocks that each row may grow to.
-
-        Returns:
-            The rows, and the logits `[B, V]` after each prompt.
-
-        Raises:
-            PoolExhausted: there are not enough blocks for all of them; none is kept.
-        """
-        block = self.pool.block_size
-        tables = [self.pool.table(self.pool.match(ids)) for ids in prompts]
-        starts = [len(table) * block for table in tables]
-        parts = [list(ids[start:]) for ids, start in zip(prompts, starts, strict=True)]
-        wanted = zip(tables, starts, parts, rooms, strict=True)
-        tables = [self._writable(table, start, len(part), room) for table, start, part, room in wanted]
-        logits = self.forward(Feed.build(parts, starts, tables, block, self.device), last_only=True).logits
-        for table, ids in zip(tables, prompts, strict=True):
-            self.pool.register(table, ids)
-        rows = [Row(t, History(ids), len(ids)) for t, ids in zip(tables, prompts, strict=True)]
-        return rows, logits[:, 0]
+        prompt = Filling(tokens, embeddings, room, hidden, every)
+        if not self.recurrent:
+            while prompt.left:
+                advance(self, [prompt], self.prefill_chunk if self.shares_prefixes else len(tokens))
+            if prompt.claim:
+                self.pool.unclaim(prompt.claim)
+            return prompt.row(), prompt.output()
+        self.layout = PagedCache(self.plan, self.pool, self.path)
+        prompt.table = self._writable(self.pool.table(), 0, len(tokens), room)
+        given = None if embeddings is None else self.embedded(embeddings[None])
+        feed = Feed.build([tokens], [0], [prompt.table], self.pool.block_size, self.device, given)
+        return prompt.row(), self.forward(feed, self.layout, hidden=hidden, last_only=not every)
 
     def extend(self, rows, tokens, states=(), *, hidden=False) -> tuple[tuple[Row, ...], Output]:
         """Feed each row its own number of tokens.
@@ -210,15 +179,6 @@ def longer_rows(rows, tables, tokens):
         Row(table, row.history.extended(new), row.prompt_length, row.session)
         for row, table, new in zip(rows, tables, tokens, strict=True)
     )
-
-
-def _joined(outputs, every, hidden) -> Output:
-    last = outputs[-1]
-    logits = torch.cat([o.logits for o in outputs], 1) if every else last.logits
-    layers = (
-        tuple(torch.cat(h, 1) for h in zip(*(o.hidden for o in outputs), strict=True)) if hidden else None
-    )
-    return Output(logits, layers, last.states)
 
 
 def _scattered(part, where, rows):

@@ -8,6 +8,7 @@ import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface
@@ -17,7 +18,8 @@ from ..cache.paged import ATTENTION, HYBRID, RECURRENT, PagedCache, layer_plan
 from ..cache.pool import BlockPool
 from ..errors import CapabilityError
 from ..kernels.attention.attention import paged_attention
-from ..kernels.attention.attention_cpu import CellPlan, paged_attention_cpu
+from ..kernels.attention.attention_cpu import CellPlan, packed_attention_cpu, paged_attention_cpu
+from ..kernels.attention.packed import paged_attention_packed
 from .ragged import install_mask_hook, rope_switch, row_wise_ropes
 from .twin.twin import replace
 
@@ -59,6 +61,7 @@ class Pass:
         self.restart = rope_switch(self.config)
         self.compiled = None  # a CompiledStep that runs passes of one token per row
         self.hooked = False  # the model has forward hooks, which a compiled step might pass by
+        self.recorded = None  # RecordedPasses, where passes over prompts are recorded
         if path == "attention":
             me = weakref.ref(self)
             AttentionInterface.register(self._name, lambda *a, **kw: me().attend(*a, **kw))
@@ -72,9 +75,10 @@ class Pass:
         return self.paged and not self.recurrent and not self._ropes
 
     @property
-    def takes_prompts_together(self) -> bool:
-        """Whether several prompts may share a pass; not where a row's bits must not depend on its neighbours."""
-        return self.path == "attention" and self.shares_prefixes and not self.restart and not self.alone
+    def packs(self) -> bool:
+        """Whether pieces of several prompts may stand behind one another in one row of a pass."""
+        plain = self.path == "attention" and self.shares_prefixes and not self.restart
+        return plain and "position_ids" in self._arguments
 
     @property
     def device(self) -> torch.device:
@@ -92,13 +96,14 @@ class Pass:
             feed: the new tokens of each row.
             cache: a cache that holds recurrent states, updated in place; None for models without.
             hidden: return hidden states as well.
-            last_only: logits of each row's last token only, `[B, 1, V]`.
+            last_only: logits of each row's last token only, `[B, 1, V]`; of packed rows `[1, R, V]`.
         """
         if self.path == "rows" and len(feed.tables) > 1:
             return self._forward_rows(feed, hidden, last_only)
         cache = self.cache if cache is None else cache
         cache.bind(feed)
         self._aim(feed)
+        self.pool.clean()
         compiled = self.compiled is not None and not self.hooked and not last_only
         if compiled and self.compiled.takes(feed, hidden):
             return Output(self.compiled(feed))
@@ -112,13 +117,15 @@ class Pass:
             arguments["position_ids"] = feed.positions
         ragged = last_only and feed.counts is not None
         if last_only and not ragged and "logits_to_keep" in self._arguments:
-            arguments["logits_to_keep"] = 1
+            arguments["logits_to_keep"] = 1 if feed.last is None else feed.last
         if hidden:
             arguments["output_hidden_states"] = True
         with self._ours(), self.output.only_last(feed) if ragged and self.output else nullcontext():
             out = self.module(**arguments)
         logits = out.logits
-        if last_only:
+        if last_only and feed.last is not None:
+            logits = logits if logits.shape[1] == len(feed.last) else logits.index_select(1, feed.last)
+        elif last_only:
             logits = logits[:, -1:] if logits.shape[1] == 1 or not ragged else last_of_rows(logits, feed)
         states = tuple(out.hidden_states) if hidden else None
         return Output(logits.float(), states, cache.states() if self.recurrent else ())
@@ -137,9 +144,10 @@ class Pass:
         """What our attention function reads in the coming pass."""
         self._feed, self._step = feed, None
         known = feed.positions.device.type == "cpu" and len(feed.tables) > 0  # not so in a recorded step
-        if self.path == "attention" and (known or feed.width > LONG):
+        if self.path == "attention" and (known or (feed.width > LONG and feed.starts is None)):
+            counts = feed.counts if feed.offsets is None else np.diff(feed.offsets).tolist()
             self._step = CellPlan(
-                feed.tables, feed.lengths, self.pool.block_size, counts=feed.counts, alone=self.alone
+                feed.tables, feed.lengths, self.pool.block_size, counts=counts, alone=self.alone
             )
 
     @contextmanager
@@ -166,12 +174,24 @@ class Pass:
             raise CapabilityError("the model reshapes what its cache returns, so its attention is not paged")
         feed, query = self._feed, query.transpose(1, 2)
         options = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        if feed.starts is not None:
+            return self._attend_packed(query[0], key, value, options)[None], None
         if self._step is not None:
             return paged_attention_cpu(query, key, value, plan=self._step, **options), None
         counts, place = feed.fresh(), query.device
         counts = None if counts is None else counts.to(place)
         table, lengths = feed.blocks().to(place), feed.valid().to(place)
         return paged_attention(query, key, value, table, lengths, counts=counts, **options), None
+
+    def _attend_packed(self, query, key, value, options) -> torch.Tensor:
+        """The same for packed rows: query `[T, H, D]`."""
+        if self._step is not None:
+            return packed_attention_cpu(query, key, value, self._step, **options)
+        place = query.device
+        table, starts, lengths = (
+            t.to(place) for t in (self._feed.blocks(), self._feed.starts, self._feed.valid())
+        )
+        return paged_attention_packed(query, key, value, table, starts, lengths, **options)
 
 
 def accepted(module) -> set[str]:

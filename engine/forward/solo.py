@@ -36,7 +36,7 @@ class SoloModel:
     """
 
     path, restart, recurrent, paged, shares_prefixes, alone = "solo", None, False, False, False, True
-    compiled, takes_prompts_together, hooked = None, False, False
+    compiled, recorded, packs, hooked = None, None, False, False
 
     def __init__(self, module, pool: BlockPool, reason: str, exclusive: bool = False):
         self.module, self.pool, self.reason, self.exclusive = module, pool, reason, exclusive

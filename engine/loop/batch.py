@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from ..cache.feed import Feed
@@ -11,15 +12,13 @@ from ..cache.paged import PagedCache
 from ..cache.pool import TRASH, ZERO
 from ..cache.sequence import Row
 from ..cache.transfer import upload
+from ..errors import HandloomError, PoolExhausted
 from ..pipeline.pipeline import Context
 from .request import Request
 
 IDLE = (TRASH,)
 # Tensors with one entry per slot, which move with their rows when the batch shrinks.
-_PER_SLOT = (
-    "logits", "tokens", "results", "positions", "active", "limits", "stops",
-    "prompt_lengths", "seeds", "streams", "history", "cells", "table",
-)  # fmt: skip
+_PER_SLOT = ("logits", "tokens", "results", "stops", "history", "cells", "table")
 
 
 @dataclass
@@ -64,6 +63,7 @@ class Batch:
     """
 
     lag = 0  # steps that the host may look back: it sees each one before the next begins
+    shrinks = True  # with few rows left it goes on in fewer slots
 
     def __init__(self, engine, size: int, width: int):
         self.model, self.pool, self.size = engine.runner, engine.pool, size
@@ -76,16 +76,21 @@ class Batch:
         blocks = -(-width // self.block) + 1
         self.logits = torch.zeros(size, engine.vocab_size, device=device)
         self.results = torch.zeros(size, 3, dtype=torch.double, device=device)
-        self.tokens, self.positions, self.active = ints(size), ints(size, 1), ints(size, 1)
-        self.limits, self.stops = ints(size, 1), ints(size, 8, fill=-1)
-        self.prompt_lengths, self.seeds, self.streams = ints(size), ints(size), ints(size)
+        self.tokens, self.stops = ints(size), ints(size, 8, fill=-1)
+        # One tensor, so that a new row's numbers arrive together; each of its rows begins at a multiple of 16 bytes.
+        self.numbers = ints(6, size + size % 2)[:, :size]
+        self.positions, self.active, self.limits = (row[:, None] for row in self.numbers[:3])
+        self.prompt_lengths, self.seeds, self.streams = self.numbers[3:]
         self.history = ints(size, width + 1, fill=-1)
         self.cells = ints(size, blocks * self.block, fill=TRASH * self.block)  # position -> cell in the pool
         self.table = ints(size, blocks, fill=ZERO, dtype=torch.int32)
+        self._within = torch.arange(self.block, device=device)
         self.requests: list[Request | None] = [None] * size
         self.rows: list[Row | None] = [None] * size
-        self.lengths = [0] * size
+        self.lengths = np.zeros(size, np.int64)
+        self.occupied = np.zeros(size, bool)  # slots that hold a request
         self.claims: list = [None] * size
+        self._left: list[int] = []  # slots whose tensors still hold a row that has gone
         self.cache: PagedCache | None = None
         self.sampler = engine.pipeline.bind(
             [], [], device=device, vocab_size=engine.vocab_size, eos_token_ids=self.eos, capacity=size
@@ -94,94 +99,142 @@ class Batch:
     @property
     def running(self) -> list[int]:
         """Slots that hold a request."""
-        return [i for i, request in enumerate(self.requests) if request is not None]
-
-    def free(self) -> int | None:
-        """A slot without a request, or None."""
-        return next((i for i, request in enumerate(self.requests) if request is None), None)
+        return np.flatnonzero(self.occupied).tolist()
 
     # -- rows come and go
 
     @torch.no_grad()
-    def place(self, slot: int, request: Request) -> None:
-        """Put a prefilled request into a slot; its blocks are shared until it writes.
+    def place(self, requests: list[Request]) -> list[tuple[Request, Exception]]:
+        """Put prefilled requests into free slots; their blocks are shared until they write.
 
-        Raises:
-            PoolExhausted: there is no block for its first new token; the slot is as it was.
+        Everything that the device is told goes there in one transfer.
+
+        Returns:
+            Those that could not be placed, and why; the slots are as they were.
         """
-        ready = request.prefilled
-        row, length = ready.row, ready.row.length
-        if self.model.paged:
-            row = self._own_tail(row, length)
-            self._map(slot, row.table, 0)
-            self.claims[slot] = self.pool.claim(row.table.blocks[0], request.blocks(self.block))
-        self.sampler.fill(slot, request.params, request.prompt.ids, request.seed, request.sample)
-        self.requests[slot], self.rows[slot], self.lengths[slot] = request, row, length
-        self.logits[slot] = ready.logits
-        self.positions[slot], self.active[slot] = length, 1
-        self.prompt_lengths[slot] = length
-        self.seeds[slot], self.streams[slot] = request.seed, request.sample
-        self.history[slot, :length] = upload(request.prompt.ids, self.history.device)
-        self._set_stops(slot, request)
-        if ready.states:
-            self._insert(slot, ready.states)
-        ready.taken()
+        free, placed, failed = [i for i, r in enumerate(self.requests) if r is None], [], []
+        for request in requests:
+            ready = request.prefilled
+            if ready.claim:
+                self.pool.unclaim(ready.claim)
+                ready.claim = None
+            try:
+                row = self._own_tail(ready.row, ready.row.length) if self.model.paged else ready.row
+                self.sampler.fill(free[0], request.params, request.prompt.ids, request.seed, request.sample)
+            except (HandloomError, torch.OutOfMemoryError) as error:
+                ready.taken()
+                failed.append((request, error))
+                continue
+            slot = free.pop(0)
+            self.requests[slot], self.rows[slot], self.lengths[slot] = request, row, row.length
+            self.occupied[slot] = True
+            if self.model.paged:
+                more = request.blocks(self.block) - len(row.table)
+                self.claims[slot] = self.pool.claim(row.table.blocks[-1] + 1, more)
+            placed.append((slot, request))
+        self._settle()
+        if placed:
+            self._arrive(placed)
+        for _, request in placed:
+            request.prefilled.taken()
+        return failed
 
-    def _set_stops(self, slot: int, request: Request) -> None:
+    def _arrive(self, placed: list[tuple[int, Request]]) -> None:
+        """Fill the slots' tensors."""
+        ready = [request.prefilled for _, request in placed]
+        slots, stops = [slot for slot, _ in placed], [self._stop_ids(request) for _, request in placed]
+        self._widen_stops(max(map(len, stops)))
+        lengths = [self.rows[slot].length for slot in slots]
+        most = self.history.shape[1] - 1
+        numbers = [
+            (length, 1, min(request.room, most), length, request.seed, request.sample)
+            for length, (_, request) in zip(lengths, placed, strict=True)
+        ]
+        ids = _rectangle([request.prompt.ids for _, request in placed], -1)
+        blocks = _rectangle([self.rows[s].table.blocks if self.model.paged else () for s in slots], ZERO)
+        parts = np.array(slots), np.array(numbers).T, _rectangle(stops, -1, self.stops.shape[1]), ids, blocks
+        where, numbers, stops, ids, blocks = _together(parts, self.history.device)
+        self.numbers.index_copy_(1, where, numbers)
+        self.stops.index_copy_(0, where, stops)
+        self.history[:, : ids.shape[1]].index_copy_(0, where, ids)
+        self.logits.index_copy_(0, where, torch.stack([r.logits for r in ready]).to(self.logits.device))
+        if self.model.paged:
+            cells = torch.where(blocks == ZERO, TRASH, blocks)[..., None] * self.block + self._within
+            self.table[:, : blocks.shape[1]].index_copy_(0, where, blocks.int())
+            self.cells[:, : blocks.shape[1] * self.block].index_copy_(0, where, cells.flatten(1))
+        for slot, prefilled in zip(slots, ready, strict=True):
+            if prefilled.states:
+                self._insert(slot, prefilled.states)
+
+    def _stop_ids(self, request: Request) -> list[int]:
         """What ends the row on the device, where the host looks late."""
         params = request.params
-        ids = sorted({*params.stop_token_ids, *params.ends(self.eos)})
-        if len(ids) > self.stops.shape[1]:
-            wider = self.stops.new_full((self.size, 2 * len(ids)), -1)
+        return sorted({*params.stop_token_ids, *params.ends(self.eos)})
+
+    def _widen_stops(self, count: int) -> None:
+        if count > self.stops.shape[1]:
+            wider = self.stops.new_full((self.size, 2 * count), -1)
             wider[:, : self.stops.shape[1]] = self.stops
             self.stops = wider
-        self.stops[slot] = -1
-        self.stops[slot, : len(ids)] = upload(ids, self.stops.device)
-        self.limits[slot] = min(request.room, self.history.shape[1] - 1)
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Take a finished request out; its blocks go back, full ones stay known as a prefix."""
         row, request = self.rows[slot], self.requests[slot]
         if self.model.shares_prefixes and request.prompt.embeddings is None and request.error is None:
-            fed = min(self.lengths[slot], len(request.prompt) + len(request.stopper.token_ids) - 1)
+            fed = min(int(self.lengths[slot]), len(request.prompt) + len(request.stopper.token_ids) - 1)
             self.pool.register(row.table, (request.prompt.ids + request.stopper.token_ids)[: max(fed, 0)])
         if self.claims[slot]:
             self.pool.unclaim(self.claims[slot])
         self.requests[slot] = self.rows[slot] = self.claims[slot] = None
-        self.lengths[slot] = 0
+        self.lengths[slot], self.occupied[slot] = 0, False
         self.sampler.clear(slot)
-        self.positions[slot], self.active[slot], self.stops[slot] = 0, 0, -1
-        self.cells[slot], self.table[slot] = TRASH * self.block, ZERO
-        self.history[slot] = -1
-        self.logits[slot] = 0
+        self._left.append(slot)
 
-    def prepare(self, slot: int) -> None:
-        """Make room for the token that the slot draws next.
+    def _settle(self) -> None:
+        """Empty the tensors of slots whose rows have gone: nothing may write to blocks that others hold by now."""
+        if not self._left:
+            return
+        where, self._left = upload(self._left, self.history.device), []
+        self.numbers[:3].index_fill_(1, where, 0)
+        for tensor, empty in (
+            (self.stops, -1), (self.history, -1), (self.logits, 0), (self.table, ZERO), (self.cells, TRASH * self.block)
+        ):  # fmt: skip
+            tensor.index_fill_(0, where, empty)
 
-        Raises:
-            PoolExhausted: there is no block for it; the slot is as it was.
-        """
-        length, row = self.lengths[slot], self.rows[slot]
-        if self.model.paged and len(row.table) * self.block <= length < self.requests[slot].room:
-            with torch.no_grad():  # not around every call: it takes longer than the test
+    @torch.no_grad()
+    def prepare(self) -> list[tuple[int, PoolExhausted]]:
+        """Make room for the token that each slot draws next; the slots for which there is no block, and why."""
+        self._settle()
+        if not self.model.paged:
+            return []
+        exhausted, grown = [], []
+        for slot in np.flatnonzero((self.lengths % self.block == 0) & self.occupied).tolist():
+            row, length = self.rows[slot], int(self.lengths[slot])
+            if not len(row.table) * self.block <= length < self.requests[slot].room:
+                continue
+            try:
                 self.rows[slot] = row = self._own_tail(row, length)
-                self._map(slot, row.table, length // self.block)
+            except PoolExhausted as error:
+                exhausted.append((slot, error))  # what it leaves may be enough for the others
+                break
+            first = length // self.block
+            grown += [(slot, first + i, block) for i, block in enumerate(row.table.blocks[first:])]
+        if grown:
+            self._map(np.array(grown).T)
+        self.pool.clean()
+        return exhausted
 
     def _own_tail(self, row: Row, length: int) -> Row:
         """The row with the block of cell `length` to itself, up to the block's end."""
         return replace(row, table=self.pool.writable(row.table, length, self.block - length % self.block))
 
-    def _map(self, slot: int, table, first: int) -> None:
-        device, new = self.cells.device, table.blocks[first:]
-        if len(new) == 1:  # the step's own case: scalars reach a device without waiting for it
-            cells = torch.arange(new[0] * self.block, (new[0] + 1) * self.block, device=device)
-            self.table[slot, first] = new[0]
-        else:
-            blocks = upload(new, device)
-            cells = (blocks[:, None] * self.block + torch.arange(self.block, device=device)).flatten()
-            self.table[slot, first : len(table)] = blocks
-        self.cells[slot, first * self.block : len(table) * self.block] = cells
+    def _map(self, entries: np.ndarray) -> None:
+        """Tell the device of blocks: `[3, n]` slot, place in its table, block."""
+        slots, places, blocks = upload(np.ascontiguousarray(entries), self.cells.device)
+        self.table.index_put_((slots, places), blocks.int())
+        cells = self.cells.view(self.size, -1, self.block)
+        cells.index_put_((slots, places), blocks[:, None] * self.block + self._within)
 
     def _insert(self, slot: int, states) -> None:
         if self.cache is None:
@@ -196,7 +249,7 @@ class Batch:
     def context(self) -> Context:
         """What the pipeline may read in this step."""
         return Context(
-            tokens=lambda: self.history[:, : max(self.lengths)],
+            tokens=lambda: self.history[:, : int(self.lengths.max())],
             lengths=self.positions[:, 0],
             prompt_lengths=self.prompt_lengths,
             seeds=self.seeds,
@@ -239,8 +292,7 @@ class Batch:
                 if self.lengths[slot] == self.model.restart:
                     self._restart(slot)
             self.logits = self.model.forward(self._feed(), self.cache).logits[:, -1]
-        for slot in self.running:
-            self.lengths[slot] += 1
+        self.lengths += self.occupied
         self.positions.add_(self.active)
 
     def _feed(self) -> Feed:
@@ -250,7 +302,7 @@ class Batch:
             positions=self.positions,
             cells=self.cells.gather(1, self.positions),
             tables=tables,
-            lengths=[n + 1 for n in self.lengths],
+            lengths=(self.lengths + 1).tolist(),
         )
 
     def _feed_alone(self) -> None:
@@ -266,17 +318,23 @@ class Batch:
         row, _ = self.model.prefill(request.prompt.ids + request.stopper.token_ids)
         self.rows[slot] = row
         self.pool.filled[row.table.blocks[-1]] = self.block
-        self._map(slot, row.table, 0)
+        self._map(np.array([(slot, i, block) for i, block in enumerate(row.table.blocks)]).T)
+
+    def record(self) -> None:
+        """Nothing: its steps run as they are."""
 
     def resized(self, engine, size: int) -> Batch:
         """The running requests in a batch of `size` slots."""
+        self._settle()
         keep = self.running
         index = (keep + [i for i in range(self.size) if i not in keep])[:size]
         other = type(self)(engine, size, self.history.shape[1] - 1)
         where = torch.tensor(index, device=self.logits.device)
         for name in _PER_SLOT:
             setattr(other, name, getattr(self, name).index_select(0, where))
-        for name in ("requests", "rows", "lengths", "claims"):
+        other.numbers.copy_(self.numbers.index_select(1, where))
+        other.lengths, other.occupied = self.lengths[index], self.occupied[index]
+        for name in ("requests", "rows", "claims"):
             setattr(other, name, [getattr(self, name)[i] for i in index])
         other.sampler = self.sampler.select(index)
         if self.cache is not None:
@@ -284,3 +342,18 @@ class Batch:
             states = tuple(s.index_select(0, where) for s in self.cache.states())
             other.cache.load_states(states, self.model.layout)
         return other
+
+
+def _rectangle(rows, fill: int, width: int = 0) -> np.ndarray:
+    """Lists of different length as one array `[n, width or the longest]`."""
+    full = np.full((len(rows), max(width, 1, *map(len, rows))), fill, np.int64)
+    for mine, row in zip(full, rows, strict=True):
+        mine[: len(row)] = row
+    return full
+
+
+def _together(parts, device) -> list[torch.Tensor]:
+    """Arrays of the host on a device, in one transfer."""
+    flat = upload(np.concatenate([part.ravel() for part in parts]), device)
+    split = flat.split([part.size for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(split, parts, strict=True)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +11,12 @@ import torch
 
 from ..cache.feed import Feed
 from ..forward.programs.capture import Mailbox, recorder_for
+from ..forward.programs.programs import Programs
 from ..pipeline.pipeline import Context
 from .batch import IDLE, Batch, Step
 
 log = logging.getLogger("handloom")
 KEPT = 24  # recorded steps that a batch keeps; the one unused longest goes first
-WORTH = 2  # a step is recorded the second time that it is wanted: recording takes as long as a few steps
 
 
 @dataclass
@@ -43,49 +41,58 @@ class GraphBatch(Batch):
     time are seen late, and the step drawn meanwhile is dropped. Without CUDA the same program runs unrecorded.
     """
 
-    lag = 1
+    shrinks = False
 
     def __init__(self, engine, size: int, width: int):
         super().__init__(engine, size, width)
         device = self.positions.device
         self.recorder = recorder_for(device)
-        self.mail = Mailbox(device, turns=self.lag + 2)
-        self.programs: OrderedDict[tuple, Program] = OrderedDict()
-        self.refused: dict[tuple, str] = {}  # steps that cannot be recorded, and why
+        self.mail = Mailbox(device, turns=3)
+        self.programs = (
+            None if self.recorder is None else Programs(self.recorder, self.pool, KEPT, "the decode step")
+        )
         self.failures: dict[int, str] = {}
-        self._wanted: Counter = Counter()
-        self._stores: tuple = ()
-        self._current: tuple | None = None  # the program of the last step and its blocks, until a row changes
+        self._current: tuple | None = None  # blocks, key and program of the last step, until a row changes
         self._chosen: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # -- what the host does
 
-    def place(self, slot, request) -> None:
+    def place(self, requests):
         """See `Batch.place`."""
-        self._current = None
-        super().place(slot, request)
+        self._current = None if requests else self._current
+        return super().place(requests)
 
     def clear(self, slot) -> None:
         """See `Batch.clear`."""
         self._current = None
         super().clear(slot)
 
+    @property
+    def lag(self) -> int:
+        """A step behind; not where the last one is to be recorded, which its results do not wait for."""
+        return 0 if self.programs is not None and self.programs.due else 1
+
     @torch.no_grad()
     def draw(self) -> Step:
         """Start one whole step, forward pass included; its results are on their way when this returns."""
-        program = self._program()
+        key, program = self._find()
         best = self._best_buffers() if program is None else program.best
-        if program is None or not program.whole:
-            self._sample(best)
         if program is None:
-            self._advance()
+            self._run(key, best)
         else:
+            if not program.whole:
+                self._sample(best)
             program.graph.replay()
             self.failures = {} if program.whole else self.failures
-        for slot in self.running:
-            self.lengths[slot] += 1
+        self.lengths += self.occupied
         sent, ready = self.mail.send(self.results, *(best or ()))
         return Step(list(self.requests), sent[0], tuple(sent[1:]) or None, ready, self.failures)
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Record the steps that ran unrecorded."""
+        if self.programs is not None:
+            self.programs.catch_up()
 
     def feed(self) -> None:
         """Nothing: `draw` has fed the tokens already."""
@@ -127,7 +134,10 @@ class GraphBatch(Batch):
         # A recorded step may hold nothing that the host knows today: no tables, no lengths.
         known = self.recorder is None and self.positions.device.type == "cpu"
         rows = [IDLE if row is None or not row.table.blocks else row.table.blocks for row in self.rows]
-        lengths = [min(n + 1, len(blocks) * self.block) for n, blocks in zip(self.lengths, rows, strict=True)]
+        lengths = [
+            min(n + 1, len(blocks) * self.block)
+            for n, blocks in zip(self.lengths.tolist(), rows, strict=True)
+        ]
         return Feed(
             ids=self.tokens[:, None],
             positions=self.positions,
@@ -142,35 +152,54 @@ class GraphBatch(Batch):
         """Width of the block table that the step reads: all of it, or a power of two where cells are gathered."""
         if self.model.path == "attention":
             return self.table.shape[1]
-        needed = max(self.lengths) // self.block + 1
+        needed = int(self.lengths.max()) // self.block + 1
         return min(self.table.shape[1], 1 << (needed - 1).bit_length())
 
     # -- recorded steps
 
-    def _program(self) -> Program | None:
-        """The recorded step for what sits in the slots now, its tensors up to date; None: run it as it is."""
-        if self.recorder is None:
-            return None
-        stores = tuple(store.keys.data_ptr() for store in self.pool.stores)
-        if stores != self._stores:  # the pool has moved: what was recorded writes to the old place
-            self.recorder.settle()
-            self.programs.clear()
-            self._wanted.clear()
-            self._stores, self._current = stores, None
+    def _find(self) -> tuple[tuple | None, Program | None]:
+        """The recorded step for what sits in the slots now, its tensors up to date, and its key; or None."""
+        if self.programs is None:
+            return None, None
+        if self.programs.moved():
+            self._current = None
         if self._current is not None and self._current[0] == self._blocks():
-            return self._current[1]
+            return self._current[1:]
         live = self._live() if self._whole() else []
         key = self._key(live)
-        if key not in self.programs and key not in self.refused:
-            self._wanted[key] += 1
-            if self._wanted[key] >= WORTH:
-                self._record(key, live)
-        program = self.programs.get(key)
+        program = self.programs.find(key)
         if program is not None:
-            self.programs.move_to_end(key)
             self._adopt(program, live)
-            self._current = self._blocks(), program
-        return program
+            self._current = self._blocks(), key, program
+        return key, program
+
+    def _run(self, key, best) -> None:
+        """A step that is not recorded, or not yet."""
+        if not self._whole():
+            self._sample(best)
+        step = self._step(best)
+        if self.programs is None:
+            step()
+        else:
+            self.programs.run(key, step, lambda: self._record(key, best))
+
+    def _step(self, best):
+        """What a recording of the step holds now."""
+        whole = self._whole()
+
+        def step():
+            if whole:
+                self._sample(best)
+            self._advance()
+
+        return step
+
+    def _record(self, key, best) -> Program | None:
+        """The recorded step, unless the rows have changed and with them what it would hold."""
+        live = self._live() if self._whole() else []
+        if self._key(live) != key:
+            return None
+        return Program(self.recorder.record(self._step(best)), self._whole(), live, best)
 
     def _whole(self) -> bool:
         """Whether the pipeline is device work alone; a Python processor splits the step at its place."""
@@ -205,45 +234,6 @@ class GraphBatch(Batch):
             self._chosen = ids, torch.zeros(self.size, count, device=self.logits.device)
         return self._chosen
 
-    def _record(self, key, live) -> None:
-        program = Program(None, self._whole(), live, self._best_buffers())
-
-        def step():
-            if program.whole:
-                self._sample(program.best)
-            self._advance()
-
-        try:
-            with self._rehearsal(program.leaves):
-                for _ in range(2):  # compiled steps settle in the first run
-                    self.recorder.warm_up(step)
-            program.graph = self.recorder.record(step)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.refused[key] = _root(error)
-            log.warning("the decode step runs uncaptured: %s", self.refused[key])
-            return
-        self.programs[key] = program
-        if len(self.programs) > KEPT:
-            self.programs.popitem(last=False)
-
-    @contextmanager
-    def _rehearsal(self, leaves):
-        """Steps that leave no trace: rows stand still, and everything is put back.
-
-        The cell that a row writes to is its own, and the real step writes it again; the one behind it may not be.
-        """
-        changed = [self.logits, self.tokens, self.results, self.positions, self.active, self.history, *leaves]
-        changed += [] if self.cache is None else list(self.cache.states())
-        saved = [tensor.clone() for tensor in changed]
-        self.active.zero_()
-        try:
-            yield
-        finally:
-            for tensor, old in zip(changed, saved, strict=True):
-                tensor.copy_(old)
-
     def _adopt(self, program: Program, live) -> None:
         """Bring the tensors that a recorded step reads up to date, and make them the pipeline's own."""
         if not live:
@@ -267,13 +257,6 @@ def _overwrite(old, new) -> None:
         return
     for name, tensor in old.memory.items():
         tensor.copy_(new.memory[name])
-
-
-def _root(error: BaseException) -> str:
-    """First line of what went wrong first: ending a spoilt capture raises once more."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _flatten(value) -> list:

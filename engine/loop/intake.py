@@ -26,10 +26,10 @@ def requests_of(engine, prompts, params, defaults, overrides) -> tuple[list[Requ
     """One Request a sample, in request order, and whether a single prompt was given; see `Engine.requests`."""
     given, single = encoded(engine, prompts)
     wanted = _params(engine, params, len(given), defaults, overrides)
-    requests = []
+    requests, known = [], {}  # parameters that were resolved already, by the object that was given
     for index, (prompt, asked) in enumerate(zip(given, wanted, strict=True)):
         try:
-            asked = checked(engine, asked, len(prompt))
+            asked = checked(engine, asked, len(prompt), known)
         except ParameterError as error:
             raise ParameterError(f"request {index}: {error}") from error
         seed = fresh_seed(engine.model) if asked.seed is None else asked.seed
@@ -40,8 +40,8 @@ def requests_of(engine, prompts, params, defaults, overrides) -> tuple[list[Requ
     return requests, single
 
 
-def checked(engine, asked: SamplingParams, prompt_length: int) -> SamplingParams:
-    """The parameters with every string as ids, or a ParameterError."""
+def checked(engine, asked: SamplingParams, prompt_length: int, known: dict) -> SamplingParams:
+    """The parameters with every string as ids, or a ParameterError; `known` keeps what was found for an object."""
     if asked.stop and engine.tokenizer is None:
         raise ParameterError(f"stop={asked.stop!r} needs a tokenizer; use stop_token_ids")
     if asked.stop and asked.skip_special_tokens:
@@ -55,10 +55,12 @@ def checked(engine, asked: SamplingParams, prompt_length: int) -> SamplingParams
             f"max_time={asked.max_time} is read from each rank's own clock, and a rank that stops alone leaves "
             "the others waiting for ever; use max_new_tokens"
         )
-    asked = asked.resolve(engine.tokenizer)
-    asked.check_vocabulary(engine.vocab_size)
-    engine.pipeline.for_params(asked).check(asked)
-    return asked
+    if id(asked) not in known:
+        resolved = asked.resolve(engine.tokenizer)
+        resolved.check_vocabulary(engine.vocab_size)
+        engine.pipeline.for_params(resolved).check(resolved)
+        known[id(asked)] = resolved
+    return known[id(asked)]
 
 
 def _check_stops(strings, tokenizer) -> None:
@@ -78,7 +80,9 @@ def _check_stops(strings, tokenizer) -> None:
 def _params(engine, params, count: int, defaults: str, overrides) -> list[SamplingParams]:
     if defaults not in ("none", "model"):
         raise ParameterError(f'defaults={defaults!r} is not "none" or "model"')
-    listed = list(params) if isinstance(params, list | tuple) else [params] * count
+    if not isinstance(params, list | tuple):
+        return [one_params(engine, params, defaults == "model", overrides)] * count
+    listed = list(params)
     if len(listed) != count:
         raise ParameterError(f"{len(listed)} params for {count} prompts; give one, or one for each")
     return [one_params(engine, item, defaults == "model", overrides) for item in listed]

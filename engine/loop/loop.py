@@ -5,92 +5,95 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
 
 import torch
 
-from ..errors import HandloomError, PoolExhausted
 from .batch import Batch, Step
 from .generation import Event
-from .prefill import prefill, prefill_together
+from .prefill import Prompts
 from .request import Request
 
 
 def run(engine, requests: list[Request]) -> Iterator[Event]:
     """Decode `requests` in the engine's slots and yield an Event for every token.
 
-    A finished row is replaced by the next waiting request; it is never decoded as padding. Closing the generator
-    gives every block back. What a row draws depends on its own prompt, seed and parameters alone.
+    A finished row is replaced by the next waiting request; it is never decoded as padding. Prompts are computed
+    between steps, so many tokens at a time that the running rows do not wait for long. Closing the generator gives
+    every block back. What a row draws depends on its own prompt, seed and parameters alone.
     """
     waiting, steps = deque(requests), deque()
     width = max((min(r.room, engine.max_length) for r in requests), default=1)
-    batch = engine.batch(len(waiting), width)
+    batch, prompts = engine.batch(len(waiting), width), Prompts(engine.runner, engine.prefill_chunk)
     try:
-        while waiting or batch.running:
-            yield from admit(engine, batch, waiting)
+        while waiting or prompts or batch.running:
+            yield from admit(engine, batch, prompts, waiting)
             yield from prepare(batch)
+            if not batch.running:
+                steps.clear()
+                continue
             try:
                 steps.append(batch.draw())
                 while len(steps) > batch.lag:
                     yield from collect(batch, steps.popleft())
-                if batch.lag == 0 and not waiting and engine.bucket(len(batch.running)) < batch.size:
+                if (
+                    batch.lag == 0
+                    and not (waiting or prompts)
+                    and engine.bucket(len(batch.running)) < batch.size
+                ):
                     batch = batch.resized(engine, engine.bucket(len(batch.running)))
                 if batch.running:
                     batch.feed()
+                record(engine, batch)
             except torch.OutOfMemoryError as error:
                 while steps:  # what was drawn before it is complete
                     yield from collect(batch, steps.popleft())
                 yield from abandon(batch, error)
                 batch = engine.batch(max(1, batch.size // 2), width)
     finally:
+        prompts.close()
         for slot in batch.running:
             batch.clear(slot)
         engine.give_back(batch)
 
 
-def admit(engine, batch: Batch, waiting: deque[Request]) -> Iterator[Event]:
-    """Prefill waiting requests into free slots; short prompts share a pass, the samples of a prompt its prefill."""
-    prefill_together(batch.model, next_in(batch, waiting))
-    while waiting and (slot := batch.free()) is not None:
-        if batch.running and not fits(batch, waiting[0]):
-            return
-        request = waiting.popleft()
-        request.start(engine)
-        try:
-            prefill(batch.model, request)
-            batch.place(slot, request)
-        except (HandloomError, torch.OutOfMemoryError) as error:
+def admit(engine, batch: Batch, prompts: Prompts, waiting: deque[Request]) -> Iterator[Event]:
+    """Take in waiting requests for which there is a slot, and memory to their end; compute some of their prompts."""
+    while waiting and len(batch.running) + len(prompts) < batch.size:
+        if (batch.running or prompts) and not fits(batch, prompts, waiting[0]):
+            break
+        waiting[0].start(engine)
+        prompts.add(waiting.popleft())
+    if prompts.worth_a_pass(bool(batch.running), bool(waiting)):
+        for request, error in prompts.compute():
             request.prefilled.taken()
             yield request.end("error", f"request {request.index}: {error}")
+    for request, error in batch.place(prompts.done(batch.size - len(batch.running))):
+        yield request.end("error", f"request {request.index}: {error}")
 
 
-def next_in(batch: Batch, waiting: deque[Request]) -> Iterator[Request]:
-    """The waiting requests for which there is a free slot, and memory to their end."""
-    free, promised = batch.size - len(batch.running), 0
-    for request in islice(waiting, free):
-        if not fits(batch, request, promised):
-            return
-        promised += request.blocks(batch.block)
-        yield request
-
-
-def fits(batch: Batch, request: Request, more: int = 0) -> bool:
-    """Whether the pool can serve a request to its end beside those that run, and `more` blocks."""
-    promised = sum(
-        batch.requests[i].blocks(batch.block) - len(batch.rows[i].table or ()) for i in batch.running
-    )
-    return batch.pool.obtainable() - promised - more >= request.blocks(batch.block)
+def fits(batch: Batch, prompts: Prompts, request: Request) -> bool:
+    """Whether the pool can serve a request to its end beside those that were admitted before."""
+    obtainable = batch.pool.obtainable()
+    if obtainable == math.inf:
+        return True
+    running = (batch.requests[i].blocks(batch.block) - len(batch.rows[i].table or ()) for i in batch.running)
+    return obtainable - sum(running) - prompts.blocks(batch.block) >= request.blocks(batch.block)
 
 
 def prepare(batch: Batch) -> Iterator[Event]:
     """Make room for one more token in every row; a row for which there is none ends alone."""
-    for slot in batch.running:
-        try:
-            batch.prepare(slot)
-        except PoolExhausted as error:
+    while exhausted := batch.prepare():
+        for slot, error in exhausted:
             event = batch.requests[slot].end("error", f"request {batch.requests[slot].index}: {error}")
             batch.clear(slot)
             yield event
+
+
+def record(engine, batch: Batch) -> None:
+    """Record what ran for the first time, now that nobody waits for its results."""
+    batch.record()
+    if engine.runner.recorded is not None:
+        engine.runner.recorded.programs.catch_up()
 
 
 def abandon(batch: Batch, error: Exception) -> Iterator[Event]:

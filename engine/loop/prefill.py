@@ -1,83 +1,148 @@
-"""Prompts into rows: long ones alone, several short ones in one pass."""
+"""Prompts into rows: admitted requests wait here while their prompts are computed, many in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
 
 import torch
 
-from ..errors import PoolExhausted
-from .request import Request
+from ..errors import HandloomError
+from ..forward.filling import Filling, advance
+from .request import Prefilled, Request
 
-SHORT = 48  # new tokens of a prompt up to which reading the weights costs more than computing with them
-TOGETHER = 256  # tokens of one common pass, padding included
-
-
-@torch.no_grad()
-def prefill(model, request: Request) -> None:
-    """Compute the prompt, unless a sibling or a common pass already has."""
-    ready, prompt = request.prefilled, request.prompt
-    if ready.row is None:
-        every = request.params.prompt_logprobs is not None
-        room = request.blocks(model.pool.block_size) if model.paged else 0
-        ready.row, out = model.prefill(prompt.ids, prompt.embeddings, every=every, room=room)
-        ready.logits, ready.states = out.logits[0, -1], out.states
-        if every:
-            ready.prompt_logprobs = prompt_logprobs(prompt.ids, out.logits[0])
-    request.prefill_done()
+# Steps for which a free slot waits, while others decode, for prompts that share its pass: reading the weights once more
+# costs about as much as a step of all slots. On a CPU a step costs what its rows cost, so none is idle.
+PATIENCE = {"cuda": 8}
+LOGITS = 512  # tokens of a pass that keeps all their logits
 
 
-@torch.no_grad()
-def prefill_together(model, requests: Iterable[Request]) -> None:
-    """Compute those of some requests' prompts that are short enough, in one pass if there are several.
-
-    A prompt that shares its first block with another of them is left for later, when that block can be shared; equal
-    prompts share all of it. Without memory for all of them nothing is computed.
+class Prompts:
+    """Admitted requests without a slot, first come first; their prompts are computed between two decode steps.
 
     Args:
-        model: the adapter; one that does not take prompts together is left alone.
-        requests: those that are about to be prefilled, in order.
+        model: the adapter. One that `packs` takes pieces of several prompts in one pass, others take one prompt.
+        budget: prompt tokens of one round, after which decoding goes on; a prompt that is longer takes several.
     """
-    if not model.takes_prompts_together:
-        return
-    chosen = _group(requests, model.pool.block_size)
-    if len(chosen) < 2:
-        return
-    try:
-        rows, logits = model.prefill_together(
-            [list(ids) for ids in chosen],
-            [same[0].blocks(model.pool.block_size) for same in chosen.values()],
-        )
-    except (PoolExhausted, torch.OutOfMemoryError):
-        return  # one at a time each of them can fail alone
-    for same, row, last in zip(chosen.values(), rows, logits, strict=True):
-        for request in same:
-            request.prefilled.row, request.prefilled.logits = row, last
 
+    def __init__(self, model, budget: int):
+        self.model, self.budget = model, budget
+        self.queue: deque[Request] = deque()
+        self._known: dict[tuple, Prefilled] = {}  # prompts in the queue, by their tokens
+        self._waited, self._patience = 0, PATIENCE.get(model.device.type, 0)
 
-def _group(requests: Iterable[Request], block: int) -> dict[tuple[int, ...], list[Request]]:
-    """Prompt -> the requests with it, as many as one pass should take."""
-    chosen: dict[tuple[int, ...], list[Request]] = {}
-    heads, seen = set(), set()
-    for request in requests:
-        ids, ready = tuple(request.prompt.ids), request.prefilled
-        if id(ready) in seen or ready.row is not None:
-            continue
-        seen.add(id(ready))
-        plain = request.prompt.embeddings is None and request.params.prompt_logprobs is None
-        if not plain or len(ids) > SHORT:
-            continue
-        if ids in chosen:
-            chosen[ids].append(request)
-            continue
-        if ids[:block] in heads:
-            continue
-        if (len(chosen) + 1) * max(map(len, (ids, *chosen))) > TOGETHER:
-            break
-        chosen[ids] = [request]
-        if len(ids) > block:
-            heads.add(ids[:block])
-    return chosen
+    def __len__(self) -> int:
+        return len(self.queue)
+
+    def add(self, request: Request) -> None:
+        """Take one more; a prompt that is here already is computed once for both."""
+        ready, prompt = request.prefilled, request.prompt
+        every = request.params.prompt_logprobs is not None
+        if not every and prompt.embeddings is None and self.model.packs and not self.model.alone:
+            ready = request.prefilled = self._shared(tuple(prompt.ids), ready)
+        if ready.row is None and ready.filling is None:
+            room = request.blocks(self.model.pool.block_size) if self.model.paged else 0
+            ready.filling = Filling(prompt.ids, prompt.embeddings, room, every=every)
+        self.queue.append(request)
+
+    def _shared(self, ids: tuple, ready: Prefilled) -> Prefilled:
+        """What stands for a prompt: that of an equal one in the queue, or its own."""
+        same = self._known.get(ids)
+        if same is None or same.waiting == 0:
+            same = self._known[ids] = ready
+        elif same is not ready:
+            same.waiting += 1
+        return same
+
+    def blocks(self, size: int) -> int:
+        """Blocks of `size` cells that the requests are still promised, beyond those that hold their prompts."""
+        promised = sum(request.blocks(size) for request in self.queue)
+        return promised - sum(len(ready.filling.table or ()) for ready in self._ahead())
+
+    def worth_a_pass(self, decoding: bool, more: bool) -> bool:
+        """Whether to compute now, or after some more steps in which others may join.
+
+        Args:
+            decoding: whether any row decodes meanwhile.
+            more: whether requests wait that have no slot yet.
+        """
+        ahead = self._ahead()
+        begun = any(ready.filling.table is not None for ready in ahead)
+        if not (ahead and decoding and more) or begun or self._waited >= self._patience:
+            return bool(ahead)
+        self._waited += 1
+        return sum(ready.filling.left for ready in ahead) >= self.budget // 2
+
+    @torch.no_grad()
+    def compute(self) -> list[tuple[Request, Exception]]:
+        """One round of passes; the requests whose prompts cannot be computed leave, with the reason."""
+        spent, self._waited, failed = 0, 0, []
+        while spent < self.budget and (ahead := self._ahead()):
+            try:
+                spent += self._pass(ahead, self.budget - spent)
+            except (HandloomError, torch.OutOfMemoryError) as error:
+                lost = [request for request in self.queue if request.prefilled is ahead[0]]
+                self.queue = deque(request for request in self.queue if request.prefilled is not ahead[0])
+                self._let_go(ahead[0])
+                failed += [(request, error) for request in lost]
+        return failed
+
+    def _pass(self, ahead: list[Prefilled], left: int) -> int:
+        """One pass over the next pieces; how many tokens it computed."""
+        first = ahead[0].filling
+        if not self.model.packs:
+            ahead[0].row, out = self.model.prefill(
+                first.ids, first.embeddings, every=first.every, room=first.room
+            )
+            return self._computed(ahead[0], out) or len(first.ids)
+        budget = self.budget if first.lone or self.model.alone else left
+        budget = min(budget, LOGITS) if first.every else budget
+        fillings = [ready.filling for ready in ahead]
+        try:
+            count = advance(self.model, fillings, budget)
+        except (HandloomError, torch.OutOfMemoryError):
+            if len(fillings) == 1:
+                raise
+            count = advance(self.model, fillings[:1], budget)  # alone each of them can fail alone
+        for ready in ahead:
+            if ready.filling.left == 0:
+                ready.row = ready.filling.row()
+                self._computed(ready, ready.filling.output())
+        return count
+
+    def _computed(self, ready: Prefilled, out) -> None:
+        ready.logits, ready.states, ready.claim = out.logits[0, -1], out.states, ready.filling.claim
+        if ready.filling.every:
+            ready.prompt_logprobs = prompt_logprobs(ready.filling.ids, out.logits[0])
+        ready.filling = None
+
+    def done(self, most: int) -> list[Request]:
+        """Take out those at the front whose prompts are computed."""
+        found: list[Request] = []
+        while len(found) < most and self.queue and self.queue[0].prefilled.row is not None:
+            found.append(self.queue.popleft())
+            found[-1].prefill_done()
+        if not self.queue:
+            self._known.clear()
+        return found
+
+    def close(self) -> None:
+        """Let go of everything that was computed for requests that will not run."""
+        for request in self.queue:
+            self._let_go(request.prefilled)
+        self.queue.clear()
+
+    def _let_go(self, ready: Prefilled) -> None:
+        if ready.filling is not None:
+            ready.filling.dropped(self.model.pool)
+        elif ready.claim:
+            self.model.pool.unclaim(ready.claim)
+        ready.row = ready.claim = ready.filling = None
+
+    def _distinct(self) -> list[Prefilled]:
+        return list({id(request.prefilled): request.prefilled for request in self.queue}.values())
+
+    def _ahead(self) -> list[Prefilled]:
+        return [ready for ready in self._distinct() if ready.row is None]
 
 
 def prompt_logprobs(ids: list[int], logits: torch.Tensor) -> list[float | None]:

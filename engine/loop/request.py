@@ -14,9 +14,11 @@ from .stopping import Emission, Stopper
 
 @dataclass(eq=False)
 class Prefilled:
-    """A prompt's computed row, shared by the samples that still wait for it."""
+    """A prompt's computed row, shared by the samples that still wait for it; before that, how far it is."""
 
     row: Any = None
+    claim: Any = None  # blocks behind the row that others stay out of, until the first sample has a slot
+    filling: Any = None
     logits: Any = None  # [V] float32, after the prompt
     states: tuple = ()
     prompt_logprobs: list[float | None] | None = None

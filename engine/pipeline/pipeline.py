@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.transfer import upload
 from ..errors import ParameterError
 from .foreign.huggingface import HFProcessor, TransformersWatermark, is_huggingface
 from .forms import Adapted, Context, Edit, Function, Keep, Processor
@@ -194,9 +195,7 @@ class Pipeline(tuple):
         """Raise ParameterError when the request sets a field that no member of this pipeline reads."""
         if params is None:
             return
-        read = set()
-        for processor in self:
-            read.update(set(getattr(processor, "fields", ())) - set(getattr(processor, "gives_way_to", ())))
+        read = self._read
         for rule in _built_in():
             field = rule.fields[0]
             if field in read or not rule.active(params):
@@ -207,6 +206,14 @@ class Pipeline(tuple):
                 f"{self.name!r} reads it (members: {members}); add handloom.processors.{type(rule).__name__}() "
                 "or choose another profile"
             )
+
+    @functools.cached_property
+    def _read(self) -> set[str]:
+        """The fields of a request that some member reads."""
+        read: set[str] = set()
+        for processor in self:
+            read.update(set(getattr(processor, "fields", ())) - set(getattr(processor, "gives_way_to", ())))
+        return read
 
     def lint(self) -> list[str]:
         """Sentences about orders that rarely mean what was intended; empty when nothing is odd."""
@@ -227,7 +234,7 @@ def context_of(state: Any) -> Context:
     def history() -> Tensor:
         longest = max(map(len, state.tokens))
         padded = [row + [-1] * (longest - len(row)) for row in state.tokens]
-        return torch.tensor(padded, device=state.logits.device)
+        return upload(padded, state.logits.device, None)
 
     zeros = torch.zeros(len(state.tokens), dtype=torch.int64, device=state.logits.device)
     return Context(

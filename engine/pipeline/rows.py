@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.transfer import upload
 from ..errors import ParameterError
 from ..kernels import dispatch
 from ..kernels.sampling.rules import Rule
@@ -77,7 +78,7 @@ class Rows:
         """The Context of a single row before its first token."""
 
         def tensor(values):
-            return torch.tensor(values, dtype=torch.int64, device=self.site.device)
+            return upload(values, self.site.device)
 
         return dataclasses.replace(
             self.site,
@@ -108,6 +109,8 @@ class Rows:
         mine = {id(processor) for processor in chain}
         for member in self.members:
             processor, on = member.processor, False
+            if not member.on[row] and processor.off(params):
+                continue
             settings = processor.settings(params, row) if id(processor) in mine else None
             if settings is not None:
                 skipped = greedy and processor.sampling_only and not chain.chain_when_greedy
@@ -186,8 +189,9 @@ class Rows:
         return member.processor.rule(self.site.view(member.processor, member.ready(self.site), None))
 
     def _untouched(self) -> Tensor | None:
-        rows = [greedy and not any(m.on[i] for m in self.members) for i, greedy in enumerate(self.greedy)]
-        return torch.tensor(rows, device=self.site.device) if any(rows) else None
+        active = [member.on for member in self.active()]
+        rows = [greedy and not any(on[i] for on in active) for i, greedy in enumerate(self.greedy)]
+        return upload(rows, self.site.device, None) if any(rows) else None
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
         """Processed logits [B, V] float32; `logits` itself, which is never written to, when all are off."""
@@ -336,7 +340,7 @@ class Rows:
         if not any(self.greedy):
             return None
         if self._greedy_tensor is None:
-            self._greedy_tensor = torch.tensor(self.greedy, device=self.site.device)
+            self._greedy_tensor = upload(self.greedy, self.site.device, None)
         return self._greedy_tensor
 
 

@@ -257,6 +257,8 @@ def _encode(tokenizer: Any, item: Any, index: int, tools: list | None) -> Prompt
     if isinstance(item, torch.Tensor):
         return _encode_tensor(item, index)
     if isinstance(item, list | tuple):
+        if set(map(type, item)) == {int}:  # thousands of them, mostly
+            return Prompt(list(item))
         if any(isinstance(p, Mapping) for p in item):
             return Prompt(chat_ids(tokenizer, item, tools, index=index))
         wrong = next((at for at, p in enumerate(item) if not _is_id(p)), None)

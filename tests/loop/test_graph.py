@@ -19,7 +19,7 @@ from handloom.forward.model import uncapturable
 from handloom.forward.programs.compiling import CompiledStep
 from handloom.kernels import dispatch
 from handloom.loop.graph import GraphBatch
-from handloom.loop.loop import prefill
+from handloom.loop.prefill import Prompts
 from handloom.loop.request import Prefilled, Request
 from handloom.pipeline.forms import Edit
 from handloom.text.prompts import Prompt
@@ -119,8 +119,10 @@ def started(engine, width=64):
     for slot in range(engine.slots - 1):
         request = Request(slot, 0, Prompt(PROMPTS[slot]), MIXED[slot + 1], 7 + slot, Prefilled())
         request.start(engine)
-        prefill(engine.runner, request)
-        batch.place(slot, request)
+        prompts = Prompts(engine.runner, 512)
+        prompts.add(request)
+        assert not prompts.compute()
+        assert not batch.place(prompts.done(1))
     return batch
 
 
@@ -131,8 +133,7 @@ def test_buffers_keep_their_addresses_over_steps_and_replaced_rows():
     names = [n for n, v in vars(batch).items() if torch.is_tensor(v)]
     before = {n: getattr(batch, n).data_ptr() for n in names}
     for step in range(6):
-        for slot in batch.running:
-            batch.prepare(slot)
+        assert not batch.prepare()
         batch.draw()
         if step == 2:
             batch.clear(0)
@@ -189,7 +190,9 @@ def used(recorders) -> tuple[int, int]:
 
 
 def no_refusals(engine) -> None:
-    assert [reason for batch in engine._batches.values() for reason in batch.refused.values()] == []
+    kept = [batch.programs for batch in engine._batches.values() if batch.programs is not None]
+    kept += [] if engine.runner.recorded is None else [engine.runner.recorded.programs]
+    assert [reason for programs in kept for reason in programs.refused.values()] == []
 
 
 def changed(params: SamplingParams) -> SamplingParams:
@@ -362,20 +365,19 @@ def test_rows_that_leave_early_and_wider_stop_lists(recorders):
 
 
 @torch.no_grad()
-def test_rehearsal_and_recording_leave_no_trace(recorders):
+def test_recording_leaves_no_trace(recorders):
     """Cells behind a row's own may belong to another row by the time that they are reached."""
     if ON_CUDA:
         pytest.skip("compares every cell of the pool")
     _, program = engines("llama")
     batch = started(program)
-    for slot in batch.running:
-        batch.prepare(slot)
+    assert not batch.prepare()
     other = batch.rows[1].table.blocks[0]
     batch.cells[0, batch.lengths[0] + 1 :] = other * batch.block  # as a row before it may have left them
     keys = program.pool.stores[0].keys
     before = {name: value.clone() for name, value in vars(batch).items() if torch.is_tensor(value)}
     cells = keys[:, other].clone()
-    batch._record("key", batch._live())
+    assert batch._record(batch._key(batch._live()), None) is not None
     assert torch.equal(keys[:, other], cells)
     for name, value in before.items():
         assert torch.equal(getattr(batch, name), value), name

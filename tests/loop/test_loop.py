@@ -38,8 +38,9 @@ def test_a_finished_row_is_replaced_at_once(engine):
         results = engine.generate(prompts, params)
     assert [g.n_new for g in results] == budgets
     assert ids_of(results) == greedy_reference(engine.model, prompts, budgets)
-    assert passes.shapes[0] == (3, 17)  # the first three prompts in one pass, the others as slots become free
-    assert passes.prompts == [17, 40, 9, 23, 16, 33]
+    # the first three prompts in one pass without padding, the others as slots become free
+    assert passes.shapes[0] == (1, 5 + 17 + 2)
+    assert passes.prompts == [24, 40, 9, 23, 16, 33]
     # A slot's requests draw in turn: 0 0 3 3 3 3 3 6 6 6 | 1 1 1 1 1 1 1 1 1 7 | 2 2 2 2 4 5 5 5 5 5 5. After
     # the tenth draw request 5 is alone, with one token to come.
     assert passes.steps == [3] * 9 + [1]
@@ -121,10 +122,11 @@ def test_a_shared_beginning_is_prefilled_once(engine):
     with recorded(engine.model) as passes:
         results = engine.generate(prompts, max_new_tokens=5)
     assert ids_of(results) == expected
-    assert passes.prompts == [38, 38 - 32, 38 - 32, 38 - 32]  # two blocks of 16 are known
+    # two blocks of 16 are known, to those in the same pass too; there are three slots
+    assert passes.prompts == [38 + 2 * (38 - 32), 38 - 32]
     with recorded(engine.model) as passes:
         assert ids_of(engine.generate(prompts, max_new_tokens=5)) == expected
-    assert passes.prompts == [6] * 4
+    assert passes.prompts == [3 * 6, 6]
 
 
 def test_an_answer_is_known_when_the_conversation_goes_on(engine):

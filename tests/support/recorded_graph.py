@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from handloom.forward.programs import recorded
 from handloom.forward.programs.compiling import CompiledStep
 from handloom.loop import graph
 
@@ -186,7 +187,7 @@ def record_compiled(patch, recording):
 
 
 def install(monkeypatch) -> list[Recorder]:
-    """Record and replay steps on the CPU, by the code that does so on CUDA; the recorders that batches make."""
+    """Record and replay steps and passes on the CPU, by the code that does so on CUDA; the recorders of batches."""
     from handloom.kernels.sampling import reference as sample_reference
     from handloom.kernels.sampling import sample
 
@@ -197,6 +198,7 @@ def install(monkeypatch) -> list[Recorder]:
         return made[-1]
 
     monkeypatch.setattr(graph, "recorder_for", recorder_for)
+    monkeypatch.setattr(recorded, "recorder_for", lambda device: Recorder())
     # On CUDA without Triton's kernels this is what runs; the CPU's own sampler works on NumPy arrays.
     monkeypatch.setattr(sample, "sample_cpu", sample_reference.sample_reference)
     return made

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ...errors import ParameterError
 from .context import Context
 
@@ -96,6 +97,15 @@ class Processor:
             return True
         return settings[self.fields[0]] != self.defaults[self.fields[0]]
 
+    def off(self, params: Any) -> bool:
+        """Whether a look at one field says that the rule is off for these `SamplingParams`; False: it may be on."""
+        if self.explicit or not self.fields or params is None or type(self).on is not Processor.on:
+            return False
+        field = self.fields[0]
+        return (
+            type(self).settings is Processor.settings and getattr(params, field, None) == self.defaults[field]
+        )
+
     def active(self, params: Any, row: int = 0) -> bool:
         """False when the rule is off (an identity) for a row with these `SamplingParams`."""
         return self.on(self.settings(params, row))
@@ -109,7 +119,7 @@ class Processor:
         for field in self.fields:
             column = [[row[field]] for row in rows]
             kind = torch.float32 if any(isinstance(v[0], float) for v in column) else None
-            packed[field] = torch.tensor(column, dtype=kind, device=context.device)
+            packed[field] = upload(column, context.device, kind)
         return packed
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
@@ -157,7 +167,7 @@ def values_of(
     values = SimpleNamespace(**processor.pack(packed, context))
     if processor.kind == "opaque":
         values.flags = flags
-    values.rows_on = None if all(flags) else torch.tensor(flags, device=context.device)[:, None]
+    values.rows_on = None if all(flags) else upload(flags, context.device, None)[:, None]
     return values
 
 

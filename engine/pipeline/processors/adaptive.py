@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ...errors import ParameterError
 from ...kernels.noise.philox import philox_words_numpy, philox_words_reference
 from ...kernels.sampling.rules import Statistics
@@ -144,7 +145,7 @@ class XTC(Keep):
         from .constraints import id_table
 
         def column(field):
-            return torch.tensor([[float(row[field])] for row in rows], device=context.device)
+            return upload([[float(row[field])] for row in rows], context.device, None)
 
         guards = [context.ends(row) if row["xtc_guard"] == "eos" else row["xtc_guard"] for row in rows]
         table = id_table([sorted(guard) for guard in guards], context.device, -1) if any(guards) else None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ...errors import ParameterError
 from ..forms import NEG_INF, Context, Edit
 
@@ -23,7 +24,7 @@ def id_table(rows: list[list[int]], device, fill: int) -> Tensor:
     that few differ.
     """
     width = table_width(rows)
-    return torch.tensor([list(row) + [fill] * (width - len(row)) for row in rows], device=device)
+    return upload([list(row) + [fill] * (width - len(row)) for row in rows], device, None)
 
 
 def check_ids(name: str, ids, vocab_size: int | None) -> list[int]:
@@ -63,7 +64,7 @@ class LogitBias(Edit):
         bias = [[float(b) for b in table.values()] + [0.0] * (width - len(table)) for table in tables]
         return {
             "ids": id_table(ids, context.device, context.vocab_size),
-            "bias": torch.tensor(bias, device=context.device),
+            "bias": upload(bias, context.device, None),
         }
 
     def listed(self, context: Context) -> Tensor:
@@ -164,7 +165,7 @@ class MinNewTokens(Ban):
         return check_ids("stop_token_ids", [*settings["stop_token_ids"], *ends], context.vocab_size)
 
     def pack(self, rows, context):
-        least = torch.tensor([[row["min_new_tokens"]] for row in rows], device=context.device)
+        least = upload([[row["min_new_tokens"]] for row in rows], context.device, None)
         return super().pack(rows, context) | {"min_new_tokens": least}
 
     def banning(self, context: Context) -> Tensor:

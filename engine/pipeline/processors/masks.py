@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ...errors import ParameterError
 from ...kernels.noise.philox import philox_words_numpy, philox_words_reference
 from ..forms import Context, Edit
@@ -61,7 +62,7 @@ class Bitmask(Edit):
                     f"bitmask is {mask.dtype} {tuple(mask.shape)}; needed: torch.int32 {shape}"
                 )
             if not all(mine):
-                mask = torch.where(torch.tensor(mine, device=mask.device)[:, None], mask, -1)
+                mask = torch.where(upload(mine, mask.device, None)[:, None], mask, -1)
             whole = mask if whole is None else whole & mask
         return whole
 
@@ -98,7 +99,7 @@ class Watermark(Edit):
 
     def pack(self, rows, context):
         def column(field, kind):
-            return torch.tensor([[row[field]] for row in rows], dtype=kind, device=context.device)
+            return upload([[row[field]] for row in rows], context.device, kind)
 
         kinds = {"delta": torch.float32, "gamma": torch.float64, "key": torch.int64}
         return {field: column(field, kind) for field, kind in kinds.items()}

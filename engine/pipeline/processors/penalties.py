@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ...errors import ParameterError
 from ..edits import text_cells, text_ids
 from ..forms import Context, Edit
@@ -25,9 +26,9 @@ def scope_bounds(scopes: list[str], windows: list[int], default: str, device) ->
     scopes = [default if scope == "auto" else scope for scope in scopes]
     return {
         "shared": scopes[0] if len(set(scopes)) == 1 and not any(windows) else None,
-        "skip_prompt": torch.tensor([[scope == "output"] for scope in scopes], device=device),
-        "skip_output": torch.tensor([[scope == "prompt"] for scope in scopes], device=device),
-        "window": torch.tensor([[window] for window in windows], device=device),
+        "skip_prompt": upload([[scope == "output"] for scope in scopes], device, None),
+        "skip_output": upload([[scope == "prompt"] for scope in scopes], device, None),
+        "window": upload([[window] for window in windows], device, None),
     }
 
 
@@ -73,7 +74,7 @@ class Penalty(Edit):
         strength = [[float(row[self.fields[0]])] for row in rows]
         scopes, windows = [row["penalty_scope"] for row in rows], [row["penalty_window"] for row in rows]
         packed = scope_bounds(scopes, windows, self.auto_scope, context.device)
-        return packed | {"strength": torch.tensor(strength, device=context.device)}
+        return packed | {"strength": upload(strength, context.device, None)}
 
     def listed(self, context: Context) -> Tensor:
         """The whole text, which all penalties share."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ...errors import ParameterError
 from ..edits import text_cells, text_ids
 from ..forms import NEG_INF, Context, Edit
@@ -51,7 +52,7 @@ class NoRepeatNGram(Edit):
 
     def pack(self, rows, context):
         sizes = [row["no_repeat_ngram_size"] for row in rows]
-        return {"size": torch.tensor(sizes, device=context.device)[:, None], "depth": max(sizes) - 1}
+        return {"size": upload(sizes, context.device, None)[:, None], "depth": max(sizes) - 1}
 
     def listed(self, context: Context) -> Tensor:
         """The whole text: a token that repeats an n-gram occurred before."""
@@ -91,9 +92,9 @@ class DRY(Edit):
     def pack(self, rows, context):
         packed = {}
         for field in ("dry_multiplier", "dry_base"):
-            packed[field] = torch.tensor([[float(row[field])] for row in rows], device=context.device)
+            packed[field] = upload([[float(row[field])] for row in rows], context.device, None)
         for field in ("dry_allowed_length", "dry_window"):
-            packed[field] = torch.tensor([[row[field]] for row in rows], device=context.device)
+            packed[field] = upload([[row[field]] for row in rows], context.device, None)
         breakers = [breaker_ids(row["dry_breakers"]) for row in rows]
         packed["breakers"] = id_table(breakers, context.device, -1)
         return packed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ...errors import ParameterError
 from ..forms import NEG_INF, Context, Edit
 from .constraints import check_ids, id_table, packed_rows
@@ -139,8 +140,8 @@ class ExponentialDecay(Edit):
         pairs = [row["exponential_decay"] or (0, 1.0) for row in rows]
         ends = [context.ends(row) for row in rows]
         return {
-            "start": torch.tensor([[int(start)] for start, _ in pairs], device=context.device),
-            "factor": torch.tensor([[float(factor)] for _, factor in pairs], device=context.device),
+            "start": upload([[int(start)] for start, _ in pairs], context.device, None),
+            "factor": upload([[float(factor)] for _, factor in pairs], context.device, None),
             "eos": id_table(ends, context.device, context.vocab_size)[:, : max(map(len, ends))],
         }
 
@@ -192,7 +193,7 @@ class PrefixFunction(Edit):
     def mask(self, context: Context) -> Tensor:
         answers = self.answers(context)
         words = packed_rows([ids or () for ids in answers], context.vocab_size, context.lengths.device)
-        free = torch.tensor([[ids is None] for ids in answers], device=words.device)
+        free = upload([[ids is None] for ids in answers], words.device, None)
         return torch.where(free, -1, words)
 
     def exclude(self, buffer: Tensor, context: Context) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ..forms import NEG_INF, Context, Edit
 
 
@@ -37,7 +38,7 @@ class Temperature(Edit):
 
     def pack(self, rows, context):
         values = [[row["temperature"] if self.on(row) else 1.0] for row in rows]
-        return {"temperature": torch.tensor(values, dtype=torch.float32, device=context.device)}
+        return {"temperature": upload(values, context.device, torch.float32)}
 
     def edit(self, logits: Tensor, context: Context) -> Tensor:
         return logits / context.values.temperature

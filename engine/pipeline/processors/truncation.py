@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cache.transfer import upload
 from ...kernels.noise.philox import log_reference
 from ...kernels.sampling import rules
 from ...kernels.sampling.rules import Rule, Statistics
@@ -28,7 +29,7 @@ class TopK(Keep):
 
     def pack(self, rows, context):
         counts = [row["top_k"] if self.on(row) else 1 for row in rows]
-        return {"top_k": torch.tensor(counts, device=context.device)[:, None]}
+        return {"top_k": upload(counts, context.device, None)[:, None]}
 
     def count(self, context: Context) -> Tensor:
         return context.values.top_k
@@ -165,10 +166,10 @@ class TopH(Keep):
     defaults = {"top_h": 0.0, "top_h_rule": "paper"}
 
     def pack(self, rows, context):
-        alpha = torch.tensor([[row["top_h"]] for row in rows], device=context.device)
+        alpha = upload([[row["top_h"]] for row in rows], context.device, None)
         return {
             "top_h": alpha,
-            "code": torch.tensor([[row["top_h_rule"] == "code"] for row in rows], device=context.device),
+            "code": upload([[row["top_h_rule"] == "code"] for row in rows], context.device, None),
             "any_code": any(row["top_h_rule"] == "code" for row in rows),
             "any_paper": any(row["top_h_rule"] != "code" for row in rows),
         }
@@ -211,7 +212,7 @@ class PLess(Keep):
 
     def pack(self, rows, context):
         modes = {False: 0.0, True: 1.0, "norm": float(context.vocab_size)}  # what `level` is told
-        packed = torch.tensor([[modes[row["p_less"]]] for row in rows], device=context.device)
+        packed = upload([[modes[row["p_less"]]] for row in rows], context.device, None)
         return {"p_less": packed}
 
     def level(self, statistics: Statistics, vocab: Tensor) -> Tensor:
