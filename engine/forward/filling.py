@@ -145,7 +145,7 @@ def _run(model, pieces) -> list:
     begins, tables = [filling.done for filling, _, _ in pieces], [table for _, table, _ in pieces]
     first = pieces[0][0]
     if model.packs and not first.lone:
-        if model.recorded is not None:
+        if model.recorded is not None and not model.hooked:
             found = model.recorded.packed(model, parts, begins, tables)
         else:
             found = model.forward(Feed.packed(parts, begins, tables, size, device), last_only=True).logits[0]

@@ -104,7 +104,7 @@ class Batch:
     # -- rows come and go
 
     @torch.no_grad()
-    def place(self, requests: list[Request]) -> list[tuple[Request, Exception]]:
+    def place(self, requests: list[Request]) -> list[tuple[Request, str]]:
         """Put prefilled requests into free slots; their blocks are shared until they write.
 
         Everything that the device is told goes there in one transfer.
@@ -123,7 +123,7 @@ class Batch:
                 self.sampler.fill(free[0], request.params, request.prompt.ids, request.seed, request.sample)
             except (HandloomError, torch.OutOfMemoryError) as error:
                 ready.taken()
-                failed.append((request, error))
+                failed.append((request, str(error)))
                 continue
             slot = free.pop(0)
             self.requests[slot], self.rows[slot], self.lengths[slot] = request, row, row.length
@@ -203,7 +203,7 @@ class Batch:
             tensor.index_fill_(0, where, empty)
 
     @torch.no_grad()
-    def prepare(self) -> list[tuple[int, PoolExhausted]]:
+    def prepare(self) -> list[tuple[int, str]]:
         """Make room for the token that each slot draws next; the slots for which there is no block, and why."""
         self._settle()
         if not self.model.paged:
@@ -216,7 +216,7 @@ class Batch:
             try:
                 self.rows[slot] = row = self._own_tail(row, length)
             except PoolExhausted as error:
-                exhausted.append((slot, error))  # what it leaves may be enough for the others
+                exhausted.append((slot, str(error)))  # what it leaves may be enough for the others
                 break
             first = length // self.block
             grown += [(slot, first + i, block) for i, block in enumerate(row.table.blocks[first:])]

@@ -73,7 +73,7 @@ class Prompts:
         return sum(ready.filling.left for ready in ahead) >= self.budget // 2
 
     @torch.no_grad()
-    def compute(self) -> list[tuple[Request, Exception]]:
+    def compute(self) -> list[tuple[Request, str]]:
         """One round of passes; the requests whose prompts cannot be computed leave, with the reason."""
         spent, self._waited, failed = 0, 0, []
         while spent < self.budget and (ahead := self._ahead()):
@@ -83,7 +83,7 @@ class Prompts:
                 lost = [request for request in self.queue if request.prefilled is ahead[0]]
                 self.queue = deque(request for request in self.queue if request.prefilled is not ahead[0])
                 self._let_go(ahead[0])
-                failed += [(request, error) for request in lost]
+                failed += [(request, str(error)) for request in lost]  # an error would hold on to blocks
         return failed
 
     def _pass(self, ahead: list[Prefilled], left: int) -> int:
