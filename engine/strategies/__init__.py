@@ -36,6 +36,12 @@ from .guidance.dola import dola
 from .guidance.ensemble import ensemble
 from .guidance.experts import experts
 from .guidance.scored import scored
+from .inference.aligned import grammar_aligned
+from .inference.antislop import antislop
+from .inference.power import power_sampling, power_smc
+from .inference.rejection import weighted_rejection
+from .inference.smc import smc
+from .inference.tree_search import tree_search
 from .kit.decode import Decoding, Now, decode
 from .kit.requests import Requests
 from .kit.rollout import Walk, rollout
@@ -58,6 +64,7 @@ __all__ = [
     "Speculation",
     "Walk",
     "adaptive_contrastive_search",
+    "antislop",
     "arithmetic_sampling",
     "bayes_risk",
     "beam_search",
@@ -76,11 +83,17 @@ __all__ = [
     "ensemble",
     "experts",
     "frustratingly_simple",
+    "grammar_aligned",
     "lookahead",
+    "power_sampling",
+    "power_smc",
     "prompt_lookup",
     "rollout",
     "scored",
     "self_consistency",
+    "smc",
     "speculative",
     "stochastic_beam",
+    "tree_search",
+    "weighted_rejection",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,19 +17,20 @@ from .requests import Requests, stop_ids
 class Walk:
     """One row's continuation: its tokens, their log-probabilities under the model and the pipeline; nothing is pushed.
 
-    ended: whether its last token was one that ends the request.
+    proposed: log-probability of each token in what it was drawn from. ended: whether its last token ends the request.
     """
 
     tokens: list[int]
     raw_logprobs: list[float]
     logprobs: list[float]
+    proposed: list[float] = field(default_factory=list)
     ended: bool = False
 
 
 @torch.no_grad()
 def rollout(
     engine, state: State, requests: Requests, most: Sequence[int], *, streams: int | Sequence[int] = 0,
-    until: Callable[[int, int], bool] = lambda row, token: False,
+    until: Callable[[int, int], bool] = lambda row, token: False, power: float = 1.0,
 ) -> list[Walk]:  # fmt: skip
     """Draw up to `most[i]` tokens for row i, with the processors' memory of `requests`; the State stays as it is.
 
@@ -38,6 +39,7 @@ def rollout(
         most: most tokens of each row, >= 0.
         streams: added to the rows' noise streams, one for all or one for each.
         until: (row, token) -> whether this token is the row's last one. EOS and stop tokens always are.
+        power: draw from the pipeline's distribution to this power, renormalised.
     """
     added = torch.as_tensor(streams, device=requests.streams.device)
     requests = replace(requests, streams=requests.streams + added)
@@ -49,14 +51,17 @@ def rollout(
         context = requests.at(state)
         processed = requests.rows.apply(state.logits, context)
         greedy = requests.rows.greedy_rows()
-        tokens = draw(processed, context.seeds, context.positions, context.streams, greedy).clamp(min=0)
-        told = [x.tolist() for x in (tokens, logprob_of(state.logits, tokens), logprob_of(processed, tokens))]
+        shaped = processed if power == 1 else processed.log_softmax(-1) * power
+        tokens = draw(shaped, context.seeds, context.positions, context.streams, greedy).clamp(min=0)
+        laws = state.logits, processed, shaped
+        told = [tokens.tolist(), *(logprob_of(law, tokens).tolist() for law in laws)]
         requests, keep = requests.accept(tokens, context), []
-        for i, (row, token, raw, logprob) in enumerate(zip(live, *told, strict=True)):
+        for i, (row, token, raw, logprob, proposed) in enumerate(zip(live, *told, strict=True)):
             walk = walks[row]
             walk.tokens.append(token)
             walk.raw_logprobs.append(raw)
             walk.logprobs.append(logprob)
+            walk.proposed.append(proposed)
             walk.ended = token in stops[id(requests.asked[i])] or logprob != logprob
             if not (walk.ended or until(row, token) or len(walk.tokens) >= most[row]):
                 keep.append(i)
