@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cache.transfer import upload
 from ..errors import ParameterError
+from .chains import chain_of
 from .foreign.huggingface import HFProcessor, TransformersWatermark, is_huggingface
 from .forms import Adapted, Context, Edit, Function, Keep, Processor
 from .members import reasons, unfused_alone
@@ -107,6 +108,24 @@ class Pipeline(tuple):
         """All built-in rules in their default order; each is off until a request asks for it."""
         return cls(None)
 
+    @classmethod
+    def profile(cls, name: str, params: Any = None) -> Pipeline:
+        """The pipeline of another engine; `params` matter where its chain depends on the request.
+
+        Raises ParameterError for an unknown name.
+        """
+        if name == "default":
+            return cls.default()
+        chain = chain_of(name, params)
+        return cls(
+            [*chain.before, *chain.after],
+            name=chain.name,
+            tested_against=chain.tested_against,
+            chain_when_greedy=chain.chain_when_greedy,
+            own_place=len(chain.before) if chain.own_between else None,
+            own_all_here=chain.own_between,
+        )
+
     def __call__(self, state: Any, context: Context | None = None) -> Tensor:
         """Processed logits [B, V] of a `State` (or of raw logits [B, V]); stateful members start afresh."""
         logits = state if isinstance(state, Tensor) else state.logits
@@ -161,9 +180,7 @@ class Pipeline(tuple):
         if profile != "default":
             variant = (profile, bool(getattr(params, "mirostat", 0)))
             if variant not in self.profiles:
-                from .profiles import profile as build
-
-                self.profiles[variant] = build(profile, params)
+                self.profiles[variant] = Pipeline.profile(profile, params)
             base = self.profiles[variant]
         own = [as_processor(rule) for rule in getattr(params, "processors", ())]
         return base.with_own(own) if own else base

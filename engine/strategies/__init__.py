@@ -1,4 +1,4 @@
-"""Decoding strategies: plain functions over State values, written with public primitives alone.
+"""strategies: plain functions over State values, written with public primitives alone.
 
 A strategy is any callable `strategy(engine, prompts, params=None, **options)` that returns (or yields) its
 results in the order of the prompts, each a `Generation` or a list of token ids. `Engine.generate` is one.

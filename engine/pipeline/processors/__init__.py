@@ -1,4 +1,4 @@
-"""Built-in processors. `DEFAULT_ORDER` is the order of the default pipeline; there is no hidden member."""
+"""processors: the built-in rules. `DEFAULT_ORDER` is the order of the default pipeline; there is no hidden member."""
 
 from ..foreign.huggingface import TransformersWatermark
 from ..forms import Context, Edit, Keep, Processor

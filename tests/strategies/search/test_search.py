@@ -22,7 +22,7 @@ from handloom.strategies import (
 from handloom.strategies.search.constrained import banked
 from handloom.strategies.search.phrases import Progress
 
-VECTORS = json.loads(Path(__file__).with_name("transformers_4_49.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[1] / "transformers_4_49.json").read_text())
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
 FIELDS = {"plain": {}, "eos": {"eos_token_id": [7, 11, 13]}}
 
