@@ -50,6 +50,10 @@ class FourBitWeight:
             nested = NestedScales(inner.code, inner.absmax, state.offset, inner.blocksize)
         return cls(packed, tuple(state.shape), state.code, state.absmax, state.blocksize, nested)
 
+    def code_planes(self):
+        """Its values as the kernels pick them, see `code_planes`."""
+        return code_planes(self.code)
+
     def scales(self):
         """The scales as float32 [N * K / blocksize]."""
         if self.nested is None:

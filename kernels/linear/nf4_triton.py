@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from .nf4 import code_planes
 from .nf4_codes import eighths, floats, planes, values
 
 
@@ -169,7 +168,7 @@ def launch(x, weight, bias, out):
     splits, shared = sizes["SPLITS"], {"BIAS": bias is not None, "UPCAST": dispatch.interpreting()}
     parts = x.new_empty(splits * rows * outputs if splits > 1 else 0, dtype=torch.float32)
     outer = (None, None, None) if nested is None else (nested.code, nested.absmax, nested.offset)
-    found = weight.planes if weight.planes is not None or not permute else code_planes(weight.code)
+    found = weight.planes if weight.planes is not None or not permute else weight.code_planes()
     words = weight.packed.view(-1).view(torch.int32)
     tensors = (x, words, weight.code, found, weight.absmax, bias, out, parts, *outer)
     layout = {"INPUTS": inputs, "BLOCKSIZE": weight.blocksize, "NESTED": nested.blocksize if nested else 0}

@@ -410,7 +410,7 @@ def test_a_reader_that_leaves_is_no_traceback():
 @pytest.mark.slow
 def test_the_demo_model_answers(smollm2):
     """The README's first command, in a process of its own that finds the model in the cache."""
-    command = [sys.executable, "-m", "handloom.cli", "What is the capital of France?"]
+    command = [sys.executable, "-m", "handloom", "What is the capital of France?"]
     environment = {key: value for key, value in os.environ.items() if key != "HANDLOOM_MODEL"}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environment, stdin=subprocess.DEVNULL
