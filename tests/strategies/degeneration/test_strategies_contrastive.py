@@ -10,7 +10,7 @@ from helpers import assert_nothing_leaked, poisoned, tiny_llama
 from handloom import Engine, ParameterError, SamplingParams, laws
 from handloom.strategies import contrastive_search
 
-VECTORS = json.loads(Path(__file__).with_name("transformers_4_49.json").read_text())
+VECTORS = json.loads((Path(__file__).parents[1] / "transformers_4_49.json").read_text())
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
 
 
