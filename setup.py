@@ -1,6 +1,8 @@
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 
@@ -46,6 +48,32 @@ DEV = [
 ]
 
 
+class LinkRooms(build_py):
+    """An editable installation links each room, so that type checkers and editors find it on a plain path.
+
+    Left to itself, setuptools installs an import hook for a package whose folder has another name, which no tool can
+    follow. A new room, or a new file beside Engine, wants another `pip install -e .`; a new file in a room does not.
+    """
+
+    def get_output_mapping(self):
+        if not self.editable_mode:
+            return super().get_output_mapping()
+        entries = [
+            path for path in (HERE / "engine").iterdir() if path.name not in ("kernels", "__pycache__")
+        ]
+        target = os.path.join(self.build_lib, "handloom")
+        return {os.path.join(target, path.name): str(path) for path in [*entries, HERE / "kernels"]}
+
+    def get_outputs(self, include_bytecode=True):
+        return [*self.get_output_mapping()] if self.editable_mode else super().get_outputs(include_bytecode)
+
+    def copy_file(self, infile, outfile, *arguments, link=None, **options):
+        if link is None:
+            return super().copy_file(infile, outfile, *arguments, **options)
+        os.symlink(infile, outfile)
+        return outfile, True
+
+
 def rooms(folder: str) -> list[str]:
     """A folder and the packages below it, as endings of import names; links for IDEs are left out."""
     found = find_packages(str(HERE / folder), exclude=["kernels", "kernels.*"])
@@ -68,6 +96,9 @@ setup(
         *("handloom" + room for room in rooms("engine")),
         *("handloom.kernels" + room for room in rooms("kernels")),
     ],
+    package_data={"handloom": ["py.typed"]},
+    cmdclass={"build_py": LinkRooms},
+    options={"editable_wheel": {"mode": "strict"}},
     install_requires=[
         "jinja2>=3.1",
         "numpy>=1.26",

@@ -74,8 +74,8 @@ def modules_of_the_checkout():
     return {
         f"{place}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, place in places.items()
-        for file in (ROOT / folder).rglob("*.py")
-        if not any(parent.is_symlink() for parent in file.parents)
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".py", ".typed") and not any(parent.is_symlink() for parent in file.parents)
     }
 
 
@@ -144,8 +144,15 @@ site.addsitedir(sys.argv[1])
 import handloom.kernels, handloom.processors, kernels
 print(handloom.__file__, handloom.kernels.__file__, kernels.WHOSE)
 """
-    expected = f"{checkout}/engine/__init__.py {checkout}/kernels/__init__.py theirs"
-    assert python(code, cwd=tmp_path, path=[foreign], arguments=[site]) == expected
+    *ours, theirs = python(code, cwd=tmp_path, path=[foreign], arguments=[site]).split()
+    assert [Path(file).resolve() for file in ours] == [
+        checkout / f / "__init__.py" for f in ("engine", "kernels")
+    ]
+    assert theirs == "theirs"
+    # A plain path, which tools can follow, and not an import hook.
+    (paths,) = site.glob("*.pth")
+    assert (Path(paths.read_text().strip()) / "handloom" / "py.typed").is_file()
+    assert list(site.glob("*finder*")) == []
 
 
 def test_our_folder_hands_the_name_over_when_the_root_is_on_the_path(foreign):
@@ -207,7 +214,7 @@ def test_every_requirement_has_a_tested_version_within_its_range(built):
     outside = [str(r) for r in required if pins[normal(r.name)] not in r.specifier]
     assert outside == []
     assert set(re.findall(r"^Provides-Extra: (\w+)$", text, flags=re.MULTILINE)) == {
-        *("demo", "quant", "grammar", "bench", "dev")
+        *("demo", "quant", "grammar", "bench", "experiments", "dev")
     }
 
 
