@@ -56,12 +56,19 @@ from .selection.best_of_n import best_of_n
 from .selection.chain_of_thought import chain_of_thought
 from .selection.confidence import deep_confidence
 from .selection.self_consistency import self_consistency
+from .watermark.exponential import detect_exponential, exponential_watermark
+from .watermark.green_list import GreenList
+from .watermark.tournament import Tournament
+from .watermark.unigram import Unigram
 
 __all__ = [
     "Decoding",
+    "GreenList",
     "Now",
     "Requests",
     "Speculation",
+    "Tournament",
+    "Unigram",
     "Walk",
     "adaptive_contrastive_search",
     "antislop",
@@ -78,10 +85,12 @@ __all__ = [
     "contrastive_search",
     "decode",
     "deep_confidence",
+    "detect_exponential",
     "diverse_beam_search",
     "dola",
     "ensemble",
     "experts",
+    "exponential_watermark",
     "frustratingly_simple",
     "grammar_aligned",
     "lookahead",
