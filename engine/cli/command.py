@@ -15,13 +15,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
     from rich.console import Console
-    from rich.progress import Progress
 except ModuleNotFoundError as error:
     raise SystemExit(f'the command line needs {error.name!r}: pip install "handloom[demo]"') from error
 
@@ -31,6 +31,7 @@ from ..errors import HandloomError, ParameterError, PromptError
 from ..experiments.records import Record, ResultFile, read_records
 from ..loading import demo
 from . import options, terminal
+from .work import Work
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from ..params.sampling_params import SamplingParams
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-CHAT_HELP = "/reset starts anew, /exit or Ctrl-D ends, Ctrl-C cuts an answer short"
+CHAT_HELP = "/reset starts anew, /exit or Ctrl-D ends, Ctrl-C cuts an answer short, /help shows this"
 
 
 def main() -> None:
@@ -64,7 +65,13 @@ def _with_parameters(function):
 
 
 def command(
-    prompt: Annotated[str | None, typer.Argument(help="What to answer; - or nothing reads stdin.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to answer, as a user's turn where the model has a chat template (Python's "
+            "Engine.generate continues a string as it is: --raw); - or nothing reads stdin."
+        ),
+    ] = None,
     *,
     chat: Annotated[bool, typer.Option("--chat", "-c", help="Hold a conversation.")] = False,
     file: Annotated[
@@ -72,13 +79,15 @@ def command(
         typer.Option(
             "--file",
             "-f",
-            help="JSON lines to answer, - for stdin; each has a prompt, messages or token_ids, "
-            "and perhaps an id and params.",
+            help="JSON lines to answer, - for stdin; each has a prompt (a user's turn), text (continued as it "
+            "is), messages or token_ids, and perhaps an id and params.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Append the answers to --file here; run again to resume."),
+        typer.Option(
+            "--output", "-o", help="Append the answers to --file here, - for stdout; run again to resume."
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt, for the chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; no chat template.")] = False,
@@ -175,7 +184,8 @@ class Call:
             return self.answer(engine, self.ids(engine, "prompt", text), params)[0]
         with ExitStack() as stack:
             lines = sys.stdin if file == "-" else stack.enter_context(open(file, encoding="utf-8"))
-            results = stack.enter_context(ResultFile(output)) if output is not None else None
+            to_file = output is not None and str(output) != "-"
+            results = stack.enter_context(ResultFile(output)) if to_file else None
             return self.work_off(read_records(lines), results, params)
 
     def load(self) -> "Engine":
@@ -193,6 +203,8 @@ class Call:
         """Token ids of a prompt; text goes through the chat template where there is one, unless `raw`."""
         if kind == "token_ids":
             return content
+        if kind == "text":
+            return engine.encode(content)
         if kind == "prompt":
             if self.raw or not getattr(engine.tokenizer, "chat_template", None):
                 return engine.encode(content)
@@ -240,7 +252,9 @@ class Call:
         while (line := _read_line(self.note if interactive else None)) not in (None, "/exit"):
             if line == "/reset":
                 messages = []
-            if not line or line == "/reset":
+            if line == "/help":
+                self.note.print(CHAT_HELP, style="dim")
+            if line in ("", "/reset", "/help"):
                 continue
             turn = [*messages, {"role": "user", "content": line}]
             try:
@@ -270,21 +284,42 @@ class Call:
             return 0
         engine = self.load()
         prompts = [self.ids(engine, record.kind, record.content) for record, _ in pending]
-        failed = 0
+        self._begin(engine, params, results)
         with (
             closing(engine.stream(prompts, [own for _, own in pending])) as events,
-            Progress(console=self.note, disable=results is None or not self.note.is_terminal) as progress,
+            Work(self.note, sum(own.n for _, own in pending), bar=results is not None) as work,
         ):
-            bar = progress.add_task("samples", total=sum(own.n for _, own in pending))
             for generation in (event.generation for event in events if event.generation is not None):
-                name = pending[generation.request][0].id
-                failed += generation.finish_reason == "error"
-                progress.advance(bar)
-                if (name, generation.sample) not in done:
-                    _store(name, keys[name], generation, results)
-        if failed:
-            self.note.print(f"{failed} samples ended with an error, see their records", style="red")
-        return FAILED if failed else 0
+                record, own = pending[generation.request]
+                work.advance(generation)
+                if (record.id, generation.sample) not in done:
+                    entry = {"id": record.id, "sample": generation.sample, "key": keys[record.id]}
+                    entry |= generation.to_dict() | {"params": differing(own, params)}
+                    del entry["request"]
+                    _store(entry, results)
+        return FAILED if work.failed else 0
+
+    def _begin(self, engine: "Engine", params: "SamplingParams", results: ResultFile | None) -> None:
+        """The header: what all records have in common, so that each holds only what differs."""
+        header = {
+            "model": self._model(),
+            "revision": self.loading.get("revision"),
+            "quantization": self.loading.get("quantization"),
+            "dtype": str(engine.dtype).removeprefix("torch."),
+            "device": str(engine.device),
+            "system": self.system,
+            "raw": self.raw,
+            "versions": {name: version(name) for name in ("torch", "transformers")}
+            | {"handloom": handloom.__version__},
+            "params": params.to_dict(),
+        }
+        if results is None:
+            _store({"header": header}, None)
+        else:
+            results.begin(header)
+
+    def _model(self) -> str:
+        return self.model or os.environ.get("HANDLOOM_MODEL") or demo.HUB_ID
 
     def _own(self, params: "SamplingParams", record: Record) -> "SamplingParams":
         try:
@@ -294,9 +329,8 @@ class Call:
 
     def _key(self, record: Record, params: "SamplingParams") -> str:
         """Names all that an answer depends on: model, prompt, parameters."""
-        model = self.model or os.environ.get("HANDLOOM_MODEL") or demo.HUB_ID
         loading = {key: self.loading.get(key) for key in ("revision", "dtype", "quantization")}
-        facts = [model, loading, self.system, self.raw, record.kind, record.content, params.to_dict()]
+        facts = [self._model(), loading, self.system, self.raw, record.kind, record.content, params.to_dict()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _fail(self, error: Exception, code: int) -> int:
@@ -315,9 +349,13 @@ def _no_collector() -> Iterator[None]:
         gc.enable()
 
 
-def _store(name: int | str, key: str, generation: "Generation", results: ResultFile | None) -> None:
-    entry = {"id": name, "sample": generation.sample, "key": key, **generation.to_dict()}
-    del entry["request"]
+def differing(own: "SamplingParams", common: "SamplingParams") -> dict[str, Any]:
+    """The parameters of one record that are not those of all."""
+    others = common.to_dict()
+    return {name: value for name, value in own.to_dict().items() if value != others[name]}
+
+
+def _store(entry: dict[str, Any], results: ResultFile | None) -> None:
     if results is None:
         _write(json.dumps(entry, ensure_ascii=False) + "\n")
     else:

@@ -8,11 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..errors import HandloomError, PromptError
 
-KINDS = {"prompt": str, "messages": list, "token_ids": list}
+try:
+    import fcntl
+except ImportError:  # Windows: a second writer is not noticed there
+    fcntl = None
+
+KINDS = {"prompt": str, "text": str, "messages": list, "token_ids": list}
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Record:
 
     Args:
         id: name of the record, the line's `id` or its line number from 1.
-        kind: "prompt" (text), "messages" (a conversation) or "token_ids".
+        kind: "prompt" (text; a user's turn where the model has a chat template), "text" (continued as it is, as a
+            string is in Python), "messages" (a conversation) or "token_ids".
         content: the prompt itself.
         params: sampling parameters of this record alone.
     """
@@ -35,7 +39,7 @@ class Record:
 def read_records(lines: Iterable[str]) -> list[Record]:
     """The prompts of a JSONL file; empty lines are skipped.
 
-    A line is an object with one of `prompt`, `messages`, `token_ids`, and perhaps `id` and `params`.
+    A line is an object with one of `prompt`, `text`, `messages`, `token_ids`, and perhaps `id` and `params`.
 
     Raises:
         PromptError: a line is not such an object, or an id comes twice; the message names the line.
@@ -84,26 +88,39 @@ class ResultFile:
 
     Attributes:
         done: {(id, sample): key} of the records in the file, `key` naming the settings that made them.
-        header: what the first line says of all of them (model, versions, defaults), or None.
+        header: what the last header line says of the records behind it (model, versions, defaults), or None.
 
     Raises:
-        HandloomError: the file is in use, or holds something else than results.
+        HandloomError: the file is in use, cannot be written, is no regular file, or holds something else.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+        if path.exists() and not path.is_file():
+            raise HandloomError(f"{path} is no regular file, and results are read back when a run goes on")
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise HandloomError(f"{path} is being written by another process") from error
-        self._file = path.open("ab", buffering=0)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise HandloomError(f"{path} cannot be written: {error.strerror}") from error
         self.header: dict[str, Any] | None = None
+        self._opening: list[dict[str, Any]] = []
         try:
+            self._claim()
             self.done = self._repair()
         except BaseException:
             self.close()
             raise
+
+    def _claim(self) -> None:
+        """Lock the file itself, until it is closed; nothing is left behind."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise HandloomError(f"{self.path} is being written by another process") from error
+        except OSError as error:
+            raise HandloomError(f"{self.path} cannot be locked: {error.strerror}") from error
 
     def _repair(self) -> dict[tuple[int | str, int], str]:
         """Cut a torn last line off, and read what is there."""
@@ -116,7 +133,7 @@ class ResultFile:
                 whole += len(line)
                 try:
                     entry = json.loads(line)
-                    if number == 1 and "header" in entry:
+                    if "header" in entry:
                         self.header = entry["header"]
                     else:
                         done[entry["id"], entry["sample"]] = entry["key"]
@@ -128,25 +145,25 @@ class ResultFile:
         return done
 
     def begin(self, header: dict[str, Any]) -> None:
-        """Say what all records have in common; only a file that is still empty takes it."""
-        if self.header is None and not self.done:
-            self._append({"header": header})
-            self.header = header
+        """Say what the records from here on have in common; written with the first of them, if it is new."""
+        self._opening = [] if header == self.header else [{"header": header}]
+        self.header = header
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one record; it needs `id`, `sample` and `key`, and must be JSON."""
-        self._append(entry)
+        self._append([*self._opening, entry])
+        self._opening = []
         self.done[entry["id"], entry["sample"]] = entry["key"]
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
-        if self._file.write(line + b"\n") != len(line) + 1:
+    def _append(self, entries: Iterable[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+        lines = text.encode("utf-8", "backslashreplace")
+        if self._file.write(lines) != len(lines):
             raise OSError(f"{self.path}: only part of a record could be written; is the disk full?")
 
     def close(self) -> None:
         """Close the file and let others open it."""
         self._file.close()
-        self._lock.release()
 
     def __enter__(self) -> "ResultFile":
         return self

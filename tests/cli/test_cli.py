@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import fake_engine
 import pytest
+from rich.console import Console
 
 import handloom
 from handloom.cli import command as cli
 from handloom.cli import options
+from handloom.cli.work import Work
 from handloom.errors import HandloomError, ParameterError, PromptError
 from handloom.experiments.records import ResultFile, read_records
 from handloom.params.sampling_params import SamplingParams
@@ -222,7 +225,12 @@ def test_a_turn_that_is_too_long_leaves_the_conversation_as_it_was(handloom_comm
 
 
 def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records of a file, without its headers."""
+    return records_in(path.read_text())
+
+
+def records_in(text):
+    return [entry for entry in map(json.loads, text.splitlines()) if "header" not in entry]
 
 
 def prompts_file(path, entries):
@@ -241,7 +249,8 @@ def test_a_file_of_prompts_in_every_form(handloom_command, tmp_path):
     )
     output = tmp_path / "out.jsonl"
     code, out, err = handloom_command("--file", source, "--output", str(output))
-    assert (code, out, err) == (0, "", "")
+    assert (code, out) == (0, "")
+    assert re.fullmatch(r"4 samples in \d+\.\d s · 9 tokens · [\d.]+ tokens/s\n", err)
     found = {(entry["id"], entry["sample"]): entry for entry in lines_of(output)}
     assert {key: entry["text"] for key, entry in found.items()} == {
         ("a", 0): "cba",
@@ -256,10 +265,82 @@ def test_a_file_of_prompts_in_every_form(handloom_command, tmp_path):
 def test_without_an_output_the_records_go_to_stdout(handloom_command):
     code, out, _ = handloom_command("--file", "-", stdin='{"prompt": "ab"}\n\n{"prompt": "cd"}\n')
     assert code == 0
-    assert [(entry["id"], entry["text"]) for entry in map(json.loads, out.splitlines())] == [
-        (1, "ba"),
-        (3, "dc"),
+    assert [(entry["id"], entry["text"]) for entry in records_in(out)] == [(1, "ba"), (3, "dc")]
+    assert handloom_command("--file", "-", "--output", "-", stdin='{"prompt": "ab"}\n')[1] == out.replace(
+        out.splitlines(keepends=True)[2], ""
+    )
+
+
+def test_a_header_says_what_all_records_have_in_common_and_a_record_what_differs(handloom_command, tmp_path):
+    entries = [
+        {"prompt": "a"},
+        {"prompt": "b", "params": {"top_k": 3}},
+        {"prompt": "c", "params": {"seed": -1}},
     ]
+    output = tmp_path / "out.jsonl"
+    command = ("--file", prompts_file(tmp_path / "in.jsonl", entries), "--output", str(output))
+    assert handloom_command(*command, "--seed", "7", "--temperature", "1")[0] == 0
+    first, *rest = output.read_text().splitlines()
+    header = json.loads(first)["header"]
+    assert (header["model"], header["dtype"], header["device"]) == ("fake/model", "float32", "cpu")
+    assert set(header["versions"]) == {"handloom", "torch", "transformers"}
+    assert header["versions"]["handloom"] == handloom.__version__
+    assert SamplingParams.from_dict(header["params"]) == SamplingParams(seed=7, temperature=1.0)
+    assert [json.loads(line)["params"] for line in rest] == [{}, {"top_k": 3}, {"seed": None}]
+    assert max(map(len, rest)) < 600
+    # a run that goes on with another version says so from there on
+    output.write_text(output.read_text().replace(f'"handloom": "{handloom.__version__}"', '"handloom": "0"'))
+    output.write_text("".join(line + "\n" for line in output.read_text().splitlines()[:-1]))
+    assert handloom_command(*command, "--seed", "7", "--temperature", "1")[0] == 0
+    kinds = ["header" in json.loads(line) for line in output.read_text().splitlines()]
+    assert kinds == [True, False, False, True, False]
+
+
+def test_text_is_continued_as_it_is_and_a_prompt_is_a_users_turn(handloom_command):
+    lines = '{"prompt": "ab"}\n{"text": "ab"}\n'
+    _, out, _ = handloom_command("--file", "-", stdin=lines, engine=Chatty)
+    assert {entry["id"]: entry["text"] for entry in records_in(out)} == {1: "<u>ab<a>"[::-1], 2: "ba"}
+
+
+def test_progress_is_told_every_half_minute_where_stderr_is_no_terminal():
+    told, now = io.StringIO(), [0.0]
+    note = Console(file=told, width=200)
+
+    class Sample:
+        n_new, finish_reason = 20, "length"
+
+    with Work(note, 9, bar=True, clock=lambda: now[0]) as work:
+        for _ in range(9):
+            now[0] += 10
+            work.advance(Sample)
+    lines = told.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines == [
+        "3 of 9 samples, 2.0 tokens/s, about 60 s left",
+        "6 of 9 samples, 2.0 tokens/s, about 30 s left",
+        "9 samples in 90.0 s · 180 tokens · 2.0 tokens/s",
+    ]
+
+
+def test_help_in_a_conversation(handloom_command):
+    code, out, err = handloom_command("--chat", stdin="/help\nab\n", engine=Chatty)
+    assert (code, out) == (0, "<u>ab<a>"[::-1] + "\n")
+    assert err.startswith(cli.CHAT_HELP)
+
+
+def test_results_go_to_regular_files_alone_and_leave_nothing_beside_them(handloom_command, tmp_path):
+    source = prompts_file(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        code, _, err = handloom_command("--file", source, "--output", str(tmp_path / name))
+        assert code == 1
+        assert "is no regular file" in " ".join(err.split())
+    code, _, err = handloom_command("--file", source, "--output", str(tmp_path / "absent" / "out.jsonl"))
+    assert code == 1
+    assert "cannot be written: No such file or directory" in " ".join(err.split())
+    assert handloom_command("--file", source, "--output", str(tmp_path / "out.jsonl"))[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl", "out.jsonl", "pipe"]
 
 
 def test_a_resumed_run_does_only_what_is_missing(handloom_command, tmp_path):
@@ -306,7 +387,11 @@ def test_failed_records_are_stored_and_counted(handloom_command, tmp_path):
     ("text", "told"),
     [
         ('{"prompt": "a"}\n{"prompt"\n', "line 2 is not JSON"),
-        ('{"text": "a"}', "line 1: expected an object with exactly one of prompt, messages, token_ids"),
+        (
+            '{"content": "a"}',
+            "line 1: expected an object with exactly one of prompt, text, messages, token_ids",
+        ),
+        ('{"text": ["a"]}', "line 1: text must be a str"),
         ('["a"]', "line 1: expected an object"),
         ('{"prompt": "a", "token_ids": [1]}', "line 1: expected an object with exactly one"),
         ('{"prompt": 5}', "line 1: prompt must be a str, got 5"),

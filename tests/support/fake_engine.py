@@ -29,6 +29,7 @@ class FakeEngine:
 
     loaded = None
     tokenizer = FakeTokenizer()
+    dtype, device = "torch.float32", "cpu"
 
     @classmethod
     def from_pretrained(cls, name, **arguments):
