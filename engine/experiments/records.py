@@ -146,6 +146,7 @@ class ResultFile:
 
     def begin(self, header: dict[str, Any]) -> None:
         """Say what the records from here on have in common; written with the first of them, if it is new."""
+        header = json.loads(json.dumps(header))  # as it is read back
         self._opening = [] if header == self.header else [{"header": header}]
         self.header = header
 
