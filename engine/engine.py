@@ -13,6 +13,7 @@ from os import PathLike
 import torch
 
 from .errors import CapabilityError, HandloomError, ModelError, ParameterError, PromptError
+from .forward.fused.recognise import fuse
 from .forward.head import Head
 from .forward.probe import adapt
 from .forward.programs.compiling import compile_step
@@ -58,6 +59,8 @@ class Engine:
         prefix_cache: keep prompts' blocks for prompts that begin alike.
         graph: run the decode step as one device program, captured as a CUDA graph; None does so on CUDA where the
             model allows it. On a CPU True runs the same program uncaptured.
+        fuse: run decoder layers that are recognised as a few launches of our kernels, checked against the plain ones
+            when loading; `runner.fused` says of each why not. None does so on CUDA, True raises where none can be.
         compile: compile the model's decode step with torch.compile, once for each number of rows. It takes from
             half a minute to minutes, which stderr tells; what cannot be compiled runs as it is, and says why.
         self_check: compare a few logits with transformers' own cache when loading, and fall back if they differ.
@@ -86,6 +89,7 @@ class Engine:
         pipeline: Pipeline | None = None,
         prefix_cache: bool = True,
         graph: bool | None = None,
+        fuse: bool | None = None,
         compile: bool = False,
         self_check: bool = True,
         layout: str = "plain",
@@ -112,7 +116,7 @@ class Engine:
         share = prefix_cache and not fixed_slots
         self._pool_options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": share}
         self.prefill_chunk, self._self_check, self._layout = prefill_chunk, self_check, layout
-        self._asked_slots, self._graph = slots, graph
+        self._asked_slots, self._graph, self._fuse = slots, graph, fuse
         self.fixed_slots, self.compile = fixed_slots, compile
         self._lock, self._running = threading.Lock(), None
         self._adapt()
@@ -129,7 +133,7 @@ class Engine:
         self._twin = Twin(self.model)
         lay_out(self._twin.module, self._layout)
         self.runner, self.pool, self.vocab_size = adapt(
-            self._twin.module, self._pool_options, self.prefill_chunk, self._self_check
+            self._twin.module, self._pool_options, self.prefill_chunk, self._self_check, self._fuse
         )
         self.capabilities = self.runner.capabilities()
         self.graphs = self._wants_graphs(self._graph)
@@ -165,6 +169,8 @@ class Engine:
         for module, names in changes.attributes:
             if self.capabilities.path != "solo":  # there a module's attributes may be the state of a sequence
                 self._twin.follow(module, names)
+        if changes.attributes and self.capabilities.path == "attention" and self.runner.fused:
+            self.runner.fused = fuse(self.runner)
         self.pool.forget_prefixes()
         renew(self._twin.module)
         if changes.hooks or changes.moved or changes.attributes:

@@ -59,6 +59,7 @@ class Pass:
         self._ropes = row_wise_ropes(module)
         self.output = output_layer(module)
         self.restart = rope_switch(self.config)
+        self.fused: dict[str, str] = {}  # decoder layers, and why they stay plain; empty where they run fused
         self.compiled = None  # a CompiledStep that runs passes of one token per row
         self.hooked = False  # the model has forward hooks, which a compiled step might pass by
         self.recorded = None  # RecordedPasses, where passes over prompts are recorded

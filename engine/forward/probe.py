@@ -10,6 +10,8 @@ from transformers import DynamicCache
 from ..cache.paged import ATTENTION, HYBRID, RECURRENT, layer_plan
 from ..cache.pool import BlockPool
 from ..errors import ModelError
+from .fused.recognise import fuse as fuse_layers
+from .fused.recognise import unfuse
 from .model import Model, supported_layers
 from .passes import accepted
 from .ragged import row_wise_ropes
@@ -26,7 +28,9 @@ STATE_IN_MODULES = {"recurrent_gemma"}
 POSITION_FROM_KEYS = {"gpt_neo"}
 
 
-def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool = True):
+def adapt(
+    module, pool_options: dict, prefill_chunk: int = 512, self_check: bool = True, fuse: bool | None = None
+):
     """The fastest adapter that is right for a model.
 
     Args:
@@ -34,12 +38,13 @@ def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool
         pool_options: arguments of `BlockPool`.
         prefill_chunk: most prompt tokens in one forward pass.
         self_check: compare logits with transformers' cache on two short rows; without it the static rules decide.
+        fuse: run decoder layers fused where they are recognised; None does so on CUDA.
 
     Returns:
         (Model or SoloModel, BlockPool, vocabulary size of the logits).
 
     Raises:
-        ModelError: the model cannot run a forward pass at all.
+        ModelError: the model cannot run a forward pass at all, or `fuse` is True and no layer can be fused.
     """
     config = module.config.get_text_config(decoder=True)
     row_wise_ropes(module)  # before the first pass: they write to buffers, which are the user's until then
@@ -52,15 +57,41 @@ def adapt(module, pool_options: dict, prefill_chunk: int = 512, self_check: bool
         probe = Model(module, _pool(module, cache), path, prefill_chunk)
         error = _error(probe, prompts, reference) if self_check else 0.0
         if not isinstance(error, str) and error <= _tolerance(module):
+            fused = _fused(probe, fuse, (prompts, reference) if self_check else None)
             pool = _pool(module, cache, **pool_options)
-            return Model(module, pool, path, prefill_chunk), pool, vocab
+            model = Model(module, pool, path, prefill_chunk)
+            model.fused = fused
+            return model, pool, vocab
         tried.append(
             f"{path}: {error if isinstance(error, str) else f'logits differ by {error:.2g} deviations'}"
         )
     reason = refusal or "; ".join(tried)
+    if fuse:
+        raise ModelError(f"fuse=True: {type(module).__name__} runs one sequence at a time ({reason})")
     log.warning("%s runs one sequence at a time (%s)", type(module).__name__, reason)
     pool = BlockPool(**pool_options)
     return SoloModel(module, pool, reason, config.model_type in STATE_IN_MODULES), pool, vocab
+
+
+def _fused(probe, wanted: bool | None, check) -> dict[str, str]:
+    """Fuse what can be; name of every decoder layer -> why it stays plain, empty where it is fused."""
+    if not (probe.device.type == "cuda" if wanted is None else wanted):
+        return {}
+    reasons = fuse_layers(probe) if probe.path == "attention" else {}
+    fused = sum(not reason for reason in reasons.values())
+    if fused and check is not None:
+        error = _error(probe, *check)
+        if isinstance(error, str) or error > _tolerance(probe.module):
+            unfuse(probe.module)
+            differs = error if isinstance(error, str) else f"logits differ by {error:.2g} deviations"
+            reasons, fused = dict.fromkeys(reasons, f"all fused layers together: {differs}"), 0
+    left = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    if wanted and not fused:
+        path = f"its attention runs on the {probe.path} path"
+        raise ModelError(f"fuse=True: no decoder layer can be fused: {(left or path)[:300]}")
+    if reasons:
+        log.info("%d of %d decoder layers fused%s", fused, len(reasons), f" ({left[:300]})" if left else "")
+    return reasons
 
 
 def _refusal(module) -> str:

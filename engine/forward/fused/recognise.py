@@ -45,14 +45,14 @@ def fuse(runner, products: Products | None = None) -> dict[str, str]:
 
     Args:
         runner: the `Model` on the attention path whose twin is changed; its pool needs a few free blocks.
-        products: the choice of products; None measures it on CUDA.
+        products: the choice of products; None keeps the one that was made before, or measures it on CUDA.
 
     Returns:
         name of every decoder layer -> why it stays plain, empty where it is fused.
     """
     module = runner.module
+    products = products or _products_of(module) or default_products(runner.device)
     unfuse(module)
-    products = default_products(runner.device) if products is None else products
     found = {
         name: part for name, part in module.named_modules() if _child(part, ATTENTIONS) and _child(part, MLPS)
     }
@@ -72,7 +72,7 @@ def fuse(runner, products: Products | None = None) -> dict[str, str]:
     for structure in taken:
         swap(structure.layer, Fused, structure)
     if taken:
-        _fuse_ends(module, taken[0], products)
+        _fuse_ends(runner, taken[0], products)
         _measure(module, taken, products)
     return {name: reasons[name] for name in found}
 
@@ -84,17 +84,21 @@ def unfuse(module: nn.Module) -> None:
             unswap(part)
 
 
-def _fuse_ends(module, structure: Structure, products) -> None:
+def _products_of(module) -> Products | None:
+    return next((part.structure.products for part in module.modules() if isinstance(part, Fused)), None)
+
+
+def _fuse_ends(runner, structure: Structure, products) -> None:
     """The norm behind the last layer, and the output layer."""
-    size = next(iter(structure.norms.values()))().weight
-    for parent in module.modules():
+    size = structure.heads.out.out_features
+    for parent in runner.module.modules():
         if not any(structure.layer in part._modules.values() for part in parent._modules.values() if part):
             continue
         for part in parent.children():
-            norm = "" if part._modules or bypassed(part) or size is None else read_norm(part, len(size))
+            norm = bypassed(part) or read_norm(part, size)
             if not isinstance(norm, str):
                 swap(part, FusedNorm, norm)
-    output = module.get_output_embeddings()
+    output = runner.output and runner.output.layer
     if output is not None and linear(output) and not bypassed(output):
         swap(output, FusedOutput, products)
 
@@ -130,7 +134,7 @@ def _read(layer: nn.Module, products: Products) -> Structure | str:
     heads = _read_heads(attention)
     if isinstance(heads, str):
         return heads
-    size = heads.out.weight.shape[0] if linear(heads.out) else getattr(heads.out, "out_features", 0)
+    size = getattr(heads.out, "out_features", 0)
     places = {}
     for name, part in norms.items():
         reader = read_norm(part, size)
