@@ -437,17 +437,22 @@ class Engine:
         )
 
     @torch.no_grad()
-    def step(self, state: State, tokens, *, hidden: bool = False) -> State:
+    def step(self, state: State, tokens, *, embeddings=None, hidden: bool = False) -> State:
         """The State after one more token per row.
 
         Args:
             state: where to continue; it stays valid.
             tokens: `[B]` token ids.
+            embeddings: `[B, D]` fed in place of the tokens' own; the rows' history still names the tokens.
             hidden: keep hidden states.
         """
         ids = whole_numbers(tokens, "tokens")
+        if embeddings is not None and embeddings.shape[:1] != (len(ids),):
+            raise HandloomError(
+                f"embeddings of shape {list(embeddings.shape)} for {len(ids)} tokens; give [B, D]"
+            )
         with self._turn("step"):
-            longer = self._extended(state, [[t] for t in ids], None, hidden)
+            longer = self._extended(state, [[t] for t in ids], None, hidden, embeddings)
         return replace(longer, all_logits=None, steps=(), before=None)
 
     @torch.no_grad()
@@ -466,11 +471,12 @@ class Engine:
         with self._turn("extend"):
             return self._extended(state, tokens, counts, hidden)
 
-    def _extended(self, state: State, tokens, counts, hidden: bool) -> State:
+    def _extended(self, state: State, tokens, counts, hidden: bool, embeddings=None) -> State:
         given = self._continuations(state, tokens, counts)
         if not given:
             return replace(state, all_logits=state.logits[:, None], before=state.logits)
-        rows, out = self.runner.extend(state.rows, given, state.states, hidden=hidden)
+        inputs = None if embeddings is None else embeddings[:, None]
+        rows, out = self.runner.extend(state.rows, given, state.states, hidden=hidden, embeddings=inputs)
         fed = tuple(len(row) for row in given)
         last = torch.tensor(fed, device=out.logits.device) - 1
         return State(

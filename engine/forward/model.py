@@ -50,7 +50,9 @@ class Model(Pass):
         feed = Feed.build([tokens], [0], [prompt.table], self.pool.block_size, self.device, given)
         return prompt.row(), self.forward(feed, self.layout, hidden=hidden, last_only=not every)
 
-    def extend(self, rows, tokens, states=(), *, hidden=False) -> tuple[tuple[Row, ...], Output]:
+    def extend(
+        self, rows, tokens, states=(), *, hidden=False, embeddings=None
+    ) -> tuple[tuple[Row, ...], Output]:
         """Feed each row its own number of tokens.
 
         Args:
@@ -58,6 +60,7 @@ class Model(Pass):
             tokens: a list of at least one id for each row.
             states: recurrent states of the rows, `[B, ...]` each.
             hidden: return hidden states.
+            embeddings: `[B, n, D]` fed in place of the tokens' own.
 
         Returns:
             The longer rows, and an Output with logits `[B, n, V]`, n the largest count.
@@ -66,10 +69,17 @@ class Model(Pass):
             r.length <= self.restart < r.length + len(t) for r, t in zip(rows, tokens, strict=True)
         ):
             return self._recompute(rows, tokens, hidden)
+        if embeddings is not None:
+            if self.restart:
+                raise CapabilityError(
+                    "this model may recompute its keys from token ids: embeddings cannot be fed"
+                )
+            embeddings = self.embedded(embeddings)
         if self.recurrent:
-            return self._extend_stepwise(rows, tokens, states, hidden)
+            return self._extend_stepwise(rows, tokens, states, hidden, embeddings)
         tables = [self._writable(r.table, r.length, len(t)) for r, t in zip(rows, tokens, strict=True)]
-        feed = Feed.build(tokens, [r.length for r in rows], tables, self.pool.block_size, self.device)
+        starts = [r.length for r in rows]
+        feed = Feed.build(tokens, starts, tables, self.pool.block_size, self.device, embeddings)
         return longer_rows(rows, tables, tokens), self.forward(feed, hidden=hidden)
 
     def embedded(self, embeddings):
@@ -80,7 +90,7 @@ class Model(Pass):
     def _writable(self, table, start, count, room=0):
         return self.pool.writable(table, start, count, room) if self.paged else table
 
-    def _extend_stepwise(self, rows, tokens, states, hidden):
+    def _extend_stepwise(self, rows, tokens, states, hidden, embeddings=None):
         """One token at a time: the only way that is right for every recurrent layer."""
         rows, states = list(rows), tuple(t.clone() for t in states)
         logits, layers, steps = [], [], []
@@ -91,7 +101,9 @@ class Model(Pass):
             cache.load_states(tuple(t.index_select(0, where) for t in states), self.layout)
             picked, new = [rows[i] for i in active], [[tokens[i][j]] for i in active]
             tables = [self._writable(r.table, r.length, 1) for r in picked]
-            feed = Feed.build(new, [r.length for r in picked], tables, self.pool.block_size, self.device)
+            given = None if embeddings is None else embeddings[where, j : j + 1]
+            starts = [r.length for r in picked]
+            feed = Feed.build(new, starts, tables, self.pool.block_size, self.device, given)
             out = self.forward(feed, cache, hidden=hidden)
             states = tuple(t.index_copy(0, where, s) for t, s in zip(states, out.states, strict=True))
             steps.append(states)

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from ..cache.pool import BlockPool
 from ..cache.sequence import History, Row
+from ..errors import CapabilityError
 from .capabilities import Capabilities, Capability
 from .model import longer_rows
 from .passes import Output, accepted, padded
@@ -58,8 +59,12 @@ class SoloModel:
             out = Output(out.logits[:, -1:], out.hidden)
         return Row(self.pool.table(), history, len(tokens), session), out
 
-    def extend(self, rows, tokens, states=(), *, hidden=False) -> tuple[tuple[Row, ...], Output]:
+    def extend(
+        self, rows, tokens, states=(), *, hidden=False, embeddings=None
+    ) -> tuple[tuple[Row, ...], Output]:
         """See `Model.extend`; rows are computed one after the other."""
+        if embeddings is not None:
+            raise CapabilityError("this model recomputes its rows from token ids: embeddings cannot be fed")
         longer, logits, layers = [], [], []
         width = max(len(t) for t in tokens)
         for row, new in zip(rows, tokens, strict=True):

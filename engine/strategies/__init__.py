@@ -26,6 +26,7 @@ forks, reorders and drops rows. `Requests` adds what `SamplingParams` asks for: 
 
 from .acceleration.drafting import prompt_lookup
 from .acceleration.speculative import Speculation, speculative
+from .continuous.soft_thinking import mixture_of_inputs, soft_thinking
 from .degeneration.adaptive import adaptive_contrastive_search
 from .degeneration.cautious import cautious
 from .degeneration.contrastive import contrastive_search
@@ -94,6 +95,7 @@ __all__ = [
     "frustratingly_simple",
     "grammar_aligned",
     "lookahead",
+    "mixture_of_inputs",
     "power_sampling",
     "power_smc",
     "prompt_lookup",
@@ -101,6 +103,7 @@ __all__ = [
     "scored",
     "self_consistency",
     "smc",
+    "soft_thinking",
     "speculative",
     "stochastic_beam",
     "tree_search",

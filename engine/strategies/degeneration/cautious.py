@@ -46,8 +46,7 @@ def cautious(
 
     def step(now):
         tokens = now.draw()
-        entropy = -(now.logprobs.exp() * now.logprobs.clamp(min=-1e4)).sum(-1)
-        share = ((entropy - low) / (high - low)).clamp(0, 1)
+        share = ((now.entropy - low) / (high - low)).clamp(0, 1)
         counts = (1 + (most_trials - 1) * share).round().long().tolist()
         free = [row for row, request in enumerate(now.live) if not chosen.get(request) and counts[row] > 1]
         fan = [(row, trial) for row in free for trial in range(counts[row])]

@@ -22,6 +22,7 @@ from .joint import Joint
 from .requests import Requests, push
 
 log = logging.getLogger("handloom")
+LEAST = -1e4  # a log-probability whose token counts nothing
 
 
 @dataclass
@@ -80,6 +81,11 @@ class Now:
     def logprobs(self) -> Tensor:
         """`[B, V]` log-probabilities of the next token after the pipeline."""
         return self.processed.log_softmax(-1)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """`[B]` nats of what the pipeline leaves."""
+        return -(self.logprobs.exp() * self.logprobs.clamp(min=LEAST)).sum(-1)  # 0 log 0 is 0
 
     def draw(self, logits: Tensor | None = None, streams: int = 0) -> Tensor:
         """`[B]` tokens drawn from the pipeline's logits, or from others `[B, V]`, with each row's own noise.

@@ -1,0 +1,1 @@
+"""continuous: what is fed is a mixture of words rather than one."""
