@@ -39,6 +39,7 @@ DEV = [
     "build>=1.2",
     "hypothesis>=6.100",
     "logits-processor-zoo>=0.2.1",
+    "peft>=0.18",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",

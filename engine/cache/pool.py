@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 import weakref
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, deque
 
 import numpy as np
 import torch
 
 from ..errors import PoolExhausted
+from .storage import Store, zeros
 from .transfer import upload
 
 TRASH = 0  # idle rows and surplus tokens write here; nobody reads it
@@ -32,39 +30,10 @@ class Table:
         pool.retain(self)
 
     def __del__(self):
-        self.pool.release(self.blocks)
+        self.pool.dropped.append(self.blocks)  # by any thread, or by the garbage collector in mid-sentence
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-
-@dataclass
-class Store:
-    """Keys and values of all layers with one shape: `keys [L, N, block, Hk, D]`, `values [L, N, block, Hv, Dv]`."""
-
-    layers: tuple[int, ...]
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def resized(self, capacity: int, used: int) -> Store:
-        """The first `used` blocks in tensors of `capacity` blocks."""
-        grown = []
-        for old in (self.keys, self.values):
-            new = _zeros((old.shape[0], capacity, *old.shape[2:]), old.dtype, old.device)
-            new[:, :used] = old[:, :used]
-            grown.append(new)
-        return Store(self.layers, *grown)
-
-
-def _zeros(shape, dtype, device) -> torch.Tensor:
-    """Zeros whose pages, on a CPU, cost no memory until they are written; `torch.zeros` writes them all."""
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size == 0:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # a huge page would round every layer up to 2 MiB
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class BlockPool:
@@ -101,6 +70,7 @@ class BlockPool:
         self._free = np.zeros(RESERVED, bool)
         self._free_count = self._free_low = 0  # all that are free, and those below the high water mark
         self._claimed = np.zeros(RESERVED, bool)
+        self.dropped: deque[tuple[int, ...]] = deque()  # of Tables that are gone; given back when it matters
         self.owner = "an engine"  # in words, for whoever is given rows that are not its own
         self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
         self._prefix: dict[tuple, int] = {}
@@ -123,8 +93,8 @@ class BlockPool:
         self.stores.append(
             Store(
                 tuple(layers),
-                _zeros((*lead, *key_shape), dtype, device),
-                _zeros((*lead, *value_shape), dtype, device),
+                zeros((*lead, *key_shape), dtype, device),
+                zeros((*lead, *value_shape), dtype, device),
             )
         )
         for j, layer in enumerate(layers):
@@ -147,15 +117,18 @@ class BlockPool:
     @property
     def in_use(self) -> int:
         """Blocks that some Table holds."""
+        self.settle()
         return int((self.refs > 0).sum())
 
     @property
     def cached(self) -> int:
         """Blocks that nobody holds, kept for prompts that begin with the same tokens."""
+        self.settle()
         return len(self._idle)
 
     def obtainable(self) -> float:
         """Blocks that could be handed out now; infinite for a pool that may grow without bound."""
+        self.settle()
         if self.max_blocks is None:
             return float("inf")
         return self._free_count + len(self._idle) + self.max_blocks + RESERVED - self.capacity
@@ -174,8 +147,12 @@ class BlockPool:
             if self.refs[block] == 1:
                 self._idle.pop(block, None)
 
-    def release(self, blocks: tuple[int, ...]) -> None:
-        """Give back one reference to each block; the last one frees it, or keeps it idle for its prefix."""
+    def settle(self) -> None:
+        """Give back what gone Tables held; the last reference frees a block, or keeps it idle for its prefix."""
+        while self.dropped:
+            self._release(self.dropped.popleft())
+
+    def _release(self, blocks: tuple[int, ...]) -> None:
         for block in blocks:
             self.refs[block] -= 1
             if self.refs[block] == 0:
@@ -197,6 +174,7 @@ class BlockPool:
         Raises:
             PoolExhausted: the pool is full and may not grow; nothing was taken.
         """
+        self.settle()
         if count == 0:
             return ()
         self._make_room(count)
@@ -230,6 +208,7 @@ class BlockPool:
 
         As far as `max_blocks` and half of the device's free memory allow; beyond that the pool grows when it must.
         """
+        self.settle()
         target = self.capacity + count - self._free_count - len(self._idle)
         if self.max_blocks is not None:
             target = min(target, self.max_blocks + RESERVED)
@@ -375,6 +354,7 @@ class BlockPool:
 
     def clear_prefixes(self) -> None:
         """Forget every kept prefix that nobody uses."""
+        self.settle()
         while self._idle:
             self._forget(self._idle.popitem()[0])
 
@@ -398,6 +378,7 @@ class BlockPool:
 
     def check(self) -> None:
         """Raise AssertionError unless counts, free blocks and kept prefixes agree with the Tables alive."""
+        self.settle()
         expected = np.zeros(self.capacity, np.int32)
         for table in self._tables:
             assert len(set(table.blocks)) == len(table.blocks), f"block twice in one table: {table.blocks}"

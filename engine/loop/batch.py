@@ -13,6 +13,7 @@ from ..cache.pool import TRASH, ZERO
 from ..cache.sequence import Row
 from ..cache.transfer import upload
 from ..errors import HandloomError, PoolExhausted
+from ..pipeline.forms.context import Failures
 from ..pipeline.pipeline import Context
 from .request import Request
 
@@ -37,7 +38,7 @@ class Step:
     results: torch.Tensor
     best: tuple[torch.Tensor, torch.Tensor] | None = None
     ready: torch.cuda.Event | None = None
-    failures: dict[int, str] = field(default_factory=dict)
+    failures: Failures = field(default_factory=Failures)
 
     def read(self) -> list[list[float]]:
         """The results, once they have arrived."""
@@ -255,6 +256,7 @@ class Batch:
             seeds=self.seeds,
             streams=self.streams,
             params=self.sampler.params,
+            forgiving=True,
             exclusive=True,
         )
 
@@ -265,9 +267,8 @@ class Batch:
         drawn = self.sampler.sample(self.logits, context)
         self.tokens = drawn.tokens
         self.sampler = self.sampler.accept(drawn.tokens, context, every_row=True)
-        results = torch.stack((drawn.tokens, drawn.raw_logprobs, drawn.logprobs), 1)
-        failures = context.cache.get("failures", {})
-        return Step(list(self.requests), results, self._most_probable(), failures=failures)
+        results = torch.stack((drawn.tokens, drawn.raw_logprobs, context.spoiled(drawn.logprobs)), 1)
+        return Step(list(self.requests), results, self._most_probable(), failures=context.failures)
 
     def _top_count(self) -> int | None:
         """How many of the most probable tokens some request wants to see, or None."""

@@ -12,6 +12,7 @@ import torch
 from ..cache.feed import Feed
 from ..forward.programs.capture import Mailbox, recorder_for
 from ..forward.programs.programs import Programs
+from ..pipeline.forms.context import Failures
 from ..pipeline.pipeline import Context
 from .batch import IDLE, Batch, Step
 
@@ -51,7 +52,7 @@ class GraphBatch(Batch):
         self.programs = (
             None if self.recorder is None else Programs(self.recorder, self.pool, KEPT, "the decode step")
         )
-        self.failures: dict[int, str] = {}
+        self.failures = Failures()
         self._current: tuple | None = None  # blocks, key and program of the last step, until a row changes
         self._chosen: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -83,7 +84,7 @@ class GraphBatch(Batch):
             if not program.whole:
                 self._sample(best)
             program.graph.replay()
-            self.failures = {} if program.whole else self.failures
+            self.failures = Failures() if program.whole else self.failures
         self.lengths += self.occupied
         sent, ready = self.mail.send(self.results, *(best or ()))
         return Step(list(self.requests), sent[0], tuple(sent[1:]) or None, ready, self.failures)
@@ -109,11 +110,11 @@ class GraphBatch(Batch):
         """Draw a token for every slot; memory is updated where it lies."""
         context = self.context()
         drawn = self.sampler.sample(self.logits, context)
-        self.failures = context.cache.get("failures", {})
         advanced = self.sampler.accept(drawn.tokens, context, every_row=True)
+        self.failures = context.failures
         for old, new in zip(self.sampler.active(), advanced.active(), strict=True):
             _overwrite(old, new)
-        for column, part in enumerate((drawn.tokens, drawn.raw_logprobs, drawn.logprobs)):
+        for column, part in enumerate((drawn.tokens, drawn.raw_logprobs, context.spoiled(drawn.logprobs))):
             self.results[:, column].copy_(part)
         self.tokens.copy_(drawn.tokens)
         if best is not None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache.transfer import upload
-from ..errors import ParameterError
+from ..errors import HandloomError, ParameterError
 from ..kernels import dispatch
 from ..kernels.sampling.rules import Rule
 from ..kernels.sampling.sample import sample
@@ -18,6 +19,8 @@ from .edits import Edits
 from .forms import Context, Edit, Keep, guarded, values_of
 from .members import Member, Plan, merge, put_memory, reasons, remembers, select_memory
 from .processors.temperature import Temperature
+
+NEG_INF = float("-inf")
 
 
 @dataclasses.dataclass
@@ -126,7 +129,13 @@ class Rows:
     def _start(self, member: Member, row: int, site: Context) -> None:
         """Fresh memory for one row of one member."""
         values = values_of(member.processor, [member.settings[row]], [True], site)
-        fresh = member.processor.start(site.view(member.processor, values, None))
+        try:
+            fresh = member.processor.start(site.view(member.processor, values, None))
+        except (HandloomError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            name = member.processor.name
+            raise ParameterError(f"processor {name!r} raised {type(error).__name__}: {error}") from error
         if fresh is None:
             return
         if member.memory is None:
@@ -215,8 +224,30 @@ class Rows:
                     logits = buffer[:, :-1]
                 processor.edit_in_place(buffer, view)
             else:
-                logits, buffer = guarded(processor, logits, view), None
+                with self._blaming(member, view) as failed:
+                    logits, buffer = guarded(processor, logits, view), None
+                logits = logits.masked_fill(failed[0], NEG_INF) if failed else logits
         return logits.contiguous()  # a softmax over a strided view is several times slower
+
+    @contextmanager
+    def _blaming(self, member: Member, context: Context) -> Iterator[list[Tensor]]:
+        """Where the context forgives, what is raised ends the member's rows: then the list gets them, [B, 1] bool."""
+        failed: list[Tensor] = []
+        try:
+            yield failed
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not context.forgiving:
+                raise
+            told = isinstance(error, ParameterError) and repr(member.processor.name) in str(error)
+            name = f"processor {member.processor.name!r}"
+            for row, on in enumerate(member.on):
+                if on:
+                    context.fail(
+                        row, str(error) if told else f"{name} raised {type(error).__name__}: {error}"
+                    )
+            failed.append(torch.tensor(member.on, device=self.site.device)[:, None])
 
     def edits(self, logits: Tensor, context: Context) -> Edits | None:
         """The fused edits of a step, for logits [B, V] that the unfused members have processed; None: none."""
@@ -229,7 +260,8 @@ class Rows:
         """Rows after `tokens` [B] int64 were committed; give the Context that `apply` or `sample` saw.
 
         A token of -1 says that its row accepts nothing in this step: its memory stays as it is. `every_row`
-        says that there is none, so that nothing has to be read on the host.
+        says that there is none, so that nothing has to be read on the host. Rows whose memory could not follow are
+        in `context.cache["lost"]`, [B] bool each.
         """
         stateful = [member for member in self.active() if member.memory is not None]
         if not stateful:
@@ -237,10 +269,11 @@ class Rows:
         idle = [] if every_row else (tokens < 0).nonzero().flatten().tolist()
         changed = {}
         for member in stateful:
-            view = self._view(member, context)
-            memory = member.processor.accept(
-                member.memory, tokens if every_row else tokens.clamp(min=0), view
-            )
+            view, memory = self._view(member, context), member.memory
+            with self._blaming(member, view) as failed:
+                memory = member.processor.accept(memory, tokens if every_row else tokens.clamp(min=0), view)
+            if failed:
+                context.cache.setdefault("lost", []).append(failed[0][:, 0])
             for row in idle:
                 memory = put_memory(memory, row, select_memory(member.memory, torch.tensor([row])))
             changed[id(member)] = member.copy(memory=memory)

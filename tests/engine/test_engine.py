@@ -298,8 +298,8 @@ def test_a_generation_that_fails_half_way_leaves_the_model_as_it_was(engine):
         raise RuntimeError("mine")
 
     attention = engine.model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="mine"):
-        engine.generate([PROMPTS[0], PROMPTS[1]], max_new_tokens=3, processors=[explode])
+    for result in engine.generate([PROMPTS[0], PROMPTS[1]], max_new_tokens=3, processors=[explode]):
+        assert result.error.endswith("processor 'explode' raised RuntimeError: mine")
     assert engine.model.config._attn_implementation == attention
 
 

@@ -14,7 +14,8 @@ from rule_cases import ON
 from torch._dynamo.utils import counters
 
 from handloom import CapabilityError, Engine, SamplingParams
-from handloom.cache.pool import BlockPool, Store
+from handloom.cache.pool import BlockPool
+from handloom.cache.storage import Store
 from handloom.forward.model import uncapturable
 from handloom.forward.programs.compiling import CompiledStep
 from handloom.kernels import dispatch

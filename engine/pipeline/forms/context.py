@@ -23,7 +23,8 @@ class Context:
     memory: memory of the processor that is running, or None.
     notes: what `apply` leaves for the `accept` of the same step (same Context).
     cache: what several processors of one step share, such as the history once it is built. A processor that
-        must give up on a row leaves it without a token and says why in `cache["failures"][row]`.
+        must give up on a row leaves it without a token and says why by `fail(row, reason)`.
+    forgiving: a processor that raises ends the rows for which it is on, and says why there; otherwise it raises.
     exclusive: nobody goes back to the memory of an earlier step, so that it may be changed where it lies.
     beams: so many rows that follow each other are beams of one prompt. least: [B, 1] int64, how many tokens a
         truncation rule leaves at any rate (a beam needs one that goes on); None: one.
@@ -42,6 +43,7 @@ class Context:
     memory: Any = None
     notes: dict = dataclasses.field(default_factory=dict)
     cache: dict = dataclasses.field(default_factory=dict)
+    forgiving: bool = False
     exclusive: bool = False
     beams: int = 1
     least: Tensor | None = None
@@ -78,6 +80,21 @@ class Context:
         other.key, other.values, other.memory = key, values, memory
         return other
 
+    def fail(self, row: int, reason: str) -> None:
+        """Say why a row is left without a token; the first reason counts."""
+        self.cache.setdefault("failures", {}).setdefault(row, reason)
+
+    @property
+    def failures(self) -> Failures:
+        """Why processors left rows of this step without a token."""
+        return Failures(self.cache.get("failures", {}), self.cache.get("suspects", ()))
+
+    def spoiled(self, logprobs: Tensor) -> Tensor:
+        """Log-probabilities [B] with NaN for rows whose processors' memory could not follow the token."""
+        for rows in self.cache.get("lost", ()):
+            logprobs = logprobs.masked_fill(rows, float("nan"))
+        return logprobs
+
     def note(self, value: Any) -> None:
         """Leave `value` for the `accept` that follows this `apply`."""
         self.notes[self.key] = value
@@ -85,3 +102,17 @@ class Context:
     def noted(self) -> Any:
         """What `apply` left in this step, or None."""
         return self.notes.get(self.key)
+
+
+@dataclasses.dataclass
+class Failures:
+    """Why rows of a step have no token: told ones by row, and suspicions [B] bool, read only where one is asked for."""
+
+    told: dict[int, str] = dataclasses.field(default_factory=dict)
+    suspects: Sequence[tuple[str, Tensor]] = ()
+
+    def get(self, row: int, default: str | None = None) -> str | None:
+        """The reason of a row, or `default` where no processor has one."""
+        if row in self.told:
+            return self.told[row]
+        return next((text for text, rows in self.suspects if rows[row]), default)

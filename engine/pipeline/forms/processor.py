@@ -15,6 +15,7 @@ from ...errors import ParameterError
 from .context import Context
 
 NEG_INF = float("-inf")
+OURS = __name__.split(".")[0] + "."
 
 
 class Processor:
@@ -173,7 +174,10 @@ def values_of(
 
 def guarded(processor: Processor, logits: Tensor, context: Context) -> Tensor:
     """Apply `processor`; rows for which it is off come back bit-identical whatever the rule returns."""
-    result = processor.apply(logits, context)
+    if type(processor).__module__.startswith(OURS) and not isinstance(processor, Function | Adapted):
+        result = processor.apply(logits, context)
+    else:
+        result = _distrusted(processor, logits, context)
     if not isinstance(result, Tensor) or result.shape != logits.shape:
         got = list(result.shape) if isinstance(result, Tensor) else repr(result)
         raise ParameterError(
@@ -183,6 +187,33 @@ def guarded(processor: Processor, logits: Tensor, context: Context) -> Tensor:
     if rows_on is None or processor.leaves_off_rows or result is logits:
         return result
     return torch.where(rows_on, result, logits)
+
+
+def _distrusted(processor: Processor, logits: Tensor, context: Context) -> Any:
+    """What a processor of somebody else gives, who might write to its input, or return other things than logits."""
+    given = logits.clone()
+    version = given._version
+    result = processor.apply(given, context)
+    if given._version != version:
+        raise ParameterError(
+            f"processor {processor.name!r} wrote to the logits that it was given; it must return new ones: "
+            "begin with logits = logits.clone()"
+        )
+    if result is given or not isinstance(result, Tensor) or result.shape != logits.shape:
+        return logits if result is given else result
+    if not result.is_floating_point():
+        raise ParameterError(
+            f"processor {processor.name!r} must return floating logits like the {logits.dtype} that it was given, "
+            f"got {result.dtype}"
+        )
+    result = result.to(logits.dtype)
+    for text, wrong in (("NaN", result.isnan() & ~logits.isnan()), ("+inf", result == float("inf"))):
+        rows = wrong.any(-1)  # [B], not looked at by the host before a row has no token
+        context.cache.setdefault("suspects", []).append(
+            (f"processor {processor.name!r} returned {text}", rows)
+        )
+        result = result.masked_fill(rows[:, None], NEG_INF)
+    return result
 
 
 def committed(processor: Processor, context: Context) -> Any:

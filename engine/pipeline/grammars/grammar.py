@@ -284,7 +284,7 @@ class Grammar(Edit):
                 except Exception as error:  # noqa: BLE001 - one request's matcher must not take the others with it
                     mask[row] = 0
                     problem = f"the grammar's matcher raised {type(error).__name__}: {error}"
-                context.cache.setdefault("failures", {})[row] = problem  # told only if no token can be drawn
+                context.fail(row, problem)  # told only if no token can be drawn
         return mask
 
     def _fill(self, mask: Tensor, row: int, context: Context) -> str:

@@ -185,8 +185,7 @@ class PrefixFunction(Edit):
                 allowed = function(streams[row], context.history[row, : lengths[row]])
                 found.append(check_ids(self.name, allowed, context.vocab_size))
             except Exception as error:  # noqa: BLE001 - one request's function must not take the others with it
-                failures = context.cache.setdefault("failures", {})
-                failures[row] = f"prefix_fn raised {type(error).__name__}: {error}"
+                context.fail(row, f"prefix_fn raised {type(error).__name__}: {error}")
                 found.append([])
         return found
 

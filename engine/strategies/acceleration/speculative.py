@@ -116,7 +116,8 @@ def verify(requests, live, tokens, drafts, laws, logits, rule) -> tuple[Requests
         kept[active] = chosen[active]
         requests = requests.accept(kept, context)
         for i in active:
-            done[i] = push(live[i], *(column[i] for column in told)).generation
+            row = (column[i] for column in told)
+            done[i] = push(live[i], *row, failure=context.failures.get(i)).generation
             new[i].append(told[0][i])
         active = [i for i in active if accepted[i] and done[i] is None]
         if not active:

@@ -277,7 +277,8 @@ class Decoding(Iterator[Event]):
         now = Now(self.joint, self.requests, tuple(self.live), self.logits)
         tokens, raw, logprobs, after = self._choose(now)
         self.requests = self.requests.accept(tokens, now.context)
-        best, failures = most_probable(now), now.context.cache.get("failures", {})
+        best, failures = most_probable(now), now.context.failures
+        logprobs = now.context.spoiled(logprobs)
         told = zip(self.live, tokens.tolist(), raw.tolist(), logprobs.tolist(), best, strict=True)
         events = [push(*row, failures.get(i)) for i, row in enumerate(told)]
         if after is not None:

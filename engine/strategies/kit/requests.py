@@ -108,6 +108,7 @@ class Requests:
             streams=self.streams,
             params=[request.params for request in self.asked],
             vocab_size=self.rows.site.vocab_size,
+            forgiving=True,
         )
 
     def at(self, state: State) -> Context:
