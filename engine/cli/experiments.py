@@ -1,4 +1,4 @@
-"""The commands of experiments: `handloom sweep`, `compare`, `report`, `merge`."""
+"""The commands of experiments: `handloom sweep`, `compare`, `report`, `merge`, `export`, `trace`."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def compare(
     texts: Annotated[int, typer.Option(help="Show so many samples with what differs marked.", min=0)] = 0,
 ) -> None:
     """Compare settings on the same prompts and noise: paired differences with intervals."""
-    from ..experiments.compare import compare_records, identity
+    from ..experiments.analysis.compare import compare_records, identity
     from ..experiments.records import read_results
 
     _, records = read_results(files)
@@ -143,8 +143,8 @@ def report(
     baseline: Annotated[str | None, typer.Option(help="Setting that the others are compared with.")] = None,
 ) -> None:
     """Tables, plots and one HTML page of a run."""
+    from ..experiments.analysis.report import report as write
     from ..experiments.records import read_results
-    from ..experiments.report import report as write
 
     header, records = read_results(files)
     for path in write(records, folder, metric or ["logprob", "diversity"], header, baseline):
@@ -172,6 +172,41 @@ def export(
     from ..experiments.records import read_results
 
     write(read_results(files)[1], output, form)
+
+
+@app.command()
+def trace(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write .html or .npz.")] = None,
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub id or folder; default: the demo.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", "-c", help="Through the chat template.")] = False,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", "-p", help="name=value; may be repeated.")
+    ] = None,
+) -> None:
+    """Every step's distribution before and after each member of the pipeline, and who removed what."""
+    import yaml
+
+    from ..engine import Engine
+    from ..experiments.analysis.trace import trace as follow
+    from ..loading import demo
+    from ..params.sampling_params import SamplingParams
+
+    pairs = [text.partition("=") for text in param or []]
+    wrong = next((name for name, equals, _ in pairs if not equals), None)
+    if wrong is not None:
+        raise ParameterError(f"--param {wrong!r}: expected name=value")
+    params = SamplingParams(
+        **{"max_new_tokens": 64} | {name: yaml.safe_load(value) for name, _, value in pairs}
+    )
+    engine = Engine.from_pretrained(demo.locate(model))
+    found = follow(engine, [{"role": "user", "content": prompt}] if chat else prompt, params)
+    Console(highlight=False, soft_wrap=True).print(str(found), markup=False)
+    if output is not None:
+        found.save(output)
 
 
 COMMANDS = frozenset(command.callback.__name__ for command in app.registered_commands if command.callback)

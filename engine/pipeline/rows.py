@@ -16,7 +16,7 @@ from ..kernels import dispatch
 from ..kernels.sampling.rules import Rule
 from ..kernels.sampling.sample import sample
 from .edits import Edits
-from .forms import Context, Edit, Keep, guarded, values_of
+from .forms import Context, Edit, Keep, Processor, guarded, values_of
 from .members import Member, Plan, merge, put_memory, reasons, remembers, select_memory
 from .processors.temperature import Temperature
 
@@ -208,9 +208,15 @@ class Rows:
 
     def one_by_one(self, logits: Tensor, context: Context) -> Tensor:
         """Processed logits by every processor's own `apply`, in order: what defines `apply` and `sample`."""
+        for _, left in self.stages(logits, context):
+            logits = left
+        return logits
+
+    def stages(self, logits: Tensor, context: Context) -> Iterator[tuple[Processor, Tensor]]:
+        """What each active processor leaves of logits [B, V], in order."""
         for member in self.active():
             logits = guarded(member.processor, logits, self._view(member, context))
-        return logits
+            yield member.processor, logits
 
     def _run(self, members: Sequence[int], logits: Tensor, context: Context) -> Tensor:
         """Members one by one; neighbours that can edit in place share one copy of the logits."""

@@ -4,7 +4,13 @@ import pytest
 from helpers import text_engine
 
 from handloom import ParameterError
-from handloom.experiments.compare import compare, compare_records, equal_share, first_difference, marked
+from handloom.experiments.analysis.compare import (
+    compare,
+    compare_records,
+    equal_share,
+    first_difference,
+    marked,
+)
 
 
 def record(setting, prompt, sample, tokens, **more):

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from handloom.errors import ParameterError
-from handloom.experiments import metrics
-from handloom.experiments.metrics import METRICS, Metric, find
+from handloom.experiments.analysis import metrics
+from handloom.experiments.analysis.metrics import METRICS, Metric, find
 
 
 def record(tokens=(), text="", **more):

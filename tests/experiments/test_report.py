@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from handloom.errors import ParameterError
-from handloom.experiments.compare import compare_records
-from handloom.experiments.metrics import find
-from handloom.experiments.report import csv_text, markdown, pareto, report, table_of
+from handloom.experiments.analysis.compare import compare_records
+from handloom.experiments.analysis.metrics import find
+from handloom.experiments.analysis.report import csv_text, markdown, pareto, report, table_of
 
 pytest.importorskip("matplotlib")
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from handloom.experiments.statistics import (
+from handloom.experiments.analysis.statistics import (
     majority_at_k,
     mcnemar,
     mean_interval,

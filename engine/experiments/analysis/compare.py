@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from ..engine import Engine
-from ..errors import ParameterError
+from ...engine import Engine
+from ...errors import ParameterError
+from ..plan import Plan
+from ..run import outcomes, record_of
 from .metrics import Metric, find
-from .plan import Plan
-from .run import outcomes, record_of
 from .statistics import Interval, mcnemar, mean_interval, paired_difference
 
 Records = Sequence[Mapping[str, Any]]

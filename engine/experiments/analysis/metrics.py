@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ParameterError
+from ...errors import ParameterError
 from .statistics import majority_at_k, pass_at_k
 
 Record = Mapping[str, Any]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ParameterError
+from ...errors import ParameterError
 from .compare import Comparison, compare_records, grouped, mean_of
 from .metrics import Metric, find
 from .statistics import Interval

@@ -1,0 +1,1 @@
+"""analysis: what the records of a run, or the steps of one sample, say."""
