@@ -25,7 +25,9 @@ forks, reorders and drops rows. `Requests` adds what `SamplingParams` asks for: 
 """
 
 from .acceleration.drafting import prompt_lookup
+from .acceleration.early_exit import early_exit
 from .acceleration.speculative import Speculation, speculative
+from .acceleration.suffixes import JacobiDraft, SuffixDraft
 from .continuous.soft_thinking import mixture_of_inputs, soft_thinking
 from .degeneration.adaptive import adaptive_contrastive_search
 from .degeneration.cautious import cautious
@@ -65,9 +67,11 @@ from .watermark.unigram import Unigram
 __all__ = [
     "Decoding",
     "GreenList",
+    "JacobiDraft",
     "Now",
     "Requests",
     "Speculation",
+    "SuffixDraft",
     "Tournament",
     "Unigram",
     "Walk",
@@ -89,6 +93,7 @@ __all__ = [
     "detect_exponential",
     "diverse_beam_search",
     "dola",
+    "early_exit",
     "ensemble",
     "experts",
     "exponential_watermark",

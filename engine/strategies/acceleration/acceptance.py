@@ -1,4 +1,4 @@
-"""Which draft tokens are accepted: rules that leave the law of every token as it is without a draft."""
+"""Which draft tokens are accepted: rules that leave the law of every token as it is, and one that does not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...kernels.sampling.draw import draw
 
+EPSILON = 0.09  # of typical acceptance
 DRAFT, COIN = 2**30, 2**31  # streams of the drafts and of the acceptance tests, clear of the samples' own
 
 
@@ -51,4 +52,17 @@ def coupled(processed: Tensor, proposed: Tensor, q: Tensor | None, context, gree
     return chosen, chosen == proposed
 
 
-RULES = {"ratio": ratio, "coupled": coupled}
+def typical(processed: Tensor, proposed: Tensor, q: Tensor | None, context, greedy) -> tuple[Tensor, Tensor]:
+    """Not lossless: a draft token is accepted where p >= min(e, sqrt(e) e^-H), e = 0.09 (Medusa, arXiv 2401.10774).
+
+    H is the entropy of `processed`; e and its root are the paper's. Greedy rows accept so, too. See `ratio`.
+    """
+    p = processed.softmax(-1)
+    entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
+    level = torch.minimum(torch.full_like(entropy, EPSILON), EPSILON**0.5 * (-entropy).exp())
+    fine = (p.gather(1, proposed.clamp(min=0)[:, None])[:, 0] >= level) & (proposed >= 0)
+    chosen = draw(processed, context.seeds, context.positions, context.streams, greedy)
+    return torch.where(fine, proposed, chosen), fine
+
+
+RULES = {"ratio": ratio, "coupled": coupled, "typical": typical}

@@ -39,19 +39,22 @@ def speculative(
 
     Args:
         prompts, params, overrides: as for `Engine.generate`.
-        draft: an Engine with the same vocabulary, or a function (tokens of a row, count) -> draft tokens.
+        draft: an Engine with the same vocabulary (`early_exit` makes one of the model itself), or a function (tokens
+            of a row, count) -> draft tokens, such as `prompt_lookup`, a `SuffixDraft` or a `JacobiDraft`. Its method
+            `observe`, if it has one, is told after each pass what was fed and what the model found most probable.
         num_draft: draft tokens a round and row, >= 0.
         rule: "ratio" accepts a draft token with probability min(1, p/q) and else draws from max(p - q, 0)
             (arXiv 2211.17192, 2302.01318). "coupled" draws as plain decoding would, and accepts a draft token
             that equals what was drawn: with the same seed the text is that of `Engine.generate`, whatever the
-            draft (arXiv 2408.07978).
+            draft (arXiv 2408.07978). "typical" is not lossless: it accepts what is probable enough (arXiv
+            2401.10774).
 
     Returns:
         One Speculation for each sample of each prompt, in order.
     """
     if rule not in RULES or num_draft < 0:
         raise ParameterError(
-            f"rule={rule!r} is not 'ratio' or 'coupled', or num_draft={num_draft} is below 0"
+            f"rule={rule!r} is none of {', '.join(RULES)}, or num_draft={num_draft} is below 0"
         )
     state, requests = Requests.start(engine, prompts, params, **overrides)
     model = DraftModel(draft, engine.vocab_size) if hasattr(draft, "prefill") else None
@@ -84,6 +87,10 @@ def speculative(
             drafts = [draft(row, count)[:count] for row, count in zip(tokens, counts, strict=True)]
         state = engine.extend(state, [row[-1:] + list(ids) for row, ids in zip(tokens, drafts, strict=True)])
         logits = state.all_logits
+        if hasattr(draft, "observe"):
+            best = logits.argmax(-1).tolist()
+            for row, ids, found in zip(tokens, drafts, best, strict=True):
+                draft.observe(row, list(ids), found[: len(ids) + 1])
         for tally, ids in zip(tallies, drafts, strict=True):
             tally["drafted"] += len(ids)
             tally["passes"] += 1
