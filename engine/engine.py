@@ -307,7 +307,7 @@ class Engine:
 
         Args:
             prompts: a string, a list of ids, a list of messages, a tokenizer's output, an `[T, D]` embedding
-                tensor, or a list of any of these.
+                tensor, or a list of any of these; arrays, columns of `datasets`, maps and generators are lists.
             params: SamplingParams, a Hugging Face GenerationConfig or a dict for all prompts, or a list of one
                 per prompt; None is greedy, 256 new tokens.
             defaults: `none`, or `model` to start from the model's `generation_config.json`.

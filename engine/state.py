@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -167,6 +167,11 @@ class State:
         """
         if self.hidden_states is None:
             raise HandloomError("hidden states were not kept: pass hidden=True to prefill, step or extend")
+        count = len(self.hidden_states)
+        if not isinstance(layer, int) or not -count <= layer < count:
+            raise HandloomError(
+                f"layer={layer!r} is none of the {count} hidden states: {-count} to {count - 1}"
+            )
         states = self.hidden_states[layer]
         fed = torch.tensor(self.counts, device=states.device)[:, None]
         real = torch.arange(states.shape[1], device=states.device) < fed
@@ -185,7 +190,9 @@ def check_owner(state: State, pool: BlockPool) -> None:
 
 def continuations(state: State, tokens, counts, vocab_size: int, max_length: int) -> list[list[int]]:
     """The ids that each row of a State is to be fed, or an error that names the row."""
-    if not torch.is_tensor(tokens) and not isinstance(tokens, list | tuple):
+    if not torch.is_tensor(tokens) and (
+        not isinstance(tokens, Iterable) or isinstance(tokens, str | Mapping)
+    ):
         raise HandloomError(f"tokens must be [B, n] ids or one list of ids per row, got {tokens!r}")
     rows = [whole_numbers(row, f"row {i}") for i, row in enumerate(tokens)]
     if counts is not None:
@@ -212,15 +219,18 @@ def continuations(state: State, tokens, counts, vocab_size: int, max_length: int
 
 
 def whole_numbers(values, what: str) -> list[int]:
-    """A flat list of ints from a list or an integer tensor."""
+    """A flat list of ints from integers of any kind: a tensor, an array, a list, a map or a generator."""
     tensor = values if torch.is_tensor(values) else None
     if tensor is None:
-        if not isinstance(values, Sequence) or isinstance(values, str):
+        if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping | set | frozenset):
             raise HandloomError(f"{what} must be a list of token ids, got {values!r}")
+        values = list(values)
         wrong = [v for v in values if isinstance(v, bool) or not hasattr(v, "__index__")]
         if wrong:
             raise HandloomError(f"{what}: {wrong[0]!r} is not an integer token id")
         return [int(v) for v in values]
+    if not tensor.numel():
+        return []
     if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.dim() > 1:
         shape = list(tensor.shape)
         raise HandloomError(f"{what} must be integer token ids, got {tensor.dtype} of shape {shape}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -57,6 +58,7 @@ def load(
     Raises:
         ModelError: nothing usable is found there, or an argument is not valid.
     """
+    _check_path(name_or_path)
     place = _place(device, device_map, tp_plan, quantization)
     fastest, dtype = dtype == "fastest", _dtype(dtype)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -106,12 +108,31 @@ def _place(device, device_map, tp_plan, quantization) -> torch.device:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() and not packed else "cpu"))
     except RuntimeError as error:
         raise ModelError(f"device={device!r} is not a torch device such as cpu or cuda:0") from error
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"device={str(place)!r} is not to be had here: {reason}; device='cpu' always is"
+        ) from error
     if packed and (place.type != "cpu" or device_map not in (None, "cpu", {"": "cpu"})):
         where = f"device_map={device_map!r}" if device_map is not None else f"device={str(place)!r}"
         raise ModelError(
             f'quantization={quantization!r} is for the CPU, not {where}; on CUDA use "int8", "nf4" or "fp4"'
         )
     return place
+
+
+def _check_path(name_or_path) -> None:
+    """Raise ModelError for what can only be a path and is no folder; anything else may be a hub id."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise ModelError(
+            f"{str(name_or_path)!r} is a file: pass its folder, and gguf_file={path.name!r} if it is a GGUF file"
+        )
+    looks_like_one = isinstance(name_or_path, Path) or str(name_or_path).startswith((".", "/", "~"))
+    if looks_like_one and not path.is_dir():
+        raise ModelError(f"cannot load a causal LM from {str(name_or_path)!r}: there is no such folder")
 
 
 def _dtype(dtype):

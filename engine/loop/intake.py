@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..errors import ParameterError
 from ..loading.parallel import fresh_seed, is_split
 from ..params.sampling_params import SamplingParams
@@ -80,7 +82,7 @@ def _check_stops(strings, tokenizer) -> None:
 def _params(engine, params, count: int, defaults: str, overrides) -> list[SamplingParams]:
     if defaults not in ("none", "model"):
         raise ParameterError(f'defaults={defaults!r} is not "none" or "model"')
-    if not isinstance(params, list | tuple):
+    if not isinstance(params, list | tuple | Iterator):
         return [one_params(engine, params, defaults == "model", overrides)] * count
     listed = list(params)
     if len(listed) != count:

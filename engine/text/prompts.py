@@ -1,6 +1,6 @@
 """Prompts of every accepted format to token ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -45,9 +45,9 @@ def encode_prompts(
 
     Args:
         tokenizer: a Hugging Face tokenizer, or None where all prompts are ids or embeddings.
-        prompts: one prompt (str; list, tuple or 1-D integer tensor of ids; list of chat messages; float
-            tensor [T, D] of embeddings; Prompt), a list of these, or a tokenizer's output (`input_ids` of one
-            or more rows and, where they are padded on either side, `attention_mask`).
+        prompts: one prompt (str; list, array, generator or 1-D integer tensor of ids; list of chat messages; float
+            tensor [T, D] of embeddings; Prompt), a list or generator of these, or a tokenizer's output
+            (`input_ids` of one or more rows and, where they are padded on either side, `attention_mask`).
         vocab_size: ids must be below it.
         hidden_size: embeddings must have this size D.
         max_length: tokens that prompt and output may have together.
@@ -153,7 +153,7 @@ def _split(prompts: Any, pad_id: int | None) -> tuple[list, bool]:
         return [prompts], True
     if isinstance(prompts, Mapping):
         return _rows(prompts, pad_id, 0)
-    prompts = _as_tensor(prompts, 0)
+    prompts = _plain(prompts, 0)
     if isinstance(prompts, torch.Tensor):
         if _is_ids(prompts) and prompts.ndim == 2:
             raise PromptError(_padding_message(prompts, pad_id))
@@ -253,7 +253,7 @@ def _encode(tokenizer: Any, item: Any, index: int, tools: list | None) -> Prompt
         return item
     if isinstance(item, str):
         return _encode_text(tokenizer, item, index)
-    item = _as_tensor(item, index)
+    item = _plain(item, index)
     if isinstance(item, torch.Tensor):
         return _encode_tensor(item, index)
     if isinstance(item, list | tuple):
@@ -323,6 +323,19 @@ def _check(prompt: Prompt, index: int, vocab_size: int | None, hidden_size: int 
         raise PromptError(
             f"prompt {index}: token id {bad} at position {at} is out of range; valid ids are {valid}"
         )
+
+
+def _plain(value: Any, index: int) -> Any:
+    """Return arrays of numbers as tensors, columns, maps and generators as lists, everything else as it is."""
+    if not isinstance(value, np.ndarray):
+        known = str | bytes | bytearray | list | tuple | set | frozenset | Mapping | torch.Tensor | Prompt
+        return value if isinstance(value, known) or not _in_order(value) else list(value)
+    return value.tolist() if value.dtype.kind in "UO" and value.ndim else _as_tensor(value, index)
+
+
+def _in_order(value: Any) -> bool:
+    """Whether a value is a column, a map, a generator or the like."""
+    return isinstance(value, Iterable) and not isinstance(value, type)
 
 
 def _as_tensor(value: Any, index: int) -> Any:

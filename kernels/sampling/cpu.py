@@ -6,6 +6,7 @@ later rules work on the few candidates left. Noise is made for survivors alone.
 """
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from ..noise import philox
 from .draw import FEW, NO_TOKEN, coin, contenders, draw_ragged
 from .keep_cpu import KEEPS, keep_exactly
 from .reference import apply_edits
-from .rules import FLOAT_MAX, MASS_SHARE, Drawn, Statistics, with_top
+from .rules import FLOAT_MAX, MASS_SHARE, Drawn, Statistics, unknown_statistic, with_top
 
 GROUPS = 512  # group maxima taken per row before a count limit
 BINS = 4096
@@ -23,6 +24,7 @@ SORT_BELOW = 4096  # candidates that are sorted rather than binned
 WEIGHT_SPAN = 64.0  # tokens further below the maximum share the last bin
 
 
+@np.errstate(over="ignore")  # a finite mask lies further from the maximum than a float32 reaches: -inf
 def sample_cpu(call):
     """`sample` for CPU tensors: Call -> Drawn."""
     logits, rules, temperature = call.logits, call.rules, call.temperature
@@ -88,7 +90,7 @@ class _Row:
         """Narrow the candidates by one rule; `parameter` is a float32 scalar."""
         if rule.kind == "count":
             if 0 < parameter < len(self.full):
-                self._count(int(parameter))
+                self._count(math.ceil(parameter))
         elif rule.kind == "mass":
             if parameter < 1:
                 self.keep(_mass_limit(self.values, self.top, float(parameter)))
@@ -110,7 +112,7 @@ class _Row:
         if keep is keep_exactly:  # the fast way to few candidates; then ties are cut
             if not 0 < parameter < len(self.full):
                 return
-            self._count(int(parameter))
+            self._count(math.ceil(parameter))
         kept = keep(self.values, self.top, parameter, second, coin)
         if kept is None or kept.all():
             return
@@ -163,7 +165,7 @@ class _Statistics:
     def __getattr__(self, name):
         """Called the first time a field is asked for."""
         if name not in Statistics._fields:
-            raise AttributeError(name)
+            raise AttributeError(unknown_statistic(name))
         field = torch.tensor([getattr(self, "_" + name)()], dtype=torch.float32)
         setattr(self, name, field)
         return field

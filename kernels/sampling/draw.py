@@ -27,17 +27,21 @@ def draw(logits, seeds, positions, streams=None, greedy=None, kernels=None):
 
     Args:
         logits: float32 [B, V]; -inf excludes a token.
-        seeds: int64 [B].
-        positions: int64 [B], absolute position of the token now drawn.
-        streams: int64 [B] or None (all 0).
+        seeds: integers [B], or one for all rows.
+        positions: integers [B] or one, absolute position of the token now drawn.
+        streams: integers [B] or one, or None (all 0).
         greedy: bool [B] or None (none); a greedy row takes its highest logit, the lowest id on ties, and no
             noise.
         kernels: "auto", "triton", "torch" or None (see `dispatch`).
 
     Returns:
         int64 [B], the tokens; -1 for a row that holds a NaN or nothing above -inf.
+
+    Raises:
+        ValueError: a key that is neither an integer nor one for each row.
     """
-    streams = torch.zeros_like(seeds) if streams is None else streams
+    keys = {"seeds": seeds, "positions": positions, "streams": 0 if streams is None else streams}
+    seeds, positions, streams = (_key(name, value, logits) for name, value in keys.items())
     if dispatch.select("draw", logits.device, kernels) == "triton":
         from .fused import sample_fused
 
@@ -50,6 +54,15 @@ def draw(logits, seeds, positions, streams=None, greedy=None, kernels=None):
     rows = logits.detach().float().numpy()
     greedy = None if greedy is None else greedy.numpy()
     return torch.from_numpy(_draw_numpy(rows, seeds.numpy(), positions.numpy(), streams.numpy(), greedy))
+
+
+def _key(name, value, logits):
+    """A part of the noise's key as int64 [B] on the logits' device."""
+    key = torch.as_tensor(value, device=logits.device)
+    whole = not (key.is_floating_point() or key.is_complex() or key.dtype == torch.bool)
+    if not whole or key.shape not in ((), logits.shape[:1]):
+        raise ValueError(f"{name} are integers, one or [{len(logits)}]; got {key.dtype} {list(key.shape)}")
+    return key.to(torch.int64).expand(len(logits)).contiguous()
 
 
 def draw_reference(logits, seeds, positions, streams=None, greedy=None):

@@ -5,6 +5,8 @@ to keep, bool [N], or None where the rule is off. Candidates are in order of id.
 `sample_reference` define the results.
 """
 
+import math
+
 import numpy as np
 
 from .rules import ENTROPY_SHARE, HEAD_TOKENS, LIGHTEST, MASS_SHARE
@@ -14,7 +16,7 @@ FIRST_PREFIX = 1024  # tokens sorted first; eight times as many when they do not
 
 def keep_exactly(values, top, count, second, coin):
     """The `count` largest, of ties at the last one the lowest ids."""
-    count = int(min(count, len(values)))
+    count = math.ceil(min(count, len(values)))
     if count <= 0:
         return None
     last = np.partition(values, -count)[-count]

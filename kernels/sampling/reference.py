@@ -94,7 +94,7 @@ def threshold(x, rule):
 
 def _count_threshold(x, k):
     size = x.shape[1]
-    place = k.clamp(1, size).long() - 1
+    place = k.ceil().clamp(1, size).long() - 1  # 2.5 tokens are 3, as the kernels count
     limit = x.sort(dim=1, descending=True).values.gather(1, place[:, None])[:, 0]
     return torch.where((k > 0) & (k < size), limit, -torch.inf)
 

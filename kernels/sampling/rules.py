@@ -114,13 +114,22 @@ class Statistics(NamedTuple):
     mean: torch.Tensor  # of the logits
     deviation: torch.Tensor  # standard deviation of the logits, divisor count
 
+    def __getattr__(self, name):
+        """Called for names that are none of the fields."""
+        raise AttributeError(unknown_statistic(name))
+
+
+def unknown_statistic(name):
+    """What to say where a rule reads a statistic that there is none of."""
+    return f"there is no statistic {name!r}; a rule may read {', '.join(Statistics._fields)}"
+
 
 class Rule(NamedTuple):
     """A truncation rule with one parameter a row.
 
     Args:
         kind: "count", "exact_count", "mass", "value", "xtc", "typical" or "top_h".
-        parameter: float32 [B]; off is k <= 0 or k >= V for a count, p >= 1 for a mass and for typical; <= 0
+        parameter: float32 [B]; off is k <= 0 or k >= V for a count (2.5 is 3), p >= 1 for a mass and for typical; <= 0
             for a value rule and top_h.
         threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B].
         device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy,

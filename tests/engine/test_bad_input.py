@@ -253,7 +253,8 @@ BAD_PROMPTS = [
     ({"input_ids": [[5, 6]], "attention_mask": [[0, 0]]}, "all padding"),
     ({"input_ids": [[5, 6, 7]], "attention_mask": [[1, 0, 1]]}, "hole at position 1"),
     ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, "attention_mask has 1"),
-    (np.array(["the"]), "NumPy array"),
+    (np.array([b"the"]), "NumPy array of dtype"),
+    ({5, 6}, "prompt 0 is set"),
 ]
 
 
@@ -264,6 +265,87 @@ def test_a_bad_prompt_is_refused_by_everything_that_takes_prompts(engine, prompt
             continue
         with pytest.raises(PromptError, match=message):
             act(prompts)
+
+
+class Column:
+    """What `dataset["text"]` gives: neither a list nor a Sequence that is registered."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __iter__(self):
+        return iter(self.values)
+
+
+TEXTS = ["the fox", "lazy dog"]
+IDS = [[5, 6, 7], [8]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "same"),
+    [
+        (lambda: np.array(TEXTS), TEXTS),
+        (lambda: np.array(TEXTS, dtype=object), TEXTS),
+        (lambda: Column(TEXTS), TEXTS),
+        (lambda: map(str.strip, TEXTS), TEXTS),
+        (lambda: (text for text in TEXTS), TEXTS),
+        (lambda: dict.fromkeys(TEXTS).keys(), TEXTS),
+        (lambda: np.array(IDS, dtype=object), IDS),
+        (lambda: [np.array(IDS[0]), (i for i in IDS[1])], IDS),
+        (lambda: map(iter, IDS), IDS),
+        (lambda: range(5, 8), IDS[0]),
+        (lambda: (i for i in IDS[0]), IDS[0]),
+    ],
+)
+def test_whatever_holds_prompts_in_order_is_a_list_of_them(engine, prompts, same):
+    expected = engine.generate(same, max_new_tokens=2)
+    results = engine.generate(prompts(), max_new_tokens=2)
+    assert isinstance(results, list) == isinstance(expected, list)
+    for result, wanted in zip(*(r if isinstance(r, list) else [r] for r in (results, expected)), strict=True):
+        assert outcome(result) == outcome(wanted)
+    each = [SamplingParams(max_new_tokens=n) for n in (1, 3)]
+    if len(same) == 2:
+        assert [r.n_new for r in engine.generate(prompts(), iter(each))] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [np.array([7, 8]), [np.int64(7), 8], range(7, 9), lambda: map(int, "78"), lambda: (i for i in (7, 8))],
+)
+def test_tokens_of_a_step_may_come_in_any_order_keeping_form(engine, tokens):
+    state = engine.prefill(GOOD)
+    expected = engine.step(state, [7, 8])
+    after = engine.step(state, tokens() if callable(tokens) else tokens)
+    assert torch.equal(after.logits, expected.logits)
+    assert after.new_tokens == [[7], [8]]
+    longer = engine.extend(state, ([t, 9] for t in (7, 8)))
+    assert torch.equal(longer.logits, engine.extend(state, np.array([[7, 9], [8, 9]])).logits)
+
+
+@pytest.mark.parametrize("tokens", [5, "78", {7, 8}, {7: 8}, None, b"78"])
+def test_tokens_that_have_no_order_are_refused(engine, tokens):
+    with pytest.raises(HandloomError, match="tokens must be"):
+        engine.step(engine.prefill(GOOD), tokens)
+
+
+@pytest.mark.parametrize("tokens", [[], torch.tensor([]), np.array([])])
+def test_no_rows_take_no_tokens(engine, tokens):
+    nobody = engine.prefill(GOOD).select([])
+    assert len(engine.step(nobody, tokens)) == 0
+
+
+def test_a_layer_that_there_is_none_of_is_told_which_there_are(engine):
+    state = engine.prefill(GOOD, hidden=True)
+    count = len(state.hidden_states)
+    for layer in (99, -count - 1, "last"):
+        with pytest.raises(
+            HandloomError, match=rf"layer={layer!r} is none of the {count} hidden states: -{count} to"
+        ):
+            state.hidden(layer)
+    assert torch.equal(state.hidden(-count), state.hidden(0))
 
 
 @settings(max_examples=200)

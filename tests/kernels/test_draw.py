@@ -57,3 +57,18 @@ def test_common_noise_moves_the_token_only_where_the_law_moves():
     changed = before != after
     assert changed.any()
     assert (after[changed] == 17).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+def test_keys_may_be_integers_of_any_kind_and_one_for_all(dtype):
+    logits = torch.randn(3, 50, generator=generator(0))
+    wanted = draw(logits, *(torch.full((3,), value) for value in (7, 5, 2)))
+    assert torch.equal(draw(logits, *(torch.full((3,), value, dtype=dtype) for value in (7, 5, 2))), wanted)
+    assert torch.equal(draw(logits, 7, 5, 2), wanted)
+    assert torch.equal(draw(logits, torch.tensor(7, dtype=dtype), 5, 2), wanted)
+
+
+@pytest.mark.parametrize("seeds", [0.5, True, torch.zeros(2, dtype=torch.long), torch.zeros(3)])
+def test_a_key_that_is_none_is_named(seeds):
+    with pytest.raises(ValueError, match=r"seeds are integers, one or \[3\]; got"):
+        draw(torch.zeros(3, 50), seeds, 0)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -235,6 +236,24 @@ def test_a_missing_model_is_named(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="no-one/no-model"):
         load("no-one/no-model", revision="v9")
+
+
+def test_what_can_only_be_a_path_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("./absent", str(tmp_path / "absent"), tmp_path / "absent", "~/absent/model"):
+        with pytest.raises(ModelError, match=rf"from '{re.escape(str(name))}': there is no such folder$"):
+            Engine.from_pretrained(name)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"'a\.gguf' is a file: pass its folder, and gguf_file='a\.gguf'"):
+        Engine.from_pretrained("a.gguf")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_one_line(saved):
+    with pytest.raises(
+        ModelError, match=r"^device='cuda' is not to be had here: [^\n]+; device='cpu' always is$"
+    ):
+        Engine.from_pretrained(saved, device="cuda")
 
 
 def test_an_empty_folder(tmp_path):
