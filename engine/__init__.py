@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         PromptError,
     )
     from .kernels.sampling.draw import draw
-    from .loop.generation import Event, Generation, Timings
+    from .loop.generation import Event, Generation, Results, Timings
     from .params.sampling_params import SamplingParams
     from .pipeline.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning, Processor
     from .state import State
@@ -48,6 +48,7 @@ _HOME = {  # public name -> the module that defines it
     "PoolExhausted": "errors",
     "Processor": "pipeline.pipeline",
     "PromptError": "errors",
+    "Results": "loop.generation",
     "SamplingParams": "params.sampling_params",
     "State": "state",
     "Timings": "loop.generation",
@@ -81,6 +82,7 @@ __all__ = [
     "PoolExhausted",
     "Processor",
     "PromptError",
+    "Results",
     "SamplingParams",
     "State",
     "Timings",

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike
+from typing import Any, Literal, Unpack, overload
 
 import torch
 
@@ -23,14 +24,15 @@ from .forward.twin.fingerprint import Changes, Fingerprint
 from .forward.twin.twin import Twin
 from .loading import limits
 from .loop.batch import Batch
-from .loop.generation import Event, Generation
+from .loop.generation import Event, Generation, Results
 from .loop.graph import GraphBatch
 from .loop.intake import encoded, requests_of
 from .loop.loop import run
 from .loop.request import Request
+from .params.settings import Settings, Single
 from .pipeline.pipeline import Pipeline
 from .state import State, check_owner, continuations, stacked, whole_numbers
-from .text.prompts import chat_ids
+from .text.prompts import Many, One, chat_ids
 
 log = logging.getLogger("handloom")
 PASS = {"cuda": 4096}  # prompt tokens of a pass; a pass of so many fills the device
@@ -294,6 +296,29 @@ class Engine:
 
     # -- generating
 
+    # For type checkers: one prompt gives one Generation, unless several samples are asked for.
+    @overload
+    def generate(
+        self,
+        prompts: One,
+        params=None,
+        *,
+        n: Literal[1] = 1,
+        defaults=...,
+        progress=...,
+        **overrides: Unpack[Single],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompts: One, params=None, *, n: int, defaults=..., progress=..., **overrides: Unpack[Single]
+    ) -> Results: ...
+
+    @overload
+    def generate(
+        self, prompts: Many, params=None, *, defaults=..., progress=..., **overrides: Unpack[Settings]
+    ) -> Results: ...
+
     def generate(
         self,
         prompts,
@@ -301,8 +326,8 @@ class Engine:
         *,
         defaults: str = "none",
         progress: bool | None = None,
-        **overrides,
-    ) -> Generation | list[Generation]:
+        **overrides: Any,
+    ) -> Generation | Results:
         """Decode prompts to their end.
 
         Args:
@@ -341,10 +366,12 @@ class Engine:
                 if request.stopper is None:
                     request.start(self)
                 results[request.index, request.sample] = request.end("cancelled").generation
-        ordered = [results[r.index, r.sample] for r in requests]
+        ordered = Results(results[r.index, r.sample] for r in requests)
         return ordered[0] if single and len(ordered) == 1 else ordered
 
-    def stream(self, prompts, params=None, *, defaults: str = "none", **overrides) -> Iterator[Event]:
+    def stream(
+        self, prompts, params=None, *, defaults: str = "none", **overrides: Unpack[Settings]
+    ) -> Iterator[Event]:
         """Decode prompts and yield an Event for every token of every row, as it comes.
 
         The last Event of a row carries its Generation. Close the generator to stop early. Arguments and errors as
@@ -353,7 +380,15 @@ class Engine:
         requests = self.requests(prompts, params, defaults=defaults, **overrides)
         return self._in_turns(requests)
 
-    def chat(self, messages, params=None, *, tools=None, **overrides) -> Generation | list[Generation]:
+    @overload
+    def chat(
+        self, messages, params=None, *, tools=None, n: Literal[1] = 1, **overrides: Unpack[Single]
+    ) -> Generation: ...
+
+    @overload
+    def chat(self, messages, params=None, *, tools=None, n: int, **overrides: Unpack[Single]) -> Results: ...
+
+    def chat(self, messages, params=None, *, tools=None, **overrides: Any) -> Generation | Results:
         """Answer a conversation in the tokenizer's chat template.
 
         Args:

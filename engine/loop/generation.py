@@ -4,9 +4,10 @@ import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 PREVIEW = 200  # characters of text in a repr
+ROW = 72  # characters of text in a row of `Results`
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +177,57 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return getattr(value, "__qualname__", None) or repr(value)
+
+
+class Results(list[Generation]):
+    """A list of Generations that shows one row a result, in a terminal and in a notebook."""
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Generation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Results": ...
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return Results(found) if isinstance(index, slice) else found
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """(prompt and sample, how it ended, tokens, text or error) of each."""
+        several = any(result.sample for result in self)
+        return [
+            (
+                f"{result.request}.{result.sample}" if several else f"{result.request}",
+                f"{result.finish_reason}",
+                f"{result.n_new}",
+                _shortened(result.text if result.error is None else result.error),
+            )
+            for result in self
+        ]
+
+    def __repr__(self) -> str:
+        head, rows = ("prompt", "finish", "tokens", "text"), self._rows()
+        wide = [max(map(len, column)) for column in zip(head, *rows, strict=True)][:3]
+        return "\n".join(
+            f"{name:>{wide[0]}}  {finish:<{wide[1]}}  {tokens:>{wide[2]}}  {text}"
+            for name, finish, tokens, text in (head, *rows)
+        )
+
+    def _repr_html_(self) -> str:
+        """A table of them; a cell of text tells all of it in its tooltip."""
+        rows = [
+            "".join(f"<td>{html.escape(cell)}</td>" for cell in (name, finish, tokens))
+            + f'<td style="text-align:left" title="{html.escape(result.text, quote=True)}">{html.escape(text)}</td>'
+            for result, (name, finish, tokens, text) in zip(self, self._rows(), strict=True)
+        ]
+        head = "".join(f"<th>{name}</th>" for name in ("prompt", "finish", "tokens", "text"))
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _shortened(text: str) -> str:
+    """A text in one line of at most `ROW` characters."""
+    shown = repr(text)
+    return shown if len(shown) <= ROW else shown[: ROW - 1] + "…"
 
 
 def _render(generation: Generation) -> str:

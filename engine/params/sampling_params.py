@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from ..errors import ParameterError
 from .checks import (
@@ -27,6 +27,7 @@ from .checks import (
 )
 from .dialects import DIALECTS
 from .reading import read
+from .settings import Settings
 
 SMALLEST_TEMPERATURE = 1e-6  # below it, logits divided by it leave float32
 
@@ -200,7 +201,7 @@ class SamplingParams:
     profile: str = choice("default", "default", "hf", "vllm", "llamacpp", "textgen")
     processors: tuple[Any, ...] = functions(method="apply")
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[Settings]) -> None:
         self._fill(read(settings, DIALECTS["handloom"], _CHECKS, {}))
 
     def _fill(self, values: Mapping[str, Any]) -> None:
@@ -263,7 +264,7 @@ class SamplingParams:
         settings |= {name: overrides[name] for name in ("do_sample",) if name in overrides}
         return cls.from_dict(settings, dialect="hf").replace(**overrides)
 
-    def replace(self, **changes: Any) -> "SamplingParams":
+    def replace(self, **changes: Unpack[Settings]) -> "SamplingParams":
         """A copy with some parameters changed, under any of their names; None sets a default back."""
         current = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values = current | read(changes, DIALECTS["handloom"], _CHECKS, current)

@@ -31,6 +31,20 @@ class Prompt:
         return len(self.ids)
 
 
+# What one prompt can be, and several; a tokenizer's output is taken for several rows. For type checkers alone.
+One = str | Prompt | Sequence[int] | Sequence[Mapping[str, Any]] | torch.Tensor
+Many = (
+    list[str]
+    | tuple[str, ...]
+    | Sequence[Prompt]
+    | Sequence[Sequence[int]]
+    | Sequence[Sequence[Mapping[str, Any]]]
+    | Sequence[torch.Tensor]
+    | Mapping[str, Any]
+    | Iterable[Any]
+)
+
+
 def encode_prompts(
     tokenizer: Any,
     prompts: Any,

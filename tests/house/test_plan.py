@@ -21,7 +21,7 @@ LINES = {
     "benchmarks": 470,
     "tests": 600,
 }  # most lines of a file; tests hold tables
-LARGER = {"engine/engine.py": 580}  # the page of the object that most users touch: half of it is docstrings
+LARGER = {"engine/engine.py": 620}  # the page of the object that most users touch: half of it is docstrings
 
 # Every room of the package and the files that lie loose, lowest first: a module imports from its own layer and below.
 LAYERS = [

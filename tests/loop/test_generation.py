@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from handloom.loop.generation import Event, Generation, Timings
+from handloom.loop.generation import Event, Generation, Results, Timings
 
 NAN = float("nan")
 
@@ -132,3 +132,24 @@ def test_events_cannot_be_changed():
     assert (event.finish, event.generation) == (None, None)
     with pytest.raises(AttributeError):
         event.text = "b"
+
+
+def test_results_show_one_row_each():
+    results = Results(
+        [
+            Generation(request=0, text="Paris & <b>", token_ids=[1, 2], finish_reason="eos"),
+            Generation(request=10, text="x" * 100, token_ids=[1] * 12, finish_reason="length"),
+            Generation(request=11, error="a processor failed", finish_reason="error"),
+        ]
+    )
+    lines = str(results).split("\n")
+    assert lines[0] == "prompt  finish  tokens  text"
+    assert lines[1] == "     0  eos          2  'Paris & <b>'"
+    assert lines[2].startswith("    10  length      12  'xxx") and lines[2].endswith("…")
+    assert lines[3] == "    11  error        0  'a processor failed'"
+    assert results == list(results) and type(results[1:]) is Results and results[1].request == 10
+    shown = results._repr_html_()
+    assert shown.count("<tr>") == 4 and "&lt;b&gt;" in shown and "<b>" not in shown
+    several = Results([Generation(request=0), Generation(request=0, sample=1)])
+    assert [line.split()[0] for line in str(several).split("\n")] == ["prompt", "0.0", "0.1"]
+    assert str(Results()) == "prompt  finish  tokens  text"
