@@ -145,11 +145,16 @@ def test_results_show_one_row_each():
     lines = str(results).split("\n")
     assert lines[0] == "prompt  finish  tokens  text"
     assert lines[1] == "     0  eos          2  'Paris & <b>'"
-    assert lines[2].startswith("    10  length      12  'xxx") and lines[2].endswith("…")
+    assert lines[2].startswith("    10  length      12  'xxx")
+    assert lines[2].endswith("…")
     assert lines[3] == "    11  error        0  'a processor failed'"
-    assert results == list(results) and type(results[1:]) is Results and results[1].request == 10
+    assert results == list(results)
+    assert type(results[1:]) is Results
+    assert results[1].request == 10
     shown = results._repr_html_()
-    assert shown.count("<tr>") == 4 and "&lt;b&gt;" in shown and "<b>" not in shown
+    assert shown.count("<tr>") == 4
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
     several = Results([Generation(request=0), Generation(request=0, sample=1)])
     assert [line.split()[0] for line in str(several).split("\n")] == ["prompt", "0.0", "0.1"]
     assert str(Results()) == "prompt  finish  tokens  text"
