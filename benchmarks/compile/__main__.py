@@ -6,7 +6,7 @@
 
 Prints one table; the exit status is 1 when a limit is broken. Checked: no spills, registers, shared memory,
 128-bit loads, and no contracted multiply-add where bits are promised to be the same everywhere. The builds of
-attention and of the 4-bit product bring their limits along (`attention_variants`, `nf4_variants`). Seconds are
+attention, of the 4-bit product and of fused layers bring their limits along (`..._variants`). Seconds are
 of processor time, compilers included; kernels that Triton has in its cache take none.
 """
 
@@ -209,11 +209,11 @@ def compile_target(target):
 
 def compile_builds(target):
     """The same of the builds that have limits of their own; `over` says which of them are broken."""
-    from benchmarks.compile import attention_variants, nf4_variants
+    from benchmarks.compile import attention_variants, fused_variants, nf4_variants
 
     found = {}
     named = [(f"attention {build.name}", build) for build in attention_variants.builds()]
-    named += [(build.name, build) for build in nf4_variants.builds(target)]
+    named += [(build.name, build) for build in (*nf4_variants.builds(target), *fused_variants.builds(target))]
     for name, build in named:
         started = processor_seconds()
         row = attention_variants.measure(build, target)

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from ..cache.paged import ATTENTION, HYBRID, RECURRENT, layer_plan
 from ..cache.pool import BlockPool
 from ..errors import ModelError
+from ..kernels import dispatch
 from .fused.recognise import fuse as fuse_layers
 from .fused.recognise import unfuse
 from .model import Model, supported_layers
@@ -75,7 +76,8 @@ def adapt(
 
 def _fused(probe, wanted: bool | None, check) -> dict[str, str]:
     """Fuse what can be; name of every decoder layer -> why it stays plain, empty where it is fused."""
-    if not (probe.device.type == "cuda" if wanted is None else wanted):
+    kernels = probe.device.type == "cuda" and dispatch.requested() != "torch"
+    if not (kernels if wanted is None else wanted):
         return {}
     reasons = fuse_layers(probe) if probe.path == "attention" else {}
     fused = sum(not reason for reason in reasons.values())

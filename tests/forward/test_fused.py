@@ -315,6 +315,28 @@ def test_products_are_chosen_by_the_clock():
     assert {count for count, _ in calls} == {1, 2}  # weights of both layers in turn; one output layer
 
 
+def test_a_product_that_a_device_refuses_stays_plain(caplog):
+    def timer(ours, plain):
+        raise RuntimeError("out of resource: shared memory, Required: 139264, Hardware limit: 101376")
+
+    products = Products(timer)
+    engine = Engine(tiny_llama(), fuse=True)
+    assert set(fuse(engine.runner, products).values()) == {""}
+    assert products.chosen == {}
+    assert "plain (RuntimeError: out of resource: shared memory" in caplog.text
+
+
+def test_a_layer_norm_is_not_taken_for_one_that_keeps_the_mean():
+    """In 16 bits and over many numbers the mean of normal numbers is less than rounding."""
+    from handloom.forward.fused.parts import read_norm
+
+    norm = torch.nn.LayerNorm(4096, eps=1e-5, bias=False).bfloat16()
+    torch.nn.init.normal_(norm.weight, 1, 0.1)
+    assert read_norm(norm, 4096).centered
+    rms = torch.nn.RMSNorm(4096, eps=1e-5).bfloat16()
+    assert not read_norm(rms, 4096).centered
+
+
 def test_norms_that_compute_in_float32_are_not_ours_in_float64():
     with pytest.raises(ModelError, match="LlamaRMSNorm computes another norm"):
         Engine(tiny_llama(torch.float64), fuse=True)

@@ -58,7 +58,14 @@ class Products:
             return None
         ours = [lambda linears=linears: product(x, linears, gate) for linears in found]
         plain = [lambda linears=linears: _plain(x, linears, gate) for linears in found]
-        return self.timer(ours, plain)
+        try:
+            return self.timer(ours, plain)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a device refuses, the plain product works
+            reason = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+            log.warning("products of few rows, %d x %d: plain (%s)", rows, inputs, reason)
+            return None
 
 
 def product(x, linears, gate=None, **options):
