@@ -17,3 +17,10 @@ if __name__ == "kernels":
     if spec is not None and spec.loader is not None:
         sys.modules["kernels"] = util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["kernels"])
+    else:
+
+        def __getattr__(name):
+            """Nothing can be imported from here, for the reason that there is where nothing is installed."""
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise ModuleNotFoundError("No module named 'kernels'", name="kernels")

@@ -167,6 +167,17 @@ def test_our_folder_hands_the_name_over_when_the_root_is_on_the_path(foreign):
 
 
 @pytest.mark.skipif("kernels" in {d.name for d in metadata.distributions()}, reason="`kernels` is installed")
+def test_what_wants_the_foreign_package_is_told_that_it_is_absent_and_not_of_our_folder():
+    code = """
+try:
+    from kernels import get_kernel
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+    assert python(code, cwd=ROOT) == "ModuleNotFoundError No module named 'kernels'"
+
+
+@pytest.mark.skipif("kernels" in {d.name for d in metadata.distributions()}, reason="`kernels` is installed")
 def test_our_folder_is_taken_for_nothing_where_there_is_no_foreign_package():
     code = """
 import kernels, importlib.util
