@@ -334,7 +334,7 @@ def test_embeddings_are_float_matrices():
         (torch.tensor([True]), "bool tensor"),
         (torch.tensor(5), r"int64 tensor of shape \[\]"),
         ([torch.zeros(1, 2, dtype=torch.long)], r"prompt 0 is a int64 tensor of shape \[1, 2\]"),
-        (np.array(["a"]), "NumPy array of dtype <U1"),
+        (np.array([b"a"]), r"NumPy array of dtype \|S1"),
         ("\ud800", "prompt 0 is not valid Unicode"),
     ],
 )  # fmt: skip
