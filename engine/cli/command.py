@@ -106,6 +106,8 @@ def command(
         typer.Option(help="nf4, fp4, int8, nf4-triton or fp4-triton; on a CPU int8-cpu or int4-cpu."),
     ] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences decoded at the same time.")] = None,
+    strategy: options.Strategy = None,
+    option: options.StrategyOptions = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run a model's code.")
     ] = False,
@@ -127,7 +129,8 @@ def command(
         "slots": slots,
         "trust_remote_code": trust_remote_code or None,
     }
-    call = Call(model, loading, parameters, system=system, raw=raw, as_json=as_json)
+    chosen = strategy, tuple(option or ())
+    call = Call(model, loading, parameters, system=system, raw=raw, as_json=as_json, strategy=chosen)
     raise typer.Exit(call.guarded(prompt, chat, file, output))
 
 
@@ -140,6 +143,7 @@ class Call:
         loading: arguments of `Engine.from_pretrained`; None means its default.
         parameters: sampling parameters as the command line gave them.
         system: system prompt, or None. raw: no chat template. as_json: print JSON lines.
+        strategy: name of a strategy or None, and its options as name=value.
     """
 
     model: str | None
@@ -148,6 +152,7 @@ class Call:
     system: str | None = None
     raw: bool = False
     as_json: bool = False
+    strategy: tuple[str | None, tuple[str, ...]] = (None, ())
 
     def __post_init__(self):
         self.note = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -174,6 +179,7 @@ class Call:
         if output is not None and file is None:
             raise ParameterError("--output needs --file; a single answer can be redirected")
         params = options.read_parameters(self.parameters)
+        self.events = options.strategy_events(*self.strategy)
         if chat:
             if self.as_json or params.n > 1:
                 raise ParameterError("--chat shows one answer at a time: leave out --json and --n")
@@ -217,7 +223,7 @@ class Call:
         streamed = params.n == 1 and not self.as_json
         shown, code = [], 0
         try:
-            with closing(engine.stream([ids], params)) as events:
+            with closing(self.events(engine, [ids], params)) as events:
                 for event in events:
                     if streamed:
                         shown.append(event.text)
@@ -286,7 +292,7 @@ class Call:
         prompts = [self.ids(engine, record.kind, record.content) for record, _ in pending]
         self._begin(engine, params, results)
         with (
-            closing(engine.stream(prompts, [own for _, own in pending])) as events,
+            closing(self.events(engine, prompts, [own for _, own in pending])) as events,
             Work(self.note, sum(own.n for _, own in pending), bar=results is not None) as work,
         ):
             for generation in (event.generation for event in events if event.generation is not None):

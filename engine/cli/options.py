@@ -6,8 +6,8 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,14 @@ from rich.markup import escape
 from ..errors import ParameterError
 from ..params.sampling_params import SamplingParams
 
+Strategy = Annotated[
+    str | None,
+    typer.Option(help="A decoding strategy of handloom.strategies by name, such as contrastive_search."),
+]
+StrategyOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-O", help="An option of the strategy: name=value, the value as JSON or text."),
+]
 Reader = Callable[[str, Any], Any]  # (field, what the command line gave) -> value for SamplingParams
 
 
@@ -47,6 +55,36 @@ def read_parameters(given: Mapping[str, Any]) -> SamplingParams:
     kinds = _kinds()
     settings = {name: kinds[name][1](name, value) for name, value in given.items() if value not in (None, [])}
     return SamplingParams(**settings)
+
+
+def strategy_events(name: str | None, given: tuple[str, ...]) -> Callable[..., Iterator[Any]]:
+    """What yields the Events of (engine, prompts, params): the engine's own loop, or a strategy, which tells each
+    result when all are there.
+
+    Raises:
+        ParameterError: an unknown strategy or option, or options without a strategy.
+    """
+    if name is None:
+        if given:
+            raise ParameterError(f"--option {given[0]} is an option of a strategy: name one with --strategy")
+        return lambda engine, prompts, params: engine.stream(prompts, params)
+    from ..loop.generation import Event
+    from ..strategies.modes import named
+
+    strategy, chosen = named(name), {}
+    known = list(inspect.signature(strategy).parameters)[3:-1]
+    for each in given:
+        key, equals, value = each.partition("=")
+        if not equals or key not in known:
+            raise ParameterError(f"--option {each}: {name} takes name=value of {', '.join(known) or 'none'}")
+        chosen[key] = _json(key, value)
+
+    def events(engine, prompts, params):
+        for result in strategy(engine, prompts, params, **chosen):
+            end = {"finish": result.finish_reason, "generation": result}
+            yield Event(result.request, result.sample, None, result.text, **end)
+
+    return events
 
 
 def described() -> dict[str, tuple[str, str]]:

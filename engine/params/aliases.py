@@ -160,9 +160,9 @@ ALIASES: dict[str, str | tuple[str, Callable[[str, Any], Any]]] = {
 # Spellings that say something only together with others; a dialect's `finish` reads them.
 SPECIAL = frozenset({"do_sample", "dynamic_temperature", "dynatemp_low", "dynatemp_high", "best_of"})
 
-_BEAM = "beam search is a strategy: see handloom.strategies.beam"
+_BEAM = "beam search is a strategy: see handloom.strategies.beam_search, or strategies.generate for a whole config"
 _SPECULATIVE = "speculative decoding is a strategy: see handloom.strategies.speculative"
-_GUIDANCE = "guidance needs a second forward pass: mix the logits of two States, or pass a processor"
+_GUIDANCE = "guidance needs a second forward pass: see handloom.strategies.classifier_free_guidance"
 _ORDER = "the order of the rules belongs to the Pipeline: pass pipeline=Pipeline([...]) to the Engine"
 _GRAMMAR = "a grammar is a processor: pass processors=[Grammar.json_schema(...)], from handloom.processors"
 _SCORES = (
@@ -179,8 +179,8 @@ ELSEWHERE: dict[str, tuple[tuple, str]] = {
     "beam_width": ((1,), _BEAM),
     "constraints": (([],), _BEAM),
     "force_words_ids": (([],), _BEAM),
-    "penalty_alpha": ((0,), "contrastive search is a strategy: see handloom.strategies.contrastive"),
-    "dola_layers": ((), "DoLa is a strategy, written with state.hidden(layer)"),
+    "penalty_alpha": ((0,), "contrastive search is a strategy: see handloom.strategies.contrastive_search"),
+    "dola_layers": ((), "DoLa is a strategy: see handloom.strategies.dola"),
     "assistant_model": ((), _SPECULATIVE),
     "prompt_lookup_num_tokens": ((0,), _SPECULATIVE),
     "speculation_type": ((), _SPECULATIVE),

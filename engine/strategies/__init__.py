@@ -48,6 +48,7 @@ from .inference.tree_search import tree_search
 from .kit.decode import Decoding, Now, decode
 from .kit.requests import Requests
 from .kit.rollout import Walk, rollout
+from .modes import generate, named
 from .search.arithmetic import arithmetic_sampling
 from .search.beam import beam_search
 from .search.constrained import constrained_beam_search
@@ -98,9 +99,11 @@ __all__ = [
     "experts",
     "exponential_watermark",
     "frustratingly_simple",
+    "generate",
     "grammar_aligned",
     "lookahead",
     "mixture_of_inputs",
+    "named",
     "power_sampling",
     "power_smc",
     "prompt_lookup",

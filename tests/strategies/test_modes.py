@@ -1,0 +1,115 @@
+"""Modes: what a GenerationConfig or a name asks for is the strategy, with the tokens of transformers."""
+
+import pytest
+import torch
+from helpers import tiny_llama
+from transformers import GenerationConfig
+
+from handloom import Engine, ParameterError, SamplingParams, strategies
+from handloom.cli.options import strategy_events
+from handloom.strategies import generate
+from handloom.strategies.modes import mode, named
+
+PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(tiny_llama(num_hidden_layers=3))
+
+
+def ids(results):
+    return [result.token_ids for result in results]
+
+
+# fields -> the strategy, and its options
+CASES = [
+    ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search", {"k": 4, "alpha": 0.6}),
+    ({"dola_layers": [0, 1]}, "dola", {"layers": [0, 1], "rule": "code"}),
+    (
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+        "diverse_beam_search",
+        {"num_beams": 4, "diversity_penalty": 1.0},
+    ),
+    (
+        {"num_beams": 3, "force_words_ids": [[30, 31]]},
+        "constrained_beam_search",
+        {"num_beams": 3, "constraints": [[30, 31]]},
+    ),
+    ({"num_beams": 3, "length_penalty": 0.5}, "beam_search", {"num_beams": 3, "length_penalty": 0.5}),
+    ({"guidance_scale": 2.0}, "classifier_free_guidance", {"guidance_scale": 2.0}),
+    ({"prompt_lookup_num_tokens": 3}, "speculative", {"num_draft": 3}),
+    ({"assistant_early_exit": 1}, "speculative", {}),
+    ({"assistant_model": tiny_llama(num_hidden_layers=1), "num_assistant_tokens": 2}, "speculative", {}),
+]
+
+
+@pytest.mark.parametrize(("config", "name", "options"), CASES, ids=[name for _, name, _ in CASES])
+def test_a_config_leads_to_its_strategy(engine, config, name, options):
+    direct = named(name)(engine, PROMPTS, max_new_tokens=7, **options)
+    assert mode(engine, config)[0] is named(name)
+    assert ids(generate(engine, PROMPTS, max_new_tokens=7, **config)) == ids(direct)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "length_penalty": 0.3, "early_stopping": True, "num_return_sequences": 2},
+        {"guidance_scale": 3.0},
+        {"prompt_lookup_num_tokens": 4},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_the_object_of_transformers_gives_its_tokens(engine, options):
+    """Each prompt alone there, all of them at once here."""
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, **options)
+    theirs = []
+    for prompt in PROMPTS:
+        found = engine.model.generate(torch.tensor([prompt]), generation_config=config)
+        theirs += found[:, len(prompt) :].tolist()
+    assert ids(generate(engine, PROMPTS, config)) == theirs
+
+
+def test_two_modes_are_refused(engine):
+    with pytest.raises(ParameterError, match="contrastive_search, dola"):
+        generate(engine, PROMPTS, penalty_alpha=0.6, top_k=4, dola_layers="low")
+    with pytest.raises(ParameterError, match="no_such"):
+        generate(engine, PROMPTS, no_such_field=3)
+
+
+def test_what_says_nothing_is_plain_decoding(engine):
+    given = {
+        "num_beams": 1,
+        "penalty_alpha": 0.0,
+        "guidance_scale": 1,
+        "num_beam_groups": 1,
+        "max_new_tokens": 3,
+    }
+    strategy, options, _ = mode(engine, given)
+    assert (strategy, options) == (Engine.generate, {})
+
+
+def test_a_strategy_from_the_command_line(engine):
+    """What `handloom --strategy contrastive_search -O alpha=0.3` runs; the result comes as one Event."""
+    run = strategy_events("contrastive_search", ("alpha=0.3", "k=3"))
+    events = list(run(engine, PROMPTS[:1], SamplingParams(max_new_tokens=5)))
+    direct = strategies.contrastive_search(engine, PROMPTS[:1], alpha=0.3, k=3, max_new_tokens=5)
+    assert [event.generation.token_ids for event in events] == ids(direct)
+    assert events[0].finish == "length"
+    for name, options, message in (
+        ("contrastive_search", ("beta=1",), "takes name=value of k, alpha"),
+        (None, ("k=1",), "name one with --strategy"),
+        ("beams", (), "strategy='beams' is not known"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            strategy_events(name, options)
+
+
+def test_strategies_by_name():
+    assert named("contrastive_search") is strategies.contrastive_search
+    assert named("smc") is strategies.smc
+    with pytest.raises(ParameterError, match="did you mean 'contrastive_search'"):
+        named("contrastive_serach")
+    with pytest.raises(ParameterError, match="known are"):
+        named("GreenList")
