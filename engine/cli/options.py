@@ -69,7 +69,7 @@ def strategy_events(name: str | None, given: tuple[str, ...]) -> Callable[..., I
             raise ParameterError(f"--option {given[0]} is an option of a strategy: name one with --strategy")
         return lambda engine, prompts, params: engine.stream(prompts, params)
     from ..loop.generation import Event
-    from ..strategies.modes import named
+    from ..strategies import named
 
     strategy, chosen = named(name), {}
     known = list(inspect.signature(strategy).parameters)[3:-1]

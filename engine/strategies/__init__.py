@@ -24,6 +24,12 @@ States are values: an older one can be continued at any time (rewind), or twice 
 forks, reorders and drops rows. `Requests` adds what `SamplingParams` asks for: processors, noise, stopping.
 """
 
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ParameterError
 from .acceleration.drafting import prompt_lookup
 from .acceleration.early_exit import early_exit
 from .acceleration.speculative import Speculation, speculative
@@ -48,7 +54,7 @@ from .inference.tree_search import tree_search
 from .kit.decode import Decoding, Now, decode
 from .kit.requests import Requests
 from .kit.rollout import Walk, rollout
-from .modes import generate, named
+from .modes import generate
 from .search.arithmetic import arithmetic_sampling
 from .search.beam import beam_search
 from .search.constrained import constrained_beam_search
@@ -117,3 +123,22 @@ __all__ = [
     "tree_search",
     "weighted_rejection",
 ]
+
+
+def named(name: str) -> Callable[..., Any]:
+    """The strategy of this name, `generate` among them.
+
+    Raises:
+        ParameterError: there is none; the message names the nearest.
+    """
+    known = {
+        each: globals()[each]
+        for each in __all__
+        if inspect.isfunction(globals()[each])
+        and list(inspect.signature(globals()[each]).parameters)[:2] == ["engine", "prompts"]
+    }
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise ParameterError(f"strategy={name!r} is not known; {hint}")
+    return known[name]

@@ -1,9 +1,7 @@
-"""Modes: the strategy that a name, or the fields of a transformers GenerationConfig, ask for."""
+"""Modes: the strategy that the fields of a transformers GenerationConfig ask for."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,24 +101,3 @@ def speculation(engine: Engine, rest: dict[str, Any]) -> list[tuple[Callable, di
     if (model := rest.pop("assistant_model", None)) is not None:
         drafts.append((model if hasattr(model, "prefill") else Engine(model, slots=engine.slots), count))
     return [(speculative, {"draft": draft, "num_draft": most or 5}) for draft, most in drafts]
-
-
-def named(name: str) -> Callable[..., Any]:
-    """The strategy of this name, `generate` among them.
-
-    Raises:
-        ParameterError: there is none; the message names the nearest.
-    """
-    from .. import strategies
-
-    known = {
-        each: getattr(strategies, each)
-        for each in strategies.__all__
-        if inspect.isfunction(getattr(strategies, each))
-        and list(inspect.signature(getattr(strategies, each)).parameters)[:2] == ["engine", "prompts"]
-    }
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise ParameterError(f"strategy={name!r} is not known; {hint}")
-    return known[name]

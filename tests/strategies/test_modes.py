@@ -7,8 +7,8 @@ from transformers import GenerationConfig
 
 from handloom import Engine, ParameterError, SamplingParams, strategies
 from handloom.cli.options import strategy_events
-from handloom.strategies import generate
-from handloom.strategies.modes import mode, named
+from handloom.strategies import generate, named
+from handloom.strategies.modes import mode
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
 
