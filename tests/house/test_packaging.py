@@ -16,7 +16,7 @@ from packaging.version import Version
 import handloom
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("engine", "kernels", "tests", "benchmarks", ".ci")
+SOURCES = ("engine", "kernels", "tests", "benchmarks", "docs", ".ci")
 UNWANTED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 BUILD_EDITABLE = (
@@ -98,7 +98,7 @@ def test_the_source_distribution_holds_what_tests_and_users_need(built, checkout
     assert {"setup.py", "pyproject.toml", "constraints.txt", "LICENSE", "CHANGELOG.md", ".ci/run"} <= names
     wanted = {
         file.relative_to(checkout).as_posix()
-        for folder in ("engine", "kernels", "tests", "benchmarks")
+        for folder in ("engine", "kernels", "tests", "benchmarks", "docs")
         for file in (checkout / folder).rglob("*.py")
     }
     assert wanted - names == set()
