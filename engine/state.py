@@ -159,12 +159,30 @@ class State:
     def hidden(self, layer: int = -1) -> torch.Tensor:
         """`[B, n, D]` hidden states of the tokens that the last forward fed, rows left-aligned, zero beyond `counts`.
 
+        So `hidden()[:, -1]` is a zero vector for the shorter rows of a ragged batch: `last_hidden` is what is meant.
+
         Args:
             layer: index into the model's hidden states: 0 the embeddings, -1 the last (normed) layer.
 
         Raises:
-            HandloomError: they were not asked for with `hidden=True`.
+            HandloomError: they were not asked for with `hidden=True`, or there is no such layer.
         """
+        states = self._layer(layer)
+        fed = torch.tensor(self.counts, device=states.device)[:, None]
+        real = torch.arange(states.shape[1], device=states.device) < fed
+        return states.masked_fill(~real[..., None], 0)
+
+    def last_hidden(self, layer: int = -1) -> torch.Tensor:
+        """`[B, D]` hidden states of each row's last token, from which its `logits` come; see `hidden`."""
+        states = self._layer(layer)
+        if 0 in self.counts:
+            raise HandloomError(
+                f"row {self.counts.index(0)} keeps nothing of the last extension: its last token came before"
+            )
+        last = torch.tensor(self.counts, dtype=torch.long, device=states.device) - 1
+        return states[torch.arange(len(self), device=states.device), last]
+
+    def _layer(self, layer: int) -> torch.Tensor:
         if self.hidden_states is None:
             raise HandloomError("hidden states were not kept: pass hidden=True to prefill, step or extend")
         count = len(self.hidden_states)
@@ -172,10 +190,7 @@ class State:
             raise HandloomError(
                 f"layer={layer!r} is none of the {count} hidden states: {-count} to {count - 1}"
             )
-        states = self.hidden_states[layer]
-        fed = torch.tensor(self.counts, device=states.device)[:, None]
-        real = torch.arange(states.shape[1], device=states.device) < fed
-        return states.masked_fill(~real[..., None], 0)
+        return self.hidden_states[layer]
 
 
 def check_owner(state: State, pool: BlockPool) -> None:

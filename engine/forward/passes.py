@@ -21,7 +21,7 @@ from ..kernels.attention.attention import paged_attention
 from ..kernels.attention.attention_cpu import CellPlan, packed_attention_cpu, paged_attention_cpu
 from ..kernels.attention.packed import paged_attention_packed
 from .ragged import install_mask_hook, rope_switch, row_wise_ropes
-from .twin.twin import replace
+from .twin.twin import capture_hidden_states, replace
 
 _names = itertools.count()
 LONG = 32  # more new tokens than this are a prompt: torch's own attention over gathered cells is faster
@@ -120,6 +120,7 @@ class Pass:
         if last_only and not ragged and "logits_to_keep" in self._arguments:
             arguments["logits_to_keep"] = 1 if feed.last is None else feed.last
         if hidden:
+            capture_hidden_states(self.module)
             arguments["output_hidden_states"] = True
         with self._ours(), self.output.only_last(feed) if ragged and self.output else nullcontext():
             out = self.module(**arguments)

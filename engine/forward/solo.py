@@ -13,6 +13,7 @@ from ..errors import CapabilityError
 from .capabilities import Capabilities, Capability
 from .model import longer_rows
 from .passes import Output, accepted, padded
+from .twin.twin import capture_hidden_states
 
 
 @dataclass(eq=False)
@@ -105,6 +106,7 @@ class SoloModel:
         if "position_ids" in self._arguments:
             arguments["position_ids"] = positions
         if hidden:
+            capture_hidden_states(self.module)
             arguments["output_hidden_states"] = True
         out = self.module(**arguments)
         session.length += len(tokens)

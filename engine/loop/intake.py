@@ -34,12 +34,24 @@ def requests_of(engine, prompts, params, defaults, overrides) -> tuple[list[Requ
             asked = checked(engine, asked, len(prompt), known)
         except ParameterError as error:
             raise ParameterError(f"request {index}: {error}") from error
-        seed = fresh_seed(engine.model) if asked.seed is None else asked.seed
+        seed = seed_of(engine, asked.seed, index)
         shared = Prefilled(waiting=asked.n)
         requests += [Request(index, sample, prompt, asked, seed, shared) for sample in range(asked.n)]
     for number, request in enumerate(requests):
         request.params = for_row(request.params, number, len(requests))
     return requests, single
+
+
+def seed_of(engine, asked: int | str | None, number: int) -> int:
+    """The seed of request `number`: the one that was asked for, a fresh one, or one derived from a base."""
+    if asked is None:
+        return fresh_seed(engine.model)
+    if isinstance(asked, int):
+        return asked
+    word, mask = int(asked.partition(":")[2]) + (number + 1) * 0x9E3779B97F4A7C15, 2**64 - 1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        word = ((word & mask) ^ (word & mask) >> shift) * factor & mask
+    return (word ^ word >> 31) >> 1
 
 
 def checked(engine, asked: SamplingParams, prompt_length: int, known: dict) -> SamplingParams:

@@ -95,8 +95,9 @@ class Request:
 
     def push(self, token: int, raw: float, processed: float, top: tuple[list, list] | None) -> Event:
         """Take one drawn token; the event tells what may be shown, and whether it was the last."""
-        if not self.stopper.token_ids:
-            self.first = time.monotonic()
+        self.first = (
+            self.first or time.monotonic()
+        )  # a search sets it: it tells its tokens when it is through
         self.raw_logprobs.append(raw)
         self.logprobs.append(processed)
         if self.params.logprobs is not None:

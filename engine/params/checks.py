@@ -10,6 +10,7 @@ from ..errors import ParameterError
 
 Check = Callable[[str, Any], Any]  # (spelling, value) -> normal form; raises ParameterError
 
+PER_REQUEST = "per-request"  # the prefix of a seed's base
 LARGEST_ID = 2**31 - 1  # token ids, positions and counts fit an int32
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT32_TINY = 1.1754943508222875e-38  # parameters reach the kernels as float32: nothing smaller is "above 0"
@@ -126,6 +127,24 @@ def integer(default: int | None, low: int, high: int = LARGEST_ID, *, also_defau
         return to_int(name, value, low, high)
 
     return dataclasses.field(default=default, metadata={"check": check})
+
+
+def seed_or_base() -> Any:
+    """Field for a seed 0 .. 2**63 - 1; None and -1 mean none, and "per-request:7" is a base to derive seeds from."""
+
+    def check(name: str, value: Any) -> int | str | None:
+        kind, _, base = value.partition(":") if isinstance(value, str) else ("", "", "")
+        if kind == PER_REQUEST and base.isdecimal() and int(base) < 2**63:
+            return f"{PER_REQUEST}:{int(base)}"
+        if isinstance(value, str):
+            fail(
+                name,
+                value,
+                f'a whole number of 0 .. 2**63 - 1, or "{PER_REQUEST}:7" with such a number as the base',
+            )
+        return None if scalar(value) == -1 else to_int(name, value, 0, 2**63 - 1)
+
+    return dataclasses.field(default=None, metadata={"check": check})
 
 
 def flag(default: bool) -> Any:

@@ -16,6 +16,7 @@ from .checks import (
     integer,
     positions_to_ids,
     real,
+    seed_or_base,
     sequence_bias,
     start_and_factor,
     texts,
@@ -48,7 +49,9 @@ class SamplingParams:
         max_length: most tokens of prompt and output together, >= 1; None = the model's own limit.
     Mode
         temperature: logits are divided by it, >= 1e-6; 0 = greedy, the most probable token.
-        seed: of all random draws, 0 .. 2**63 - 1; None or -1 = a fresh one for each request.
+        seed: of all random draws, 0 .. 2**63 - 1; None or -1 = a fresh one for each request. One seed is the same
+            noise for every prompt of a list: a row depends on nothing but its own request. "per-request:7" derives
+            one for each from the base 7 and the request's number.
         n: samples of the prompt, >= 1, each on its own stream of the seed.
     Truncation
         top_k: keep the k most probable tokens; 0 or -1 = off (arXiv 1805.04833).
@@ -133,7 +136,7 @@ class SamplingParams:
     min_new_tokens: int = integer(0, 0)
     max_length: int | None = integer(None, 1)
     temperature: float = real(0.0, f"[{SMALLEST_TEMPERATURE:g}, inf)", off=0.0)
-    seed: int | None = integer(None, 0, 2**63 - 1, also_default=(-1,))
+    seed: int | str | None = seed_or_base()
     n: int = integer(1, 1)
 
     top_k: int = integer(0, 0, also_default=(-1,))

@@ -15,7 +15,7 @@ from helpers import (
 )
 from tiny_tokenizers import byte_level
 
-from handloom import Engine, SamplingParams
+from handloom import Engine, ParameterError, SamplingParams
 from handloom.pipeline.processors import BannedTokens, LogitBias, Temperature, TopK
 
 PROMPTS = prompts_of([5, 17, 1, 40, 9, 23, 16, 33])
@@ -234,3 +234,26 @@ def test_samples_of_a_request_differ_and_the_first_is_the_single_one(either):
 def test_equal_requests_draw_equally(engine):
     results = engine.generate([PROMPTS[0], PROMPTS[1], PROMPTS[0]], temperature=1.5, seed=5, max_new_tokens=9)
     assert results[0].token_ids == results[2].token_ids
+
+
+def test_one_seed_is_one_noise_and_a_base_gives_each_request_its_own():
+    engine, prompt = Engine(tiny_llama()), PROMPTS[0]
+    sampled = {"temperature": 3.0, "max_new_tokens": 10}
+    same = engine.generate([prompt] * 3, seed=7, **sampled)
+    assert len({tuple(g.token_ids) for g in same}) == 1
+    own = engine.generate([prompt] * 3, seed="per-request:7", **sampled)
+    assert len({tuple(g.token_ids) for g in own}) == len({g.seed for g in own}) == 3
+    again = engine.generate([prompt] * 4, seed="per-request:7", **sampled)
+    assert [g.token_ids for g in again[:3]] == [g.token_ids for g in own]
+    alone = engine.generate(prompt, seed=own[2].seed, **sampled)  # what is told can be asked for
+    assert alone.token_ids == own[2].token_ids
+    other = engine.generate([prompt] * 3, seed="per-request:8", **sampled)
+    assert not {g.seed for g in other} & {g.seed for g in own}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["per-request", "per-request:", "per-request:-1", "per-row:7", "7", f"per-request:{2**63}"]
+)
+def test_a_base_that_is_none_is_refused(wrong):
+    with pytest.raises(ParameterError, match=r'seed=.*"per-request:7"'):
+        SamplingParams(seed=wrong)

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, prompts_of
 from helpers import full_logits, tiny_llama
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -203,3 +203,26 @@ def test_concat_pads_hidden_states_and_forgets_the_extension():
         both.keep([1, 1])
     with pytest.raises(HandloomError, match="at least one State"):
         State.concat([])
+
+
+@torch.no_grad()
+def test_last_hidden_is_each_rows_last_token():
+    engine = Engine(tiny_llama(num_hidden_layers=3))
+    prompts, longer = prompts_of([9, 4, 1]), [[7, 8], [9], [10, 11, 12]]
+    state = engine.prefill(prompts, hidden=True)
+    extended = engine.extend(state, longer, hidden=True)
+    kept = extended.keep([1, 1, 2])
+    fed = [[*prompt, *new] for prompt, new in zip(prompts, longer, strict=True)]
+    cut = [row[: len(row) - n] for row, n in zip(fed, [1, 0, 1], strict=True)]
+    for now, rows in ((state, prompts), (extended, fed), (kept, cut)):
+        for layer in range(-4, 4):
+            for got, ids in zip(now.last_hidden(layer), rows, strict=True):
+                theirs = engine.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+                torch.testing.assert_close(got, theirs.hidden_states[layer][0, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(engine.model.lm_head(state.last_hidden()), state.logits, atol=1e-4, rtol=1e-4)
+    assert not state.hidden()[1, -1].any()  # what was easily taken for the last token
+    for layer in (4, -5, "last"):
+        with pytest.raises(HandloomError, match="is none of the 4 hidden states: -4 to 3"):
+            state.hidden(layer)
+    with pytest.raises(HandloomError, match="row 1 keeps nothing"):
+        extended.keep([1, 0, 1]).last_hidden()

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from .twin import TABLES
+from .twin import INSTALLED, TABLES, listens
 
 SAMPLED = 64  # elements of every tensor that are compared: an edit through `.data` leaves no other trace
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals NaN by its bits
+NOT_COMPARED = TABLES | {"_compiled_call_impl", INSTALLED}
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -68,7 +69,7 @@ class Fingerprint:
         found = Changes()
         found.modules = any(not _same(table, values) for table, values in self._parts)
         found.modules |= any(vars(config) != seen for config, seen in self._configs)
-        found.hooks = self._hooks != list(itertools.chain.from_iterable(self._hook_tables))
+        found.hooks = self._hooks != self._listening()
         tensors = self._tensors()
         found.values = len(tensors) != len(self._seen) or not all(map(operator.is_, tensors, self._seen))
         if not found.values:
@@ -95,13 +96,17 @@ class Fingerprint:
         self._contents = [(v, v.copy()) for v in own if type(v) in (list, set, dict) and _plain(v)]
         self._hook_tables = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
         self._hook_tables += [torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks]
-        self._hooks = list(itertools.chain.from_iterable(self._hook_tables))
+        self._hooks = self._listening()
         tables = [m._parameters for m in modules] + [m._buffers for m in modules]
         self._tables = [table for table in tables if table]
         self._seen = tensors = self._tensors()
         self._kinds = [_kind(t) for t in tensors]
         self._places, self._versions = _places(tensors), _versions(tensors)
         self._samples = [(views, torch.cat(views)) for views in _sample_views(tensors)]
+
+    def _listening(self) -> list[int]:
+        """Numbers of all hooks that may act in any pass; no number is given twice."""
+        return [key for table in filter(None, self._hook_tables) for key in table if listens(table[key])]
 
     def _tensors(self) -> list[torch.Tensor]:
         values = itertools.chain.from_iterable(map(dict.values, self._tables))
@@ -114,7 +119,7 @@ class Fingerprint:
                 changed = [
                     name
                     for name in {**old, **table}
-                    if name not in TABLES and name != "_compiled_call_impl" and _differs(name, old, table)
+                    if name not in NOT_COMPARED and _differs(name, old, table)
                 ]
                 if changed:
                     yield module, changed

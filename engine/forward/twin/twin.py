@@ -10,6 +10,11 @@ import types
 from torch import nn
 from transformers import PretrainedConfig
 
+try:  # transformers records hidden states by hooks that it installs when they are first asked for
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+except ImportError:
+    maybe_install_capturing_hooks = None
+CAPTURING, INSTALLED = "transformers.utils.output_capturing", "_output_capturing_hooks_installed"
 TABLES = frozenset(
     vars(nn.Module())
 )  # what every module has: shared, but for the parts and the training flag
@@ -33,7 +38,9 @@ class Twin:
         self.hooks = hooks
         self._made: dict[int, nn.Module] = {}
         self._configs: dict = {}  # a configuration that is reached in two ways has one copy
+        self._capturing: list[tuple[nn.Module, nn.Module]] = []
         self.module = self.of(model)
+        self.module.__dict__["_capturing"] = self._capturing[::-1]  # the outermost installs for those inside
 
     def of(self, module: nn.Module) -> nn.Module:
         """The twin of a module; one that is reached in two ways has one twin."""
@@ -49,7 +56,11 @@ class Twin:
         own["training"], own["_compiled_call_impl"] = False, None
         if not self.hooks:
             for table in ("_forward_hooks", "_forward_pre_hooks"):
-                own[table] = type(own[table])()
+                own[table] = type(own[table])(
+                    (k, hook) for k, hook in own[table].items() if not listens(hook)
+                )
+        elif _captures(type(module)):
+            self._capturing.append((module, mine))
         return mine
 
     def follow(self, module: nn.Module, names) -> None:
@@ -87,9 +98,33 @@ def twin(model: nn.Module, *, hooks: bool = True) -> nn.Module:
     return Twin(model, hooks=hooks).module
 
 
+def capture_hidden_states(twin: nn.Module) -> None:
+    """Let the user's modules, whose tables of hooks are the twin's, record hidden states: once for both of them."""
+    for module, mine in twin.__dict__.get("_capturing", ()):
+        if not mine.__dict__.get(INSTALLED):
+            maybe_install_capturing_hooks(module)
+            mine.__dict__[INSTALLED] = True
+
+
+def _captures(kind: type) -> bool:
+    """Whether a class's forward is one that installs transformers' recording of hidden states."""
+    forward = kind.forward
+    while forward is not None and maybe_install_capturing_hooks is not None:
+        if getattr(forward, "__globals__", {}).get("__name__") == CAPTURING:
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def listens(hook) -> bool:
+    """Whether a hook may act in any pass; those by which transformers records hidden states wait to be asked."""
+    return getattr(hook, "__module__", None) != CAPTURING
+
+
 def watched(*modules: nn.Module) -> bool:
     """Whether a forward hook sits on one of these modules, so that each has to be called for itself."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    tables = (table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks))
+    return any(listens(hook) for table in tables if table for hook in table.values())
 
 
 def replace(tree: nn.Module, old: nn.Module, new: nn.Module) -> None:

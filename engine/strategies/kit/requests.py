@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,13 +18,16 @@ from ...pipeline.members import put_memory, select_memory
 from ...pipeline.pipeline import Context, Rows
 from ...state import State
 
+FRESH, LAST = 2**20, 2**29  # streams of rows that draw anew: clear of samples and beams, roots and drafts
+APART = 1024  # rows of one request for which two such selections share no stream
+
 
 @dataclass(frozen=True)
 class Requests:
     """What was asked for B rows, and their processors' memory: an immutable value that goes with a State.
 
     asked: the request that each row belongs to: its number and sample, prompt, params and seed.
-    rows: what the pipeline keeps for them.
+    rows: what the pipeline keeps for them. forks: how often rows were selected to draw anew.
     seeds, streams: int64 [B], the keys of the draw's noise.
     """
 
@@ -30,6 +35,7 @@ class Requests:
     rows: Rows
     seeds: Tensor
     streams: Tensor
+    forks: int = 0
 
     @classmethod
     def start(cls, engine, prompts, params=None, *, hidden=False, **overrides) -> tuple[State, Requests]:
@@ -47,7 +53,11 @@ class Requests:
             for field in ("logprobs", "prompt_logprobs"):
                 if getattr(request.params, field) is not None:
                     raise ParameterError(f"request {request.index}: {field} is for generate and decode alone")
+        began = time.monotonic()
         state = engine.prefill([request.prompt for request in asked if request.sample == 0], hidden=hidden)
+        for request in asked:
+            request.admitted = began
+            request.prefill_done()
         return state.select([request.index for request in asked]), cls.bind(engine, asked)
 
     @classmethod
@@ -74,17 +84,30 @@ class Requests:
         for row, asked in enumerate(fresh.asked, len(self)):
             rows.fill(row, asked.params, asked.prompt.ids, asked.seed, asked.sample)
         keys = torch.cat([self.seeds, fresh.seeds]), torch.cat([self.streams, fresh.streams])
-        return Requests(self.asked + fresh.asked, rows, *keys)
+        return Requests(self.asked + fresh.asked, rows, *keys, max(self.forks, fresh.forks))
 
     def __len__(self) -> int:
         return len(self.asked)
 
-    def select(self, index: Sequence[int]) -> Requests:
-        """Fork, reorder or drop rows, as `State.select` does; forks go on with the same noise."""
+    def select(self, index: Sequence[int], fresh: bool = False) -> Requests:
+        """Fork, reorder or drop rows, as `State.select` does.
+
+        Args:
+            index: row numbers, repeated ones fork.
+            fresh: every row takes a noise stream that no row has had, so that forks part, and a row that goes back
+                draws another token. Otherwise forks share their noise: at equal States they draw equal tokens.
+        """
         index = [int(i) for i in index]
         where = torch.tensor(index, dtype=torch.long, device=self.seeds.device)
         asked = tuple(self.asked[i] for i in index)
-        return Requests(asked, self.rows.select(index), self.seeds[where], self.streams[where])
+        streams, forks = self.streams[where], self.forks
+        if fresh:
+            seen: Counter = Counter()  # rows of one request are numbered, so that it depends on nobody else
+            for row, request in enumerate(asked):
+                streams[row] = FRESH + (forks * APART + seen[request.index]) % (LAST - FRESH)
+                seen[request.index] += 1
+            forks += 1
+        return Requests(asked, self.rows.select(index), self.seeds[where], streams, forks)
 
     def context(self, tokens: Callable[[], list[list[int]]], lengths: Tensor) -> Context:
         """What processors may read when the next token is drawn.
@@ -125,10 +148,13 @@ class Requests:
         return replace(self, rows=rows)
 
     def open(self, row: int, engine) -> Request:
-        """A running request for this row, to which its tokens are pushed; its clock starts now."""
+        """A running request for this row, to which its tokens are pushed; the clock of `max_time` starts now."""
         asked = self.asked[row]
-        running = Request(asked.index, asked.sample, asked.prompt, asked.params, asked.seed, Prefilled())
+        running = replace(
+            asked, prefilled=Prefilled(), raw_logprobs=[], logprobs=[], top_logprobs=[], extra={}
+        )
         running.start(engine)
+        running.admitted = asked.admitted or running.admitted
         return running
 
 

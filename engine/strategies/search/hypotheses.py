@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -80,10 +81,12 @@ class Hypotheses:
         self.least = max(2, 1 + len(self.stops))  # candidates of a beam, so that one of them goes on
         self.num_beams, self.length_penalty, self.early_stopping = num_beams, length_penalty, early_stopping
         self.length, self.finished = 0, []  # finished: (score, trail), best first
+        self.first = 0.0  # when the first tokens were there
 
     def advance(self, tokens: list[int]) -> list[bool]:
         """One token more; which of the candidate tokens end their sequence."""
         self.length += 1
+        self.first = self.first or time.monotonic()
         return [token in self.stops or self.length >= self.limit for token in tokens]
 
     def offer(self, value: Tensor, trail: list) -> None:
@@ -105,7 +108,7 @@ class Hypotheses:
         results = []
         for sample in range(count):
             request = self.requests.open(self.row, self.engine)
-            request.sample = sample
+            request.sample, request.first = sample, self.first
             if sample >= len(self.finished):
                 results.append(request.end("error", "no possible sequence was left").generation)
                 continue

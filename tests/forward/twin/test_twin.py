@@ -6,11 +6,11 @@ import functools
 import pytest
 import torch
 from architectures import ARCHITECTURES, prompts_of
-from helpers import tiny_llama
+from helpers import recorded, tiny_llama
 from torch import nn
 
 from handloom import Engine
-from handloom.forward.twin.twin import Twin, twin
+from handloom.forward.twin.twin import Twin, twin, watched
 
 IDS = torch.tensor([[3, 5, 7, 9, 11, 13]])
 
@@ -128,3 +128,28 @@ def test_accelerates_forwards_run_in_the_twin():
     assert torch.equal(logits(mine), logits(model))
     mine.lm_head = nn.Linear(32, 101)  # acts only if the twin's forward runs the twin's parts
     assert not torch.equal(logits(mine), logits(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["engine", "model", "inner"])
+def test_hidden_states_are_recorded_once_for_model_and_twin(first):
+    """transformers records them by hooks that it installs on first use; model and twin share their tables."""
+    model = tiny_llama(num_hidden_layers=3)
+
+    def theirs(model=model):
+        return model(IDS, use_cache=False, output_hidden_states=True).hidden_states
+
+    wanted = theirs(tiny_llama(num_hidden_layers=3))
+    if first != "engine":
+        (model if first == "model" else model.model)(IDS, use_cache=False, output_hidden_states=True)
+    engine = Engine(model)
+    kept = engine.prefill([*range(20)])
+    state = engine.prefill(IDS.tolist(), hidden=True)
+    for got in (theirs(), state.hidden_states, engine.prefill(IDS.tolist(), hidden=True).hidden_states):
+        assert len(got) == len(wanted) == 4
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert not watched(*model.modules())
+    with recorded(model) as passes:  # recording is no change of the model
+        torch.testing.assert_close(engine.prefill([*range(20)]).logits, kept.logits)
+    assert passes.prompts == [4]
