@@ -8,6 +8,7 @@ from pathlib import Path
 STAT = Path("/proc/stat")
 PAUSE = 0.5  # seconds that are looked at before a measurement
 QUIET = 0.1  # share of the cores that others may take
+SHORTEST = 0.2  # seconds over which a share is known: the system counts in ticks of a hundredth
 
 
 def busy_seconds(text: str, ticks: int) -> float:
@@ -50,8 +51,8 @@ class Neighbours:
         return self._now() if STAT.exists() else None
 
     def stop(self, start) -> None:
-        """It has ended: its share is noted."""
-        if start is not None:
+        """It has ended: its share is noted, unless that was too short to tell."""
+        if start is not None and time.perf_counter() - start[2] >= SHORTEST:
             self.seen.append(self._share(start))
 
     @staticmethod
@@ -61,4 +62,4 @@ class Neighbours:
 
     def _share(self, start) -> float:
         busy, own, clock = (now - then for now, then in zip(self._now(), start, strict=True))
-        return max(0.0, busy - own) / (clock * (os.cpu_count() or 1))
+        return min(max(0.0, busy - own) / (clock * (os.cpu_count() or 1)), 1.0)

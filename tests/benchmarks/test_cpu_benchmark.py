@@ -56,6 +56,16 @@ def test_the_share_of_the_others_is_what_this_process_did_not_use(clocks):
     assert neighbours.seen == [pytest.approx(1.5 / 6)]
 
 
+def test_ticks_decide_nothing_of_a_short_measurement(clocks):
+    neighbours = Neighbours()
+    for seconds, seen in ((0.01, []), (0.5, [0.03])):  # three ticks of others in each
+        start = neighbours.start()
+        clocks |= {"busy": clocks["busy"] + 3, "clock": clocks["clock"] + seconds}
+        clocks["write"]()
+        neighbours.stop(start)
+        assert neighbours.seen == pytest.approx(seen)
+
+
 @pytest.mark.parametrize(("per_second", "waited"), [(0, 0.5), (200, 5.0)], ids=["quiet", "busy"])
 def test_waiting_ends_when_the_others_rest_or_patience_does(clocks, per_second, waited):
     clocks["per_second"] = per_second

@@ -94,7 +94,11 @@ class FakeEngine:
 
 
 if __name__ == "__main__":
+    import signal
+
     from handloom.cli.command import main
 
+    # As in a terminal: a process that was started in the background inherits that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handloom.Engine = FakeEngine
     main()

@@ -22,3 +22,6 @@ found = {"greedy": ask(), "seeded": ask(temperature=1.0, seed=7), "unseeded": as
 found["heads"] = engine.pool.stores[0].keys.shape[-2]
 with open(f"{folder}/rank{os.environ['RANK']}.json", "w") as file:
     json.dump(found, file)
+# A rank that is gone while another still listens to it would take that one with it.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
