@@ -30,7 +30,13 @@ from pathlib import Path
 if __name__ == "__main__":  # before Triton is imported; tests import this file, and have an interpreter
     os.environ["TRITON_INTERPRET"] = "0"
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = "support", "support/models", "support/sampling", "kernels/attention"  # whose cases are run here, too
+ROOMS = (
+    "support",
+    "support/models",
+    "support/sampling",
+    "kernels/attention",
+    "kernels/linear",
+)  # whose cases are run here, too
 sys.path += [str(ROOT / "tests" / room) for room in ROOMS]
 
 import torch
@@ -83,6 +89,8 @@ SECTIONS = [
     Section(decode.small_steps, 25, 3),
     Section(decode.first_tokens, 10, 3),
     Section(kernels.sampling_timings, 20, 3),
+    Section(kernels.few_row_timings, 15, 3),
+    Section(checks.fused_layers, 90, 3),
     Section(checks.recorded_steps, 60, 3),
     Section(checks.silent_steps, 30, 3),
     Section(checks.full_size_tokens, 60, 3, cuda=True),
@@ -96,6 +104,7 @@ SECTIONS = [
     Section(checks.shuffled_rows, 30, 6, cuda=True),
     Section(checks.graph_replay, 20, 6, cuda=True),
     Section(checks.nf4_values, 20, 6, cuda=True),
+    Section(checks.few_row_values, 40, 6, cuda=True),
     Section(checks.recorded_rules, 60, 6),
     Section(checks.compiled_steps, 60, 6),
     Section(decode.many_rows_rivals, 40, 9),

@@ -18,7 +18,7 @@ import torch
 from benchmarks.gpu.scale import EVERYTHING, PROMPTS, Scale
 from benchmarks.support.common import ROOT
 from benchmarks.support.shapes import build
-from handloom import Engine, SamplingParams
+from handloom import Engine, ModelError, SamplingParams
 
 # One set of rules with other values for every row: each set is a kernel of its own, which takes seconds to compile.
 ALIKE = [
@@ -29,6 +29,19 @@ ALIKE = [
     SamplingParams(max_new_tokens=11, **EVERYTHING | {"temperature": 1.2, "frequency_penalty": 0.5}),
     SamplingParams(max_new_tokens=40, stop_token_ids=tuple(range(40)), **EVERYTHING | {"seed": 6}),
 ]
+FUSED = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "granite",
+    "smollm3",
+    "glm4",
+    "mixtral",
+)
 MIXED = [
     SamplingParams(temperature=1.0, top_k=20, top_p=0.9, max_new_tokens=7, seed=2),
     SamplingParams(temperature=1.2, mirostat=2, max_new_tokens=11, seed=5),
@@ -171,6 +184,52 @@ def nf4_values(scale: Scale) -> Iterator[str | None]:
             except AssertionError as error:
                 yield f"{kind}, nested {nested}, {rows} rows: {first_line(error)}"
             yield None
+
+
+def few_row_values(scale: Scale) -> Iterator[str | None]:
+    """Products of few rows at real sizes against the reference, and rows that do not touch each other."""
+    from test_few_rows import case, check, test_rows_do_not_touch_each_other
+
+    for rows in (1, 2, 5, 8, 16):
+        for inputs, sizes, gate in (
+            (4096, (4096, 1024, 1024), None),
+            (2304, (9216, 9216), "gelu_tanh"),
+            (14336, (4096,), None),
+        ):
+            try:
+                check(*case(rows, inputs, sizes, torch.bfloat16), gate=gate)
+            except AssertionError as error:
+                yield f"{rows} rows, {inputs} -> {sizes}, {gate}: {first_line(error)}"
+            yield None
+    for gate in (None, "silu"):
+        try:
+            test_rows_do_not_touch_each_other(gate)
+        except AssertionError as error:
+            yield f"neighbours, {gate}: {first_line(error)}"
+        yield None
+
+
+def fused_layers(scale: Scale) -> Iterator[str | None]:
+    """Fused decoder layers against plain ones: logits after ragged prompts, and after steps of 1 to 8 rows."""
+    from architectures import ARCHITECTURES
+
+    for name in FUSED if scale.on_cuda else scale.architectures:
+        for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 0.15)):
+            model = ARCHITECTURES[name]().to(scale.device, dtype)
+            try:
+                sides = [Engine(model, slots=8, fuse=fuse) for fuse in (False, True)]
+            except ModelError as error:
+                yield f"{name} {dtype}: {error}"
+                continue
+            left = {layer: reason for layer, reason in sides[1].runner.fused.items() if reason}
+            yield f"{name} {dtype}: {left}" if left else None
+            for rows in (1, 2, 8):
+                prompts = (PROMPTS * 2)[:rows]
+                states = [side.prefill(prompts) for side in sides]
+                found = [side.step(state, [7] * rows) for side, state in zip(sides, states, strict=True)]
+                want, have = (torch.cat([s.logits, f.logits]) for s, f in zip(states, found, strict=True))
+                error = float((want - have).abs().mean() / want.std())
+                yield f"{name} {dtype}, {rows} rows: {error:.2g} deviations" if not error <= limit else None
 
 
 def recorded_steps(scale: Scale) -> Iterator[str | None]:

@@ -10,6 +10,8 @@ from benchmarks.kernels import attention as kernels_attention
 from benchmarks.kernels import nf4 as kernels_nf4
 from benchmarks.kernels import sampling as kernels_sampling
 from benchmarks.kernels import timing as kernels_timing
+from handloom.kernels.layer.gated import gated
+from handloom.kernels.linear.few_rows import few_rows_linear
 
 
 def sampling_timings(scale: Scale) -> Iterator[dict]:
@@ -81,6 +83,55 @@ def attention_timings(scale: Scale) -> Iterator[dict]:
                 "bf16" if scale.on_cuda else "fp32", scale.device, list(kernels_attention.SIDES), 9,
                 caches=("cold",), budget=2.0, alone=scale.alone,
             )  # fmt: skip
+
+
+PRODUCTS = {  # outputs side by side, inputs, gate
+    "8B qkv": ((4096, 1024, 1024), 4096, None),
+    "8B o": ((4096,), 4096, None),
+    "8B gate and up": ((14336, 14336), 4096, "silu"),
+    "8B down": ((4096,), 14336, None),
+    "8B output": ((128256,), 4096, None),
+    "1B qkv": ((2048, 512, 512), 2048, None),
+    "1B gate and up": ((8192, 8192), 2048, "silu"),
+    "1B down": ((2048,), 8192, None),
+}
+
+
+def few_row_timings(scale: Scale) -> Iterator[dict]:
+    """Products of few rows: our kernel over weights side by side, and what plain layers and our gate launch."""
+    products = (
+        PRODUCTS if scale.on_cuda else {"tiny": ((32, 16, 16), 64, None), "gate": ((48, 48), 64, "silu")}
+    )
+    for name, (sizes, inputs, gate) in products.items():
+        for batch in (1, 2, 4, 8) if scale.on_cuda else (1, 3):
+            weights = [
+                torch.randn(n, inputs, device=scale.device).to(scale.dtype) / inputs**0.5 for n in sizes
+            ]
+            x = torch.randn(batch, inputs, device=scale.device).to(scale.dtype)
+            about = {"benchmark": "kernels/few_rows", "layer": name, "batch": batch}
+            builders = {
+                "handloom": functools.partial(_few_rows, gate),
+                "plain": functools.partial(_plain_products, gate),
+            }
+            yield from kernels_timing.measure(
+                builders, (x, weights), sum(w.nbytes for w in weights), device=scale.device, caches=("cold",),
+                repeats=9, budget=2.0, about=about, alone=scale.alone,
+            )  # fmt: skip
+
+
+def _few_rows(gate, given):
+    x, weights = given
+    return lambda: few_rows_linear(x, weights, gate=gate)
+
+
+def _plain_products(gate, given):
+    x, weights = given
+
+    def run():
+        parts = [torch.nn.functional.linear(x, weight) for weight in weights]
+        return gated(*parts, gate) if gate else parts
+
+    return run
 
 
 def nf4_timings(scale: Scale) -> Iterator[dict]:

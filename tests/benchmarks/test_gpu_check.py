@@ -250,3 +250,19 @@ def test_the_whole_command_end_to_end(tmp_path):
     assert [row["skipped"] for row in rows if "skipped" in row] == []
     assert {"handloom compile", "generate static+compile", "loop"} <= {row.get("side") for row in rows}
     assert "not measured" in done.stdout
+
+
+def test_fused_layers_that_compute_something_else_are_a_failure(monkeypatch):
+    from handloom.forward.fused.layers import Structure
+
+    assert [text for text in checks.fused_layers(DRY) if text] == []
+    right = Structure.__call__
+
+    def wrong(self, hidden, cache, turns):
+        out = right(self, hidden, cache, turns)
+        return out if len(out) < 8 else 1.2 * out  # as a kernel that is wrong at eight rows
+
+    monkeypatch.setattr(Structure, "__call__", wrong)
+    found = [text for text in checks.fused_layers(DRY) if text]
+    assert any("llama torch.float32, 8 rows" in text for text in found)
+    assert not any(" 2 rows" in text for text in found)
