@@ -261,8 +261,8 @@ def same_tokens(name: str, model, prompts, params) -> Iterator[str | None]:
                 where = f"{name}, turn {turn}, request {have.request}"
                 yield f"{where}: {want.token_ids} {want.finish_reason} != {have.token_ids} {have.finish_reason}"
         yield None
-    for batch in engine._batches.values():
-        yield from (f"{name}: a step was not recorded: {reason}" for reason in batch.refused.values())
+    refused = [batch.programs.refused for batch in engine._batches.values() if batch.programs is not None]
+    yield from (f"{name}: a step was not recorded: {why}" for reasons in refused for why in reasons.values())
     engine.pool.check()
 
 
