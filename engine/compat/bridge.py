@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ def as_custom_generate(
     The generation config is read onto the `hf` profile; the logits processors and stopping criteria that were
     passed to `generate` run at their place, called with one row without padding at a time. Sampling seeds come
     from torch's global generator, so `set_seed` makes runs repeatable; the draws differ from
-    `torch.multinomial`'s. The model runs in evaluation mode and is left in the mode it was in. Raises
+    `torch.multinomial`'s. What runs is in evaluation mode, the model stays in the mode it is in. Raises
     ParameterError for what the loop does in another way (beams, guidance), CapabilityError for outputs it does
     not keep, and HandloomError where rows ended in error; its `results` holds all that was generated.
     """
@@ -80,33 +79,21 @@ def as_custom_generate(
             raise CapabilityError(
                 f"{', '.join(wanted)}: this loop keeps no such tensors; use SamplingParams(logprobs=n)"
             )
-        with mode_kept(model):
-            if not held or held[0].model is not model:
-                held[:] = [Engine(model, tokenizer, **engine_options)]
-            own = own_processors(model, generation_config, logits_processor or [], input_ids, kwargs)
-            params = params_of(generation_config, input_ids.shape[1], own, stopping_criteria or [])
-            prompts = unpadded(input_ids, kwargs)
-            seeds = torch.randint(2**62, (len(prompts),)).tolist()
-            requests = [params.replace(seed=seed) for seed in seeds]
-            if streamer is not None:
-                results = [stream_to(streamer, held[0].stream(prompts, requests), input_ids[0].tolist())]
-            else:
-                results = (strategy or Engine.generate)(held[0], prompts, requests)
+        if not held or held[0].model is not model:
+            held[:] = [Engine(model, tokenizer, **engine_options)]
+        own = own_processors(model, generation_config, logits_processor or [], input_ids, kwargs)
+        params = params_of(generation_config, input_ids.shape[1], own, stopping_criteria or [])
+        prompts = unpadded(input_ids, kwargs)
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+        requests = [params.replace(seed=seed) for seed in seeds]
+        if streamer is not None:
+            results = [stream_to(streamer, held[0].stream(prompts, requests), input_ids[0].tolist())]
+        else:
+            results = (strategy or Engine.generate)(held[0], prompts, requests)
         results = results if isinstance(results, list) else [results]
         return padded_output(input_ids, whole(results), generation_config)
 
     return custom_generate
-
-
-@contextmanager
-def mode_kept(model: Any) -> Iterator[None]:
-    """Leave every module of the model in the mode, training or evaluation, that it has now."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def whole(results: list[Generation]) -> list[Generation]:
