@@ -18,7 +18,12 @@ SAYS = {  # what a recipe or a page must print
     "own_rule": r"WithinOneNat.*",
     "paired_comparison": r"min-p gains \d",
     "rank_continuations": r"^ +-\d+\.\d+ Paris\n",
+    "token_healing": r"as it is: (.|\n)*healed: '://",
+    "two_prompts_vote": r"product: '.*\n(.|\n)*mixture: '",
+    "value_head": r"weight 0.0: (.|\n)*weight 40.0: ",
+    "refine": r"( +-\d+\.\d+ .*\n){3}",
     "1_first_run": r"Paris(.|\n)*did you mean 'temperature'",
+    "6_your_strategy": r"a = 1.0:.*Lyon(.|\n)*the law holds: p = 0\.\d(.|\n)*FSD ",
     "2_parameters": r"llamacpp (.|\n)*top_p(.|\n)*min_p(.|\n)*temperature",
 }
 
@@ -55,10 +60,10 @@ def test_a_recipe_runs_and_says_what_it_promises(recipe, one_engine, capsys):
     assert re.search(SAYS[recipe.stem], capsys.readouterr().out, re.M)
 
 
-def test_the_guide_has_five_pages_and_each_is_in_the_book():
+def test_the_guide_has_six_pages_and_each_is_in_the_book():
     included = re.findall(r"^\.\. include:: (.*)$", (DOCS / "__init__.py").read_text(encoding="utf-8"), re.M)
     assert included == [page.name for page in PAGES]
-    assert len(PAGES) == 5
+    assert len(PAGES) == 6
 
 
 @pytest.mark.slow
