@@ -14,6 +14,7 @@ from handloom.params.aliases import ALIASES, SPECIAL
 from handloom.params.settings import Settings
 
 SCRIPT = Path(__file__).with_name("user_script.py")
+ROOT = SCRIPT.resolve().parents[2]
 
 
 @pytest.mark.slow
@@ -23,10 +24,8 @@ def test_a_checker_finds_the_mistakes_of_a_script_and_nothing_else(pytestconfig)
     package = Path(handloom.__file__).parent
     environment = os.environ | ({} if "build" in package.parts else {"MYPYPATH": str(links(pytestconfig))})
     cache = str(pytestconfig.cache.mkdir("mypy"))
-    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", cache, str(SCRIPT)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, cwd=SCRIPT.parent
-    )
+    command = [sys.executable, "-m", "mypy", "--cache-dir", cache, str(SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
     found = re.findall(r"user_script\.py:(\d+): error: .*\[([a-z-]+)\]$", done.stdout, re.M)
     lines = SCRIPT.read_text(encoding="utf-8").split("\n")
     wanted = [(at, line.split("expect: ")[1]) for at, line in enumerate(lines, 1) if "# expect: " in line]
@@ -35,9 +34,9 @@ def test_a_checker_finds_the_mistakes_of_a_script_and_nothing_else(pytestconfig)
 
 def links(pytestconfig) -> Path:
     """A folder in which a checker finds the package as an installation would lay it out."""
-    root, folder = Path(__file__).resolve().parents[2], pytestconfig.cache.mkdir("typed") / "handloom"
+    folder = pytestconfig.cache.mkdir("typed") / "handloom"
     folder.mkdir(exist_ok=True)
-    for path in [*(root / "engine").iterdir(), root / "kernels"]:
+    for path in [*(ROOT / "engine").iterdir(), ROOT / "kernels"]:
         link = folder / path.name
         if path.name != "__pycache__" and not (path.name == "kernels" and path.is_symlink()):
             link.unlink(missing_ok=True)
