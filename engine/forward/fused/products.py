@@ -14,7 +14,7 @@ from ...kernels.layer.gated import gated
 from ...kernels.linear.few_rows import few_rows_linear, uncovered
 
 log = logging.getLogger("handloom")
-BUCKETS = (1, 2, 4, 8)  # rows that are measured; others count as the next larger one
+BUCKETS = (1, 2, 4, 8, 16)  # rows that are measured; others count as the next larger one
 ROTATE = 16  # layers whose weights a measurement goes through, so that none lies in a cache
 
 

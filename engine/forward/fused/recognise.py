@@ -325,8 +325,8 @@ class Trial:
 
 @torch.no_grad()
 def _pass(runner) -> None:
-    """One forward pass over two rows."""
+    """One forward pass over two rows, of more tokens than the check at load has: kernels then take other tiles."""
     pool = runner.pool
-    tokens = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 1, 2, 3, 4, 5]]
+    tokens = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [8, 9, 1, 2, 3, 4, 5, 6, 7]]
     tables = [pool.writable(pool.table(), 0, len(row)) for row in tokens]
     runner.forward(Feed.build(tokens, [0, 0], tables, pool.block_size, runner.device))
