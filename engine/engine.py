@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from os import PathLike
 from typing import Any, Literal, Unpack, overload
 
@@ -17,7 +19,7 @@ from .errors import CapabilityError, HandloomError, ModelError, ParameterError, 
 from .forward.fused.recognise import fuse
 from .forward.head import Head
 from .forward.probe import adapt
-from .forward.programs.compiling import compile_step
+from .forward.programs.compiling import compile_step, say
 from .forward.programs.recorded import record_passes
 from .forward.twin.copies import check_layout, lay_out, renew
 from .forward.twin.fingerprint import Changes, Fingerprint
@@ -26,12 +28,12 @@ from .loading import limits
 from .loop.batch import Batch
 from .loop.generation import Event, Generation, Results
 from .loop.graph import GraphBatch
-from .loop.intake import encoded, requests_of
+from .loop.intake import encoded, rehearsals, requests_of
 from .loop.loop import run
 from .loop.request import Request
 from .params.settings import Settings, Single
 from .pipeline.pipeline import Pipeline
-from .state import State, check_owner, continuations, stacked, whole_numbers
+from .state import State, continuations, drafted, extended, prefilled, scored, whole_numbers
 from .text.prompts import Many, One, chat_ids
 
 log = logging.getLogger("handloom")
@@ -407,6 +409,24 @@ class Engine:
             messages = [{"role": "user", "content": messages}]
         return chat_ids(self.tokenizer, messages, tools, **template)
 
+    def warm_up(self, params=None, *, rows=None, tokens: Sequence[int] = (16, 128, 512)) -> float:
+        """Do ahead what first requests wait for: kernels are compiled, steps and passes compiled and recorded.
+
+        Args:
+            params: what will be asked for, as for `generate`; a list for several kinds of requests.
+            rows: how many requests at once, a number or several; None: one, and as many as there are slots.
+            tokens: lengths of their prompts.
+
+        Returns: the seconds it took, which stderr tells, too.
+        """
+        start = time.perf_counter()
+        for requests in rehearsals(self, params, rows, tokens):
+            with closing(self._in_turns(requests)) as events:
+                list(islice(events, 4 * len(requests)))
+        self.pool.forget_prefixes()
+        say(f"warmed up in {(took := time.perf_counter() - start):.1f} s")
+        return took
+
     def bucket(self, rows: int) -> int:
         """Slots to decode `rows` running requests with."""
         if self.fixed_slots or rows >= self.slots:
@@ -459,17 +479,7 @@ class Engine:
         given = encoded(self, prompts if embeddings is None else embeddings)[0]
         with self._turn("prefill"):
             self._look()
-            filled = [self.runner.prefill(p.ids, p.embeddings, hidden=hidden) for p in given]
-        rows, outs = zip(*filled, strict=True)
-        return State(
-            rows=tuple(rows),
-            logits=torch.cat([out.logits[:, -1] for out in outs]),
-            counts=tuple(row.length for row in rows),
-            hidden_states=tuple(map(stacked, zip(*(out.hidden for out in outs), strict=True)))
-            if hidden
-            else None,
-            states=tuple(torch.cat(parts) for parts in zip(*(out.states for out in outs), strict=True)),
-        )
+            return prefilled(self.runner, given, hidden)
 
     @torch.no_grad()
     def step(self, state: State, tokens, *, embeddings=None, hidden: bool = False) -> State:
@@ -508,26 +518,37 @@ class Engine:
 
     def _extended(self, state: State, tokens, counts, hidden: bool, embeddings=None) -> State:
         given = self._continuations(state, tokens, counts)
-        if not given:
-            return replace(state, all_logits=state.logits[:, None], before=state.logits)
-        inputs = None if embeddings is None else embeddings[:, None]
-        rows, out = self.runner.extend(state.rows, given, state.states, hidden=hidden, embeddings=inputs)
-        fed = tuple(len(row) for row in given)
-        last = torch.tensor(fed, device=out.logits.device) - 1
-        return State(
-            rows=rows,
-            logits=out.logits[torch.arange(len(rows), device=last.device), last],
-            all_logits=out.logits,
-            counts=fed,
-            hidden_states=out.hidden,
-            states=out.states,
-            steps=(state.states, *out.steps) if out.steps else (),
-            before=state.logits,
+        return extended(
+            self.runner, state, given, hidden, None if embeddings is None else embeddings[:, None]
         )
 
+    @torch.no_grad()
+    def tree_step(self, state: State, tokens, parents, *, hidden: bool = False) -> State:
+        """Score a tree of drafts behind each row in one pass; `state.keep_path` of the result commits one path of it.
+
+        Each draft sees its row, its ancestors and itself (SpecInfer, arXiv 2305.09781).
+
+        Args:
+            state: where the trees hang; it stays valid.
+            tokens: `[B, n]` token ids, or one list of ids per row.
+            parents: for each row the place of every draft's parent, which comes before it, or -1 for a child of the
+                row's last token; one list of n for all rows.
+            hidden: keep hidden states.
+
+        Returns:
+            A State whose rows and `logits` are those of `state`, with `all_logits [B, n, V]` behind each draft.
+
+        Raises:
+            CapabilityError: the model takes lines of drafts only (`capabilities.tree`).
+        """
+        if not self.capabilities.tree:
+            raise CapabilityError(f"tree_step: {self.capabilities.tree.reason}; extend takes lines of drafts")
+        given = self._continuations(state, tokens, None)
+        with self._turn("tree_step"):
+            return drafted(self.runner, state, given, parents, hidden)
+
     def _continuations(self, state: State, tokens, counts) -> list[list[int]]:
-        check_owner(state, self.pool)
-        return continuations(state, tokens, counts, self.vocab_size, self.max_length)
+        return continuations(state, tokens, counts, self.pool, self.vocab_size, self.max_length)
 
     @torch.no_grad()
     def score(self, state: State, tokens, counts=None) -> torch.Tensor:
@@ -543,16 +564,11 @@ class Engine:
         given = self._continuations(state, tokens, counts)
         if not given:
             return state.logits.new_zeros(0, 0)
-        width = max(len(row) for row in given)
-        logits = [state.logits[:, None]]
-        if width > 1:
-            with self._turn("score"):
-                longer = self._extended(state, [row[:-1] or row for row in given], None, False)
-            logits.append(longer.all_logits[:, : width - 1])
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in given], device=self.device)
-        logp = torch.cat(logits, 1).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        real = torch.arange(width) < torch.tensor([len(row) for row in given])[:, None]
-        return logp.masked_fill(~real.to(logp.device), 0.0)
+        if max(map(len, given)) == 1:
+            return scored(given, state.logits[:, None])
+        with self._turn("score"):
+            longer = self._extended(state, [row[:-1] or row for row in given], None, False)
+        return scored(given, torch.cat((state.logits[:, None], longer.all_logits), 1))
 
     def head(self, hidden: torch.Tensor, *, norm: bool = True) -> torch.Tensor:
         """The logits that hidden states of any layer would give: the model's final norm and output layer.

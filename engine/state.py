@@ -7,9 +7,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .cache.pool import BlockPool
+from .cache.pool import BlockPool, Table
 from .cache.sequence import Row
+from .cache.transfer import upload
 from .errors import CapabilityError, HandloomError
+
+
+@dataclass(frozen=True, eq=False)
+class Drafts:
+    """A tree of drafts a row: its tokens, each one's parent (-1: the row's last token), and where their cells are."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    parents: tuple[tuple[int, ...], ...]
+    tables: tuple[Table, ...]
+
+    def select(self, numbers: Sequence[int]) -> Drafts:
+        """The trees of some rows."""
+        return Drafts(*(tuple(part[i] for i in numbers) for part in (self.tokens, self.parents, self.tables)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -25,6 +39,7 @@ class State:
         states: recurrent states, `[B, ...]` each; empty for models that have none.
         steps: recurrent states before the last `extend` and after each of its tokens, for `keep`.
         before: `[B, V]` the logits before the last `extend`, for `keep`.
+        drafts: the tree that `Engine.tree_step` scored, for `keep_path`; the rows are still those before it.
     """
 
     rows: tuple[Row, ...]
@@ -35,6 +50,7 @@ class State:
     states: tuple[torch.Tensor, ...] = ()
     steps: tuple[tuple[torch.Tensor, ...], ...] = ()
     before: torch.Tensor | None = None
+    drafts: Drafts | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,7 +92,7 @@ class State:
         for other in filled[1:]:
             check_owner(other, filled[0].rows[0].table.pool)
         if len(filled) == 1:
-            return replace(filled[0], all_logits=None, steps=(), before=None)
+            return replace(filled[0], all_logits=None, steps=(), before=None, drafts=None)
         hidden = None
         if all(state.hidden_states is not None for state in filled):
             layers = zip(*(state.hidden_states for state in filled), strict=True)
@@ -121,6 +137,7 @@ class State:
             states=take(self.states),
             steps=tuple(take(step) for step in self.steps),
             before=None if self.before is None else self.before.index_select(0, where),
+            drafts=None if self.drafts is None else self.drafts.select(numbers),
         )
 
     def keep(self, counts) -> State:
@@ -130,6 +147,8 @@ class State:
             counts: `[B]` int, from 0 (before the extension) to the number of tokens that row was extended by.
         """
         numbers = [int(c) for c in torch.as_tensor(counts).tolist()]
+        if self.drafts is not None:
+            raise HandloomError("keep goes back along a line; of a tree keep_path commits one path")
         if self.all_logits is None or len(numbers) != len(self):
             raise HandloomError(
                 f"keep needs a State made by extend and one count per row, got {len(numbers)} counts"
@@ -155,6 +174,55 @@ class State:
             for row, fed, count in zip(self.rows, self.counts, numbers, strict=True)
         )
         return replace(self, rows=rows, logits=logits, counts=tuple(numbers), states=states)
+
+    @torch.no_grad()
+    def keep_path(self, paths) -> State:
+        """Commit one path of the tree that `Engine.tree_step` scored; the others are forgotten, and this State stays.
+
+        Args:
+            paths: for each row the places of its drafts along the path, from a child of the row's last token on; empty
+                to commit none. A tensor `[B, m]` may end rows with -1.
+
+        Returns:
+            A State as `extend` would have made it from the paths' tokens.
+        """
+        if self.drafts is None:
+            raise HandloomError("keep_path needs a State made by tree_step")
+        given = paths.tolist() if torch.is_tensor(paths) else [list(path) for path in paths]
+        chosen = [[int(place) for place in path if place != -1] for path in given]
+        check_paths(chosen, self.drafts)
+        rows, sources, targets = [], [], []
+        for row, path, tokens, table in zip(
+            self.rows, chosen, self.drafts.tokens, self.drafts.tables, strict=True
+        ):
+            begin, pool = row.length, table.pool
+            held = table if path == list(range(len(path))) else pool.writable(table, begin, len(path))
+            if held is not table:  # drafts that lie elsewhere than the path wants them move behind the row
+                sources += [pool.cell(table, begin + place) for place in path]
+                targets += [pool.cell(held, begin + at) for at in range(len(path))]
+            longer = row.history.extended([tokens[place] for place in path])
+            rows.append(replace(row, table=held if path else row.table, history=longer))
+        if sources:
+            self.drafts.tables[0].pool.move(sources, targets)
+        return self._along(rows, chosen)
+
+    def _along(self, rows, chosen) -> State:
+        """What was computed at the drafts of each row's path."""
+        device, counts = self.logits.device, [len(path) for path in chosen]
+        width = max(1, *counts)
+        where = upload([path + [0] * (width - len(path)) for path in chosen], device)
+        each = torch.arange(len(rows), device=device)[:, None]
+        logits = self.all_logits[each, where]
+        final = logits[each[:, 0], upload([max(count - 1, 0) for count in counts], device)]
+        if 0 in counts:
+            final = torch.where(upload(counts, device)[:, None] > 0, final, self.before)
+        layers = self.hidden_states
+        if layers is not None:
+            layers = tuple(h[each.to(h.device), where.to(h.device)] for h in layers)
+        return replace(
+            self, rows=tuple(rows), logits=final, all_logits=logits, counts=tuple(counts), hidden_states=layers,
+            drafts=None,
+        )  # fmt: skip
 
     def hidden(self, layer: int = -1) -> torch.Tensor:
         """`[B, n, D]` hidden states of the tokens that the last forward fed, rows left-aligned, zero beyond `counts`.
@@ -193,6 +261,43 @@ class State:
         return self.hidden_states[layer]
 
 
+def check_paths(paths: Sequence[Sequence[int]], drafts: Drafts) -> None:
+    """Raise HandloomError unless every path leads from a row's last token from parent to child."""
+    if len(paths) != len(drafts.tokens):
+        raise HandloomError(f"{len(paths)} paths for a State of {len(drafts.tokens)} rows")
+    for i, (path, parents) in enumerate(zip(paths, drafts.parents, strict=True)):
+        above = -1
+        for place in path:
+            if not 0 <= place < len(parents):
+                raise HandloomError(f"row {i}: draft {place} is not in 0..{len(parents) - 1}")
+            if parents[place] != above:
+                raise HandloomError(
+                    f"row {i}: draft {place} hangs on {parents[place]}, not on {above}, so {list(path)} is no path"
+                )
+            above = place
+
+
+def trees(tokens: Sequence[Sequence[int]], parents) -> list[list[int]]:
+    """The parents of each row's drafts, one list of ints per row, or an error that names the row."""
+    if torch.is_tensor(parents):
+        parents = parents.tolist()
+    given = list(parents)
+    if given and all(isinstance(parent, int) and not isinstance(parent, bool) for parent in given):
+        given = [given] * len(tokens)  # the same tree in every row
+    if len(given) != len(tokens):
+        raise HandloomError(f"{len(given)} rows of parents for {len(tokens)} rows of tokens")
+    found = [whole_numbers(row, f"parents of row {i}") for i, row in enumerate(given)]
+    for i, (row, above) in enumerate(zip(tokens, found, strict=True)):
+        if len(above) != len(row):
+            raise HandloomError(f"row {i}: {len(above)} parents for {len(row)} drafts")
+        for place, parent in enumerate(above):
+            if not -1 <= parent < place:
+                raise HandloomError(
+                    f"row {i}: the parent of draft {place} is {parent}; it must come before, or be -1 for none"
+                )
+    return found
+
+
 def check_owner(state: State, pool: BlockPool) -> None:
     """Raise HandloomError unless all rows lie in this pool."""
     for i, row in enumerate(state.rows):
@@ -203,8 +308,11 @@ def check_owner(state: State, pool: BlockPool) -> None:
             )
 
 
-def continuations(state: State, tokens, counts, vocab_size: int, max_length: int) -> list[list[int]]:
-    """The ids that each row of a State is to be fed, or an error that names the row."""
+def continuations(
+    state: State, tokens, counts, pool: BlockPool, vocab_size: int, max_length: int
+) -> list[list[int]]:
+    """The ids that each row of a State of a pool is to be fed, or an error that names the row."""
+    check_owner(state, pool)
     if not torch.is_tensor(tokens) and (
         not isinstance(tokens, Iterable) or isinstance(tokens, str | Mapping)
     ):
@@ -257,3 +365,70 @@ def stacked(parts) -> torch.Tensor:
     width = max(part.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
+
+
+# -- what a pass makes of a State
+
+
+def prefilled(runner, prompts, hidden: bool) -> State:
+    """The State that holds prompts, each computed by itself."""
+    filled = [runner.prefill(prompt.ids, prompt.embeddings, hidden=hidden) for prompt in prompts]
+    rows, outs = zip(*filled, strict=True)
+    return State(
+        rows=tuple(rows),
+        logits=torch.cat([out.logits[:, -1] for out in outs]),
+        counts=tuple(row.length for row in rows),
+        hidden_states=tuple(map(stacked, zip(*(out.hidden for out in outs), strict=True)))
+        if hidden
+        else None,
+        states=tuple(torch.cat(parts) for parts in zip(*(out.states for out in outs), strict=True)),
+    )
+
+
+def extended(runner, state: State, given: list[list[int]], hidden: bool, embeddings=None) -> State:
+    """The State after the given ids of each row."""
+    if not given:
+        return replace(state, all_logits=state.logits[:, None], before=state.logits, drafts=None)
+    rows, out = runner.extend(state.rows, given, state.states, hidden=hidden, embeddings=embeddings)
+    fed = tuple(map(len, given))
+    logits = out.logits[:, -1]
+    if min(fed) < max(fed):
+        last = upload([count - 1 for count in fed], logits.device)
+        logits = out.logits[torch.arange(len(rows), device=last.device), last]
+    return State(
+        rows=rows,
+        logits=logits,
+        all_logits=out.logits,
+        counts=fed,
+        hidden_states=out.hidden,
+        states=out.states,
+        steps=(state.states, *out.steps) if out.steps else (),
+        before=state.logits,
+    )
+
+
+def drafted(runner, state: State, given: list[list[int]], parents, hidden: bool) -> State:
+    """The State with a scored tree of drafts behind each row."""
+    parents = trees(given, parents)
+    if not given:
+        return replace(
+            state, all_logits=state.logits[:, None], before=state.logits, drafts=Drafts((), (), ())
+        )
+    tables, out = runner.branch(state.rows, given, parents, hidden=hidden)
+    return replace(
+        state,
+        all_logits=out.logits,
+        counts=tuple(map(len, given)),
+        hidden_states=out.hidden,
+        before=state.logits,
+        drafts=Drafts(tuple(map(tuple, given)), tuple(map(tuple, parents)), tuple(tables)),
+    )
+
+
+def scored(given: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
+    """`[B, n]` log-probability of each given id under the logits `[B, n, V]` before it; 0 beyond a row's own."""
+    width = max(map(len, given))
+    ids = upload([row + [0] * (width - len(row)) for row in given], logits.device)
+    fed = upload(list(map(len, given)), logits.device)[:, None]
+    found = logits[:, :width].log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return found.masked_fill(torch.arange(width, device=logits.device) >= fed, 0.0)

@@ -34,6 +34,7 @@ class Feed:
         offsets: of packed rows, on the host: row r has tokens `offsets[r]` to `offsets[r + 1] - 1`.
         starts: `[R + 1]` int64 on the device, as `offsets`.
         last: `[R]` int64 on the device, the last token of each packed row.
+        tree: `[B, Q, Q]` bool, which new tokens each one sees (itself and its ancestors); None: all before it.
     """
 
     ids: torch.Tensor | None
@@ -50,6 +51,7 @@ class Feed:
     offsets: Sequence[int] | None = None
     starts: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    tree: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -100,8 +102,8 @@ class Feed:
         return single
 
     @classmethod
-    def build(cls, tokens, starts, tables, block_size: int, device, embeddings=None) -> Feed:
-        """A Feed for ragged rows.
+    def build(cls, tokens, starts, tables, block_size: int, device, embeddings=None, parents=None) -> Feed:
+        """A Feed for ragged rows, whose numbers reach the device in one transfer.
 
         Args:
             tokens: one list of token ids per row (ignored, except for its length, where `embeddings` are given).
@@ -110,26 +112,36 @@ class Feed:
             block_size: cells per block.
             device: where the tensors go.
             embeddings: `[B, Q, D]` in place of ids.
+            parents: for each row the place of every token's parent among them, -1 for none: a tree of drafts.
         """
+        numbers, shape = grid_numbers(tokens, starts, tables, block_size, parents=parents)
+        feed = cls.grid(upload(numbers, device), *shape, tree=parents is not None)
         counts = [len(row) for row in tokens]
-        width = max(counts)
-        ids, positions, cells = [], [], []
-        for row, start, table in zip(tokens, starts, tables, strict=True):
-            pad = width - len(row)
-            span = range(start, start + len(row))
-            ids.append(list(row) + [0] * pad)
-            positions.append([*span, *[0] * pad])
-            blocks = table.blocks if len(table) else (TRASH,) * (1 + (start + width) // block_size)
-            cells.append([blocks[p // block_size] * block_size + p % block_size for p in span])
-            cells[-1] += [TRASH * block_size] * pad
+        feed.tables = [table.blocks for table in tables]
+        feed.lengths = [start + n for start, n in zip(starts, counts, strict=True)]
+        feed.counts = None if min(counts) == shape[1] else counts
+        feed.real = None if feed.counts is None else feed.real
+        if embeddings is not None:
+            feed.ids, feed.embeddings = None, embeddings
+        return feed
+
+    @classmethod
+    def grid(cls, numbers: torch.Tensor, rows: int, width: int, blocks: int, *, tree: bool = False) -> Feed:
+        """The Feed whose tensors lie in `numbers`, as `grid_numbers` has laid them out; the host knows nothing."""
+        ids, positions, cells, lengths, real, table, *seen = _parts(
+            numbers, _grid_sizes(rows, width, blocks, tree)
+        )
         return cls(
-            ids=None if embeddings is not None else upload(ids, device),
-            positions=upload(positions, device),
-            cells=upload(cells, device),
-            tables=[table.blocks for table in tables],
-            lengths=[start + n for start, n in zip(starts, counts, strict=True)],
-            counts=None if min(counts) == width else counts,
-            embeddings=embeddings,
+            ids=ids.view(rows, width),
+            positions=positions.view(rows, width),
+            cells=cells.view(rows, width),
+            tables=(),
+            lengths=(),
+            block_table=table.view(rows, blocks),
+            cell_counts=lengths,
+            flat=cells,
+            real=real if width > 1 else None,
+            tree=seen[0].view(rows, width, width) > 0 if tree else None,
         )
 
     @classmethod
@@ -153,10 +165,8 @@ class Feed:
     @classmethod
     def unpacked(cls, numbers: torch.Tensor, tokens: int, rows: int, blocks: int) -> Feed:
         """The Feed whose tensors lie in `numbers`, as `packed_numbers` has laid them out; the host knows nothing."""
-        sizes = tokens, tokens, tokens, rows + 1, rows, rows, rows * blocks
-        parts = numbers.split([_even(n) for n in sizes])
-        ids, positions, cells, starts, lengths, last, table = (
-            p[:n] for p, n in zip(parts, sizes, strict=True)
+        ids, positions, cells, starts, lengths, last, table = _parts(
+            numbers, _packed_sizes(tokens, rows, blocks)
         )
         return cls(
             ids=ids[None],
@@ -186,13 +196,8 @@ def packed_numbers(tokens, begins, tables, block_size: int, shape=None) -> tuple
     counts = np.array([len(row) for row in tokens])
     offsets = np.concatenate(([0], counts.cumsum()))
     wide, rows, real = max(len(table) for table in tables), len(tokens), int(offsets[-1])
-    total, room, width = shape = shape or (real, rows, wide)
-    sizes = total, total, total, room + 1, room, room, room * width
-    places = np.cumsum([0, *(_even(n) for n in sizes)])
-    numbers = np.zeros(places[-1], np.int64)
-    ids, positions, cells, starts, lengths, last, table = (
-        numbers[at : at + n] for at, n in zip(places, sizes, strict=False)
-    )
+    _, room, width = shape = shape or (real, rows, wide)
+    numbers, (ids, positions, cells, starts, lengths, last, table) = _empty(_packed_sizes(*shape))
     begins = np.asarray(begins)
     ids[:real] = np.concatenate([np.asarray(row, np.int64) for row in tokens])
     positions[:real] = np.arange(real) + np.repeat(begins - offsets[:-1], counts)
@@ -208,6 +213,66 @@ def packed_numbers(tokens, begins, tables, block_size: int, shape=None) -> tuple
     return numbers, shape
 
 
-def _even(count: int) -> int:
-    """Room for `count` numbers of 8 bytes such that what follows begins at a multiple of 16, as kernels like it."""
-    return count + count % 2
+def grid_numbers(
+    tokens, begins, tables, block_size: int, shape=None, parents=None
+) -> tuple[np.ndarray, tuple]:
+    """What a pass over rows of some tokens each needs to know, in one array.
+
+    Args:
+        tokens, begins, tables, block_size, parents: as for `Feed.build`.
+        shape: (rows, tokens a row, blocks) to fill up to; what is surplus goes to the trash block.
+
+    Returns:
+        int64 `[n]`: ids, positions, cells `[B, Q]`, lengths, counts `[B]`, table `[B, M]`, and with `parents` the tree
+        `[B, Q, Q]`, each at an even place; and (B, Q, M).
+    """
+    counts, begins = np.array([len(row) for row in tokens]), np.asarray(begins)
+    real = len(tokens)
+    rows, width, blocks = shape = shape or (real, int(counts.max()), max(1, *map(len, tables)))
+    numbers, parts = _empty(_grid_sizes(*shape, parents is not None))
+    ids, positions, cells = (part.reshape(rows, width) for part in parts[:3])
+    lengths, given, table = parts[3], parts[4], parts[5].reshape(rows, blocks)
+    lengths[:], given[:], table[:] = 1, 1, ZERO
+    lengths[:real], given[:real] = begins + counts, counts
+    for i, (known, row) in enumerate(zip(tables, tokens, strict=True)):
+        table[i, : len(known)], ids[i, : len(row)] = known.blocks, row
+    fresh = np.arange(width) < counts[:, None]
+    where = begins[:, None] + np.arange(width)
+    held = np.take_along_axis(table[:real], np.minimum(where // block_size, blocks - 1), 1)
+    cells[:] = TRASH * block_size
+    cells[:real] = np.where(
+        fresh & (held != ZERO), held * block_size + where % block_size, TRASH * block_size
+    )
+    if parents is not None:
+        tree = parts[6].reshape(rows, width, width)
+        tree[:] = np.eye(width, dtype=np.int64)
+        for mine, above in zip(tree, parents, strict=False):
+            for place, parent in enumerate(above):
+                if parent >= 0:
+                    mine[place] |= mine[parent]
+        where = begins[:, None] + tree[:real].sum(-1) - 1
+    positions[:real] = np.where(fresh, where, 0)
+    return numbers, shape
+
+
+def _packed_sizes(tokens: int, rows: int, blocks: int) -> tuple[int, ...]:
+    return tokens, tokens, tokens, rows + 1, rows, rows, rows * blocks
+
+
+def _grid_sizes(rows: int, width: int, blocks: int, tree: bool) -> tuple[int, ...]:
+    cells = rows * width
+    return (cells, cells, cells, rows, rows, rows * blocks) + ((cells * width,) if tree else ())
+
+
+def _places(sizes) -> list[int]:
+    """Where each part begins: at a multiple of 16 bytes, as kernels like it."""
+    return np.cumsum([0, *(size + size % 2 for size in sizes)]).tolist()
+
+
+def _parts(numbers, sizes) -> list:
+    return [numbers[at : at + size] for at, size in zip(_places(sizes), sizes, strict=False)]
+
+
+def _empty(sizes) -> tuple[np.ndarray, list[np.ndarray]]:
+    numbers = np.zeros(_places(sizes)[-1], np.int64)
+    return numbers, _parts(numbers, sizes)

@@ -310,6 +310,24 @@ class BlockPool:
             store.keys[:, target, :count] = store.keys[:, source, :count]
             store.values[:, target, :count] = store.values[:, source, :count]
 
+    def cell(self, table: Table, index: int) -> int:
+        """The flat number of a sequence's cell."""
+        block, place = divmod(index, self.block_size)
+        return table.blocks[block] * self.block_size + place
+
+    def move(self, sources, targets) -> None:
+        """Copy single cells in every layer, all at once.
+
+        Args:
+            sources, targets: flat numbers of cells (block * block_size + place).
+        """
+        self.clean()
+        for store in self.stores:
+            where = upload([list(sources), list(targets)], store.keys.device)
+            for cells in (store.keys, store.values):
+                flat = cells.view(len(cells), -1, *cells.shape[3:])
+                flat.index_copy_(1, where[1], flat.index_select(1, where[0]))
+
     # -- shared prefixes
 
     def match(self, tokens) -> tuple[int, ...]:

@@ -10,7 +10,9 @@ from ..cache.sequence import EMBEDDING, Row
 from ..errors import CapabilityError
 from .capabilities import Capabilities, Capability
 from .filling import Filling, advance
-from .passes import Output, Pass, padded
+from .passes import LONG, Output, Pass, padded
+
+MANY = 1024  # new tokens of all rows up to which a pass with all their logits is recorded
 
 
 class Model(Pass):
@@ -77,10 +79,29 @@ class Model(Pass):
             embeddings = self.embedded(embeddings)
         if self.recurrent:
             return self._extend_stepwise(rows, tokens, states, hidden, embeddings)
+        tables, out = self.branch(rows, tokens, None, hidden=hidden, embeddings=embeddings)
+        return longer_rows(rows, tables, tokens), out
+
+    def branch(self, rows, tokens, parents, *, hidden=False, embeddings=None) -> tuple[list, Output]:
+        """Feed each row a tree of drafts behind what it holds, or with `parents=None` a line.
+
+        Args:
+            rows, tokens, hidden, embeddings: as for `extend`.
+            parents: for each row the place of every token's parent among them, before it; -1 for none.
+
+        Returns:
+            Tables that hold the drafts in the cells behind each row, and an Output with logits `[B, n, V]`.
+        """
+        begins = [row.length for row in rows]
         tables = [self._writable(r.table, r.length, len(t)) for r, t in zip(rows, tokens, strict=True)]
-        starts = [r.length for r in rows]
-        feed = Feed.build(tokens, starts, tables, self.pool.block_size, self.device, embeddings)
-        return longer_rows(rows, tables, tokens), self.forward(feed, hidden=hidden)
+        width = max(map(len, tokens))
+        few = embeddings is None and width <= LONG and width * len(rows) <= MANY
+        if self.recorded is not None and not self.hooked and few:
+            return tables, self.recorded.grid(self, tokens, begins, tables, parents=parents, hidden=hidden)
+        size, device = self.pool.block_size, self.device
+        return tables, self.forward(
+            Feed.build(tokens, begins, tables, size, device, embeddings, parents), hidden=hidden
+        )
 
     def embedded(self, embeddings):
         """Embeddings on the device and in the dtype of the model's own."""
@@ -152,11 +173,18 @@ class Model(Pass):
         if self._ropes:
             note = "rotations are computed row by row"
         extend = Capability(True, "one forward pass per token: recurrent layers" if self.recurrent else "")
-        if self.path == "attention" and not self.recurrent:
-            tree = Capability(False, "the engine has no tree step yet")
-        else:
-            tree = Capability(False, "recurrent layers" if self.recurrent else f"{self.path} path")
+        tree = Capability(self.packs, "" if self.packs else self._no_tree())
         return Capabilities(self.path, Capability(True, note), yes, yes, extend, tree, self._graph())
+
+    def _no_tree(self) -> str:
+        """Why drafts cannot branch: positions of a tree are not those of its cells."""
+        if self.recurrent:
+            return "recurrent layers"
+        if self.path != "attention":
+            return f"{self.path} path: its masks know lines only"
+        return (
+            "rotations depend on the longest row" if self._ropes or self.restart else "it takes no positions"
+        )
 
     def _graph(self) -> Capability:
         if self.path == "rows":

@@ -149,7 +149,12 @@ class Pass:
         if self.path == "attention" and (known or (feed.width > LONG and feed.starts is None)):
             counts = feed.counts if feed.offsets is None else np.diff(feed.offsets).tolist()
             self._step = CellPlan(
-                feed.tables, feed.lengths, self.pool.block_size, counts=counts, alone=self.alone
+                feed.tables,
+                feed.lengths,
+                self.pool.block_size,
+                counts=counts,
+                tree=feed.tree,
+                alone=self.alone,
             )
 
     @contextmanager
@@ -183,6 +188,7 @@ class Pass:
         counts, place = feed.fresh(), query.device
         counts = None if counts is None else counts.to(place)
         table, lengths = feed.blocks().to(place), feed.valid().to(place)
+        options["tree"] = feed.tree
         return paged_attention(query, key, value, table, lengths, counts=counts, **options), None
 
     def _attend_packed(self, query, key, value, options) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from ..errors import ParameterError
@@ -118,3 +119,19 @@ def one_params(engine, item, model_defaults: bool, overrides) -> SamplingParams:
     # the model's own ends are the engine's already, and the engine may know more
     config = engine.model.generation_config
     return SamplingParams.from_generation_config(config, **{"eos_token_ids": None, **named})
+
+
+def rehearsals(engine, params, rows, tokens) -> Iterator[list[Request]]:
+    """Requests that use what these parameters, numbers of rows and prompt lengths will use; a few tokens tell."""
+    kinds = params if isinstance(params, list | tuple) else [params]
+    counts = {1, engine.slots} if rows is None else {rows} if isinstance(rows, int) else set(rows)
+    # The most rows first: a pool that grows afterwards would drop what was recorded.
+    for count, length, kind in itertools.product(sorted(counts)[::-1], sorted(set(tokens))[::-1], kinds):
+        asked = one_params(engine, kind, False, {})
+        asked = asked.replace(max_length=None, max_time=None, ignore_eos=True, n=1, stop=(), criteria=())
+        length = max(1, min(length, engine.max_length - 5))
+        # Prompts that differ from their first token on: none is known from another.
+        prompts = [
+            [(row + place * place) % engine.vocab_size for place in range(length)] for row in range(count)
+        ]
+        yield requests_of(engine, prompts, asked, "none", {})[0]

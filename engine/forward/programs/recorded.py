@@ -1,14 +1,16 @@
-"""A model's passes over prompts, recorded by shape: host numbers go to one buffer, the rest is a replay."""
+"""A model's passes over prompts and States, recorded by shape: host numbers go to one buffer, the rest is a replay."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...cache.feed import Feed, packed_numbers
+from ...cache.feed import Feed, grid_numbers, packed_numbers
 from ...cache.transfer import upload
+from ..passes import Output
 from .capture import recorder_for
 from .programs import Programs, bucket
 
@@ -17,68 +19,103 @@ SMALL = 1024  # tokens of a pass that is recorded at once; a larger one keeps th
 
 
 def record_passes(model, rows: int, vocab_size: int) -> None:
-    """Let a model's passes over prompts be recorded where the device can; it must be one whose step can be, too."""
+    """Let a model's passes over prompts and States be recorded where the device can.
+
+    Args:
+        model: an adapter whose step can be recorded.
+        rows: rows of logits to make room for at first.
+        vocab_size: of the logits.
+    """
     recorder = recorder_for(model.device)
-    if recorder is not None and model.packs:
+    if recorder is not None and model.paged and not model.recurrent:
         model.recorded = RecordedPasses(recorder, model.pool, rows, vocab_size)
 
 
 @dataclass
-class Packed:
-    """A packed pass of one shape: its numbers on the device, and what replays it."""
+class Recorded:
+    """A pass of one shape: its numbers on the device, what replays it, and its hidden states."""
 
     numbers: torch.Tensor
     graph: Any = None
+    hidden: tuple[torch.Tensor, ...] | None = None
 
 
 class RecordedPasses:
-    """Passes of an adapter over packed rows, padded to shapes that come again.
+    """Passes of an adapter that are padded to shapes that come again, and recorded.
 
     Surplus tokens go to the trash block, and surplus rows have none, so a shape serves every pass that fits in.
 
     Args:
         recorder: see `capture.recorder_for`.
         pool: the block pool that they read and write.
-        rows: most rows of a pass whose logits are kept.
+        rows: rows of logits to make room for at first.
         vocab_size: of the logits.
     """
 
     def __init__(self, recorder, pool, rows: int, vocab_size: int):
-        self.programs = Programs(recorder, pool, KEPT, "a pass over prompts")
-        self._device = pool.stores[0].keys.device if pool.stores else torch.device("cpu")
-        self._rows, self._vocab = rows, vocab_size
-        self._logits: torch.Tensor | None = None
+        self.programs = Programs(recorder, pool, KEPT, "a pass over prompts or a State")
+        self._logits = torch.empty(rows, vocab_size, device=pool.stores[0].keys.device)
 
-    @torch.no_grad()
     def packed(self, model, tokens, begins, tables) -> torch.Tensor:
         """Logits `[R, V]` after each row's last token; arguments as for `Feed.packed`."""
         count, rows = sum(map(len, tokens)), len(tokens)
-        wide = max(map(len, tables))
-        shape = bucket(count, 8), bucket(rows, 1, 1), bucket(wide, 1, 32)
+        shape = bucket(count, 8), bucket(rows, 1, 1), bucket(max(map(len, tables)), 1, 32)
         numbers, _ = packed_numbers(tokens, begins, tables, model.pool.block_size, shape)
-        model.pool.clean()
+
+        def feed(there):
+            return Feed.unpacked(there, *shape)
+
         key = ("packed", *shape)
+        self._pass(model, key, numbers, feed, shape[1], {"last_only": True}, worth=1 if count <= SMALL else 2)
+        return self._logits[:rows].clone()
+
+    def grid(self, model, tokens, begins, tables, *, parents=None, hidden=False) -> Output:
+        """Logits `[B, Q, V]` after each token, and hidden states; arguments as for `Feed.build`.
+
+        It is recorded as soon as its first results are on their way.
+        """
+        rows, width, tree = len(tokens), max(map(len, tokens)), parents is not None
+        narrow = 32 if model.path == "attention" else 1  # elsewhere all cells of the table are gathered
+        shape = bucket(rows, 1, 1), bucket(width, 1, 1), bucket(max(map(len, tables)), 1, narrow)
+        numbers, _ = grid_numbers(tokens, begins, tables, model.pool.block_size, shape, parents)
+
+        def feed(there):
+            return Feed.grid(there, *shape, tree=tree)
+
+        key = ("grid", *shape, tree, hidden)
+        layers = self._pass(model, key, numbers, feed, shape[0] * shape[1], {"hidden": hidden})
+        logits = self._logits[: shape[0] * shape[1]].view(*shape[:2], -1)[:rows, :width].clone()
+        layers = None if layers is None else tuple(h[:rows, :width].clone() for h in layers)
+        self.programs.catch_up()
+        return Output(logits, layers)
+
+    @torch.no_grad()
+    def _pass(
+        self, model, key, numbers, feed: Callable[[torch.Tensor], Feed], rows: int, options, worth: int = 1
+    ):
+        """Run a pass, its `rows` of logits to `_logits`; its hidden states, which the next pass overwrites."""
+        self._make_room(rows)
+        model.pool.clean()
         found = self.programs.find(key)
         if found is not None:
             found.numbers.copy_(upload(numbers, model.device))
             found.graph.replay()
-            return self._out(shape[1])[:rows].clone()
-        fresh = Packed(upload(numbers, model.device))
-        feed = Feed.unpacked(fresh.numbers, *shape)
+            return found.hidden
+        fresh = Recorded(upload(numbers, model.device))
 
         def program():
-            self._out(shape[1]).copy_(model.forward(feed, last_only=True).logits[0])
+            out = model.forward(feed(fresh.numbers), **options)
+            self._logits[:rows].copy_(out.logits.reshape(rows, -1))
+            fresh.hidden = out.hidden
 
         def make():
             fresh.graph = self.programs.recorder.record(program)
             return fresh
 
-        self.programs.run(key, program, make, worth=1 if count <= SMALL else 2)
-        return self._out(shape[1])[:rows].clone()
+        self.programs.run(key, program, make, worth)
+        return fresh.hidden
 
-    def _out(self, rows: int) -> torch.Tensor:
-        """Where the logits of every pass go."""
-        if self._logits is None or len(self._logits) < rows:
+    def _make_room(self, rows: int) -> None:
+        if rows > len(self._logits):
             self.programs.forget()  # they write to the old place
-            self._logits = torch.empty(max(rows, self._rows), self._vocab, device=self._device)
-        return self._logits[:rows]
+            self._logits = self._logits.new_empty(bucket(rows, 1, 1), self._logits.shape[1])

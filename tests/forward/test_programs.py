@@ -1,0 +1,176 @@
+"""Passes over prompts and States as programs: equal to eager passes while rows come, fork, rewind and go.
+
+Without CUDA they are recorded and replayed by `recorded_graph`, through the same code.
+"""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, prompts_of
+from helpers import assert_nothing_leaked, tiny_llama
+from recorded_graph import Recorder, install
+
+from handloom import Engine, SamplingParams
+from handloom.cache.feed import Feed, grid_numbers, packed_numbers
+from handloom.cache.pool import TRASH, ZERO
+from handloom.forward.programs.programs import bucket
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if ON_CUDA else "cpu"
+CLOSE = {"atol": 2e-4, "rtol": 1e-4}
+NAMES = ["llama", "gemma2", "gpt_oss", "mixtral", "gpt2", "mistral_sw", "bloom", "deepseek_v3"]
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """The recorders of all batches; on a machine with CUDA there is nothing to stand in for."""
+    return install(monkeypatch) if not ON_CUDA else []
+
+
+def engines(name, **options):
+    """An engine whose passes run as they are, and one that records them, over one model."""
+    model = ARCHITECTURES[name]().to(DEVICE)
+    options = {"slots": 3, "block_size": 4} | options
+    return Engine(model, graph=False, **options), Engine(model, graph=True, **options)
+
+
+def program_of(engine):
+    """A run over States that forks, rewinds and drops rows; the logits of every real token that it met."""
+    seen = []
+
+    def note(state):
+        if state.all_logits is None:
+            seen.extend(state.logits)
+        else:
+            seen.extend(row[:count] for row, count in zip(state.all_logits, state.counts, strict=True))
+        return state
+
+    def best(state):
+        return state.logits.argmax(-1)
+
+    first = state = note(engine.prefill(prompts_of([5, 17, 2])))
+    for turn in range(3):
+        state = note(engine.step(state, best(state)))
+        state = state.select([0, 0, 2, 1]) if turn == 1 else state  # one row forks
+    longer = note(engine.extend(state, [[1, 2, 3], [4, 5], [6], [7, 8, 9]]))
+    state = longer.keep([2, 1, 1, 0])  # rewound, each by its own count
+    state = note(engine.step(state, best(state)))
+    state = note(engine.step(state.select([3, 1]), [8, 9]))
+    seen.append(engine.score(state, [[1, 2, 3], [4, 5, 6]]))
+    note(engine.step(first, best(first)))  # an old State goes on
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_as_programs_equal_eager_ones_while_rows_fork_rewind_and_go(name, recorders):
+    eager, program = engines(name)
+    want = program_of(eager)
+    for _ in range(3):  # as they are, then replayed
+        have = program_of(program)
+        for ours, theirs in zip(have, want, strict=True):
+            torch.testing.assert_close(ours, theirs, **CLOSE)
+    kept = program.runner.recorded.programs
+    assert (len(kept) >= 3, kept.refused) == (True, {})
+    del want, have
+    assert_nothing_leaked(program)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_states_and_the_loop_share_a_pool_in_turns(name, recorders):
+    eager, program = engines(name)
+    params = [SamplingParams(max_new_tokens=n, temperature=1.0, seed=n) for n in (9, 4, 7, 6, 5)]
+    answers = []
+    for engine in (eager, program):
+        for _ in range(2):
+            state, found = engine.prefill(prompts_of([7, 12])), []
+            for event in engine.stream(prompts_of([6, 19, 3, 11, 4]), params):
+                found.append((event.request, event.token_id))
+                if len(found) % 5 == 0:  # between two tokens of the loop
+                    state = engine.step(state, state.logits.argmax(-1))
+            answers.append((sorted(found), state.tokens))
+            del state
+        assert_nothing_leaked(engine)
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+
+
+def test_a_shape_serves_every_pass_that_fits_in(recorders):
+    eager, program = engines("llama")
+    prompts = [prompts_of([length])[0] for length in (17, 18, 20, 19)]
+    for prompt in prompts:
+        torch.testing.assert_close(program.prefill(prompt).logits, eager.prefill(prompt).logits, **CLOSE)
+        program.pool.forget_prefixes()
+        program.runner.recorded.programs.catch_up()
+    assert len(program.runner.recorded.programs) == 2  # 18 and 20 tokens
+
+
+def test_prompts_packed_into_programs_are_those_of_eager_passes(recorders):
+    eager, program = engines("llama", slots=4, prefill_chunk=32)
+    prompts = prompts_of([5, 40, 17, 3, 26, 9])
+    for turn in range(3):
+        given = [[turn, *prompt] for prompt in prompts]
+        want, got = eager.generate(given, max_new_tokens=5), program.generate(given, max_new_tokens=5)
+        assert [g.token_ids for g in got] == [g.token_ids for g in want]
+    assert program.runner.recorded.programs.refused == {}
+    assert_nothing_leaked(program)
+
+
+def test_with_fixed_slots_a_prompt_has_the_same_bits_beside_any_others(recorders):
+    model, prompts = tiny_llama(), prompts_of([5, 40, 17, 3])
+    engine = Engine(model, slots=4, fixed_slots=True, graph=True, prefill_chunk=16, block_size=4)
+    together = engine.generate(prompts, max_new_tokens=4)
+    for _ in range(2):
+        for prompt, answer in zip(prompts, together, strict=True):
+            alone = engine.generate(prompt, max_new_tokens=4)
+            assert (alone.token_ids, alone.raw_logprobs) == (answer.token_ids, answer.raw_logprobs)
+
+
+def test_after_a_warm_up_nothing_is_recorded_for_what_was_announced(recorders, capsys):
+    _, program = engines("llama")
+    asked = SamplingParams(temperature=0.8, top_p=0.9, max_new_tokens=6)
+    took = program.warm_up(asked, rows=(1, 3), tokens=(16,))
+    assert f"warmed up in {took:.1f} s" in capsys.readouterr().err
+    before = [len(b.programs) for b in program._batches.values()], len(program.runner.recorded.programs)
+    program.generate(prompts_of([16, 15, 14]), asked.replace(seed=3))
+    program.generate(prompts_of([13]), asked.replace(temperature=1.1))
+    after = [len(b.programs) for b in program._batches.values()], len(program.runner.recorded.programs)
+    assert before == after or ON_CUDA
+    assert_nothing_leaked(program)
+
+
+def test_the_first_token_does_not_wait_for_a_recording(recorders, monkeypatch):
+    if ON_CUDA:
+        pytest.skip("follows the calls of the stand-in")
+    _, program = engines("llama", slots=1)
+    told, original = [], Recorder.record
+    monkeypatch.setattr(
+        Recorder, "record", lambda self, step: (told.append("recorded"), original(self, step))[1]
+    )
+    told.extend(event.token_id for event in program.stream(prompts_of([9]), max_new_tokens=4))
+    assert told[0] != "recorded"
+    assert len([what for what in told if what != "recorded"]) == 4
+    assert "recorded" in told
+
+
+def test_surplus_tokens_and_rows_write_to_the_trash_alone():
+    engine = Engine(tiny_llama(), block_size=4)
+    table = engine.prefill(prompts_of([6])).rows[0].table
+    numbers, shape = grid_numbers([[7, 8], [9]], [4, 2], [table, table], 4, (4, 4, 8))
+    feed = Feed.grid(torch.from_numpy(numbers), *shape)
+    real = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0] * 4, [0] * 4]).bool()
+    assert (feed.cells[~real] == TRASH * 4).all()
+    assert (feed.cells[real] // 4 == torch.tensor([table.blocks[1]] * 2 + [table.blocks[0]])).all()
+    assert feed.positions[real].tolist() == [4, 5, 2]
+    assert (feed.block_table[2:] == ZERO).all()
+    numbers, shape = packed_numbers([[7, 8], [9]], [4, 2], [table, table], 4, (8, 4, 8))
+    feed = Feed.unpacked(torch.from_numpy(numbers), *shape)
+    assert (feed.cells[0, 3:] == TRASH * 4).all()
+    assert (feed.starts.tolist(), feed.valid().tolist(), feed.last.tolist()) == (
+        [0, 2, 3, 3, 3],
+        [6, 3, 0, 0],
+        [1, 2, 0, 0],
+    )
+
+
+def test_buckets_waste_an_eighth_at_most():
+    for count in range(1, 5000):
+        assert count <= bucket(count, 8) <= max(16, count * 9 / 8 + 1)
+    assert len({bucket(count, 8) for count in range(1, 4097)}) == 1 + 8 * 8
