@@ -7,23 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .cache.pool import BlockPool, Table
+from .cache.drafts import Drafts, check_trees
+from .cache.pool import BlockPool
 from .cache.sequence import Row
 from .cache.transfer import upload
 from .errors import CapabilityError, HandloomError
-
-
-@dataclass(frozen=True, eq=False)
-class Drafts:
-    """A tree of drafts a row: its tokens, each one's parent (-1: the row's last token), and where their cells are."""
-
-    tokens: tuple[tuple[int, ...], ...]
-    parents: tuple[tuple[int, ...], ...]
-    tables: tuple[Table, ...]
-
-    def select(self, numbers: Sequence[int]) -> Drafts:
-        """The trees of some rows."""
-        return Drafts(*(tuple(part[i] for i in numbers) for part in (self.tokens, self.parents, self.tables)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -190,20 +178,7 @@ class State:
             raise HandloomError("keep_path needs a State made by tree_step")
         given = paths.tolist() if torch.is_tensor(paths) else [list(path) for path in paths]
         chosen = [[int(place) for place in path if place != -1] for path in given]
-        check_paths(chosen, self.drafts)
-        rows, sources, targets = [], [], []
-        for row, path, tokens, table in zip(
-            self.rows, chosen, self.drafts.tokens, self.drafts.tables, strict=True
-        ):
-            begin, pool = row.length, table.pool
-            held = table if path == list(range(len(path))) else pool.writable(table, begin, len(path))
-            if held is not table:  # drafts that lie elsewhere than the path wants them move behind the row
-                sources += [pool.cell(table, begin + place) for place in path]
-                targets += [pool.cell(held, begin + at) for at in range(len(path))]
-            longer = row.history.extended([tokens[place] for place in path])
-            rows.append(replace(row, table=held if path else row.table, history=longer))
-        if sources:
-            self.drafts.tables[0].pool.move(sources, targets)
+        rows = self.drafts.along(self.rows, chosen)
         return self._along(rows, chosen)
 
     def _along(self, rows, chosen) -> State:
@@ -259,43 +234,6 @@ class State:
                 f"layer={layer!r} is none of the {count} hidden states: {-count} to {count - 1}"
             )
         return self.hidden_states[layer]
-
-
-def check_paths(paths: Sequence[Sequence[int]], drafts: Drafts) -> None:
-    """Raise HandloomError unless every path leads from a row's last token from parent to child."""
-    if len(paths) != len(drafts.tokens):
-        raise HandloomError(f"{len(paths)} paths for a State of {len(drafts.tokens)} rows")
-    for i, (path, parents) in enumerate(zip(paths, drafts.parents, strict=True)):
-        above = -1
-        for place in path:
-            if not 0 <= place < len(parents):
-                raise HandloomError(f"row {i}: draft {place} is not in 0..{len(parents) - 1}")
-            if parents[place] != above:
-                raise HandloomError(
-                    f"row {i}: draft {place} hangs on {parents[place]}, not on {above}, so {list(path)} is no path"
-                )
-            above = place
-
-
-def trees(tokens: Sequence[Sequence[int]], parents) -> list[list[int]]:
-    """The parents of each row's drafts, one list of ints per row, or an error that names the row."""
-    if torch.is_tensor(parents):
-        parents = parents.tolist()
-    given = list(parents)
-    if given and all(isinstance(parent, int) and not isinstance(parent, bool) for parent in given):
-        given = [given] * len(tokens)  # the same tree in every row
-    if len(given) != len(tokens):
-        raise HandloomError(f"{len(given)} rows of parents for {len(tokens)} rows of tokens")
-    found = [whole_numbers(row, f"parents of row {i}") for i, row in enumerate(given)]
-    for i, (row, above) in enumerate(zip(tokens, found, strict=True)):
-        if len(above) != len(row):
-            raise HandloomError(f"row {i}: {len(above)} parents for {len(row)} drafts")
-        for place, parent in enumerate(above):
-            if not -1 <= parent < place:
-                raise HandloomError(
-                    f"row {i}: the parent of draft {place} is {parent}; it must come before, or be -1 for none"
-                )
-    return found
 
 
 def check_owner(state: State, pool: BlockPool) -> None:
@@ -408,8 +346,11 @@ def extended(runner, state: State, given: list[list[int]], hidden: bool, embeddi
 
 
 def drafted(runner, state: State, given: list[list[int]], parents, hidden: bool) -> State:
-    """The State with a scored tree of drafts behind each row."""
-    parents = trees(given, parents)
+    """The State with a scored tree of drafts behind each row; `parents` of all rows, or of each."""
+    parents = list(parents.tolist() if torch.is_tensor(parents) else parents)
+    shared = bool(parents) and all(hasattr(parent, "__index__") for parent in parents)
+    parents = [whole_numbers(p, "parents") for p in ([parents] * len(given) if shared else parents)]
+    check_trees(given, parents)
     if not given:
         return replace(
             state, all_logits=state.logits[:, None], before=state.logits, drafts=Drafts((), (), ())
