@@ -14,7 +14,7 @@ from torch import Tensor
 from ...engine import Engine
 from ...errors import HandloomError, ParameterError
 from ...kernels.sampling.draw import draw
-from ...loop.generation import Event, Generation
+from ...loop.generation import Event, Results
 from ...loop.request import Request
 from ...pipeline.rows import logprob_of
 from ...state import State
@@ -189,7 +189,7 @@ class Decoding(Iterator[Event]):
             raise ParameterError(f"request {request}, sample {sample} is not among those that run")
         self._cancelled.update(wanted)
 
-    def results(self) -> list[Generation]:
+    def results(self) -> Results:
         """Run to the end; what is unfinished after Ctrl-C is "cancelled"."""
         found = {}
         try:
@@ -203,7 +203,7 @@ class Decoding(Iterator[Event]):
                 if request.stopper is None:
                     request.start(self.members[0][0])
                 found[request.index, request.sample] = request.end("cancelled").generation
-        return [found[request.index, request.sample] for request in self.asked]
+        return Results(found[request.index, request.sample] for request in self.asked)
 
     # -- the loop
 
