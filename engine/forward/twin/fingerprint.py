@@ -67,7 +67,7 @@ class Fingerprint:
     def changes(self) -> Changes:
         """What has changed since the last call, which this one replaces."""
         found = Changes()
-        found.modules = any(not _same(table, values) for table, values in self._parts)
+        found.modules = _values(self._part_tables) != self._parts  # modules are equal where they are the same
         found.modules |= any(vars(config) != seen for config, seen in self._configs)
         found.hooks = self._hooks != self._listening()
         tensors = self._tensors()
@@ -87,11 +87,13 @@ class Fingerprint:
 
     def _look(self) -> None:
         modules = list(self.model.modules())
-        self._parts = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+        self._part_tables = [m._modules for m in modules if m._modules]
+        self._parts = _values(self._part_tables)
         configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
         self._configs = [(c, dict(vars(c))) for c in configs.values() if hasattr(c, "__dict__")]
-        self._attributes = [(m, m.__dict__, tuple(m.__dict__.values())) for m in modules]
-        self._names = [tuple(m.__dict__) for m in modules]
+        self._attributes = [(m, dict(m.__dict__)) for m in modules]
+        self._attribute_tables = [m.__dict__ for m in modules]
+        self._attribute_values = _values(self._attribute_tables)
         own = (v for m in modules for name, v in m.__dict__.items() if name not in TABLES)
         self._contents = [(v, v.copy()) for v in own if type(v) in (list, set, dict) and _plain(v)]
         self._hook_tables = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
@@ -109,28 +111,26 @@ class Fingerprint:
         return [key for table in filter(None, self._hook_tables) for key in table if listens(table[key])]
 
     def _tensors(self) -> list[torch.Tensor]:
-        values = itertools.chain.from_iterable(map(dict.values, self._tables))
-        return [_local(t) for t in values if t is not None]
+        return [_local(t) for t in _values(self._tables) if t is not None]
 
     def _attribute_changes(self) -> Iterator[tuple[nn.Module, list[str]]]:
-        for (module, table, values), names in zip(self._attributes, self._names, strict=True):
-            if not _same(table, values):
-                old = dict(zip(names, values, strict=True))
-                changed = [
-                    name
-                    for name in {**old, **table}
-                    if name not in NOT_COMPARED and _differs(name, old, table)
-                ]
-                if changed:
-                    yield module, changed
+        try:  # lists compare by identity first: a tenth of the time that a look at each module takes
+            unchanged = _values(self._attribute_tables) == self._attribute_values
+        except Exception:  # noqa: BLE001 - whatever an attribute's == does, for instance a tensor's
+            unchanged = False
+        for module, old in () if unchanged else self._attributes:
+            names = {**old, **module.__dict__}.keys() - NOT_COMPARED
+            changed = sorted(name for name in names if _differs(name, old, module.__dict__))
+            if changed:
+                yield module, changed
         for container, seen in self._contents:
             if container != seen:
                 yield self.model, []
                 return
 
 
-def _same(table: dict, values: tuple) -> bool:
-    return len(table) == len(values) and all(map(operator.is_, table.values(), values))
+def _values(tables: list[dict]) -> list:
+    return list(itertools.chain.from_iterable(map(dict.values, tables)))
 
 
 def _differs(name: str, old: dict, new: dict) -> bool:
@@ -147,7 +147,9 @@ def _plain(container) -> bool:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a distributed tensor that this process holds."""
-    return getattr(tensor, "_local_tensor", tensor)
+    return (
+        tensor if type(tensor) in (nn.Parameter, torch.Tensor) else getattr(tensor, "_local_tensor", tensor)
+    )
 
 
 def _kind(tensor: torch.Tensor) -> tuple:
