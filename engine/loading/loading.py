@@ -108,6 +108,11 @@ def _place(device, device_map, tp_plan, quantization) -> torch.device:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() and not packed else "cpu"))
     except RuntimeError as error:
         raise ModelError(f"device={device!r} is not a torch device such as cpu or cuda:0") from error
+    if packed and (place.type != "cpu" or device_map not in (None, "cpu", {"": "cpu"})):
+        where = f"device_map={device_map!r}" if device_map is not None else f"device={str(place)!r}"
+        raise ModelError(
+            f'quantization={quantization!r} is for the CPU, not {where}; on CUDA use "int8", "nf4" or "fp4"'
+        )
     try:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -115,11 +120,6 @@ def _place(device, device_map, tp_plan, quantization) -> torch.device:
         raise ModelError(
             f"device={str(place)!r} is not to be had here: {reason}; device='cpu' always is"
         ) from error
-    if packed and (place.type != "cpu" or device_map not in (None, "cpu", {"": "cpu"})):
-        where = f"device_map={device_map!r}" if device_map is not None else f"device={str(place)!r}"
-        raise ModelError(
-            f'quantization={quantization!r} is for the CPU, not {where}; on CUDA use "int8", "nf4" or "fp4"'
-        )
     return place
 
 

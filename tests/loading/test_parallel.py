@@ -67,7 +67,7 @@ def test_time_limits_are_refused_where_ranks_could_stop_apart():
     split = SimpleNamespace(_tp_size=2)
     engine.model = split
     with pytest.raises(ParameterError, match=r"max_time=60.*clock"):
-        checked(engine, one_params(engine, None, False, {"max_time": 60}), 3)
+        checked(engine, one_params(engine, None, False, {"max_time": 60}), 3, {})
 
 
 def test_a_model_spread_by_accelerate_answers_as_one_in_one_piece(tmp_path):
