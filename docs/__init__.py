@@ -5,5 +5,9 @@
 .. include:: 3_states.md
 .. include:: 4_speed.md
 .. include:: 5_seeds.md
+<<<<<<< HEAD
 .. include:: 6_your_strategy.md
+=======
+.. include:: 6_experiments.md
+>>>>>>> 36219c9 (docs: experiments, with the plan that asks about min-p; names of tests are unique)
 """

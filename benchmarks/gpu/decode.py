@@ -277,7 +277,7 @@ def four_bits(scale: Scale) -> Iterator[dict]:
                 yield {
                     "figure": f"{name}, batch {batch}", "model": about.name, "batch": batch, "weights": name,
                     "value": taken, "recorded": sum(
-                        len(b.programs) for b in engine._batches.values()),
+                        len(b.programs or ()) for b in engine._batches.values()),
                 }  # fmt: skip
 
 

@@ -42,13 +42,13 @@ def run(
     Args:
         plan: what to draw. output: JSONL file, a header and then one line a sample, appended to.
         shard: (i, n) for one of n parts, which may run at the same time into files of their own; see `merge`.
-        load: makes an engine of a model's arguments; None is `Engine.from_pretrained`.
+        load: makes an engine of a model's arguments; None is `load_engine`.
         progress: called with (done, all, seconds since the start) after each sample.
 
     Raises:
         HandloomError: the file belongs to another plan, or is in use.
     """
-    load, started, failed = load or Engine.from_pretrained, time.monotonic(), 0
+    load, started, failed = load or load_engine, time.monotonic(), 0
     total = sum(1 for _ in plan.units(shard))
     alike = {digest([s.strategy, s.values]): s.name for s in plan.settings}
     if len(alike) < len(plan.settings):
@@ -79,6 +79,13 @@ def run(
             del engine
         clock.end(failed)
     return failed
+
+
+def load_engine(name_or_path: str, **arguments: Any) -> Engine:
+    """`Engine.from_pretrained`, where the name `demo` stands for the small default model."""
+    from ..loading import demo
+
+    return Engine.from_pretrained(demo.locate() if name_or_path == "demo" else name_or_path, **arguments)
 
 
 class _Clock:
