@@ -22,7 +22,7 @@ SAYS = {  # what a recipe or a page must print
     "two_prompts_vote": r"product: '.*\n(.|\n)*mixture: '",
     "value_head": r"weight 0.0: (.|\n)*weight 40.0: ",
     "refine": r"( +-\d+\.\d+ .*\n){3}",
-    "6_experiments": r"min-p against top-p, 3 samples in pairs(.|\n)*removed by each member",
+    "7_experiments": r"min-p against top-p, 3 samples in pairs(.|\n)*removed by each member",
     "1_first_run": r"Paris(.|\n)*did you mean 'temperature'",
     "6_your_strategy": r"a = 1.0:.*Lyon(.|\n)*the law holds: p = 0\.\d(.|\n)*FSD ",
     "2_parameters": r"llamacpp (.|\n)*top_p(.|\n)*min_p(.|\n)*temperature",
