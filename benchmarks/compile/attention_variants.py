@@ -51,14 +51,14 @@ class Build:
 
 def builds():
     """Every attention build, the names unique."""
-    shape = {"group": 4, "dim": 128, "dim_v": 128, "block_size": 16, "splits": 8, "queries": 1}
+    shape = {"group": 4, "dim": 128, "dim_v": 128, "block_size": 16, "split": True, "queries": 1}
     tree = {"counts": True, "tree": True}
     gemma = {"group": 2, "dim": 256, "dim_v": 256, "window": 4096, "softcap": True}
     gpt_oss = {"group": 8, "dim": 64, "dim_v": 64, "window": 128, "sinks": True}
     multi_head = {"group": 1, "dim": 64, "dim_v": 64}
     rows = [
         ("llama-8b", BF16, {}, 128, 224),
-        ("llama-8b, one piece", BF16, {"splits": 1}, 128, 224),
+        ("llama-8b, one piece", BF16, {"split": False}, 128, 224),
         ("llama-8b, fp16", torch.float16, {}, 128, 224),
         ("llama-8b, fp32", FP32, {}, 80, 184),
         ("multi-head 64", BF16, multi_head, 72, 136),
@@ -88,7 +88,7 @@ def builds():
         ("packed gpt-oss", BF16, gpt_oss, 255, 512),
     ]
     found += [_packed(name, dtype, {**packed, **change}, *limits) for name, dtype, change, *limits in rows]
-    return [*found, *(_merge(splits) for splits in (8, 64))]
+    return [*found, *(_merge(splits) for splits in (16, 64))]
 
 
 def _decode(name, dtype, shape, registers, vgprs):
@@ -115,9 +115,9 @@ def _attention(name, kernel, variant, dtype, registers, vgprs):
     }
     if "depth_ptr" in names and not (constexprs["TREE"] and constexprs["WINDOW"] > 0):
         constexprs["depth_ptr"] = None
-    free = [n for n in names if n not in constexprs]
+    free = [n for n in names if n not in constexprs and n != "PDL"]
     types = {n: types.get(n, "i32") for n in free}
-    aligned = frozenset(free) - {"scale", "softcap", "kv_heads", "table_stride", "rows"}
+    aligned = frozenset(free) - {"scale", "softcap", "kv_heads", "table_stride", "rows", "splits"}
     sizes = (variant.num_warps, variant.num_stages)
     return Build(name, kernel, types, constexprs, aligned, *sizes, registers, vgprs)
 
@@ -129,11 +129,14 @@ def _merge(splits):
         "sinks_ptr": "*bf16",
         "out_ptr": "*bf16",
         "heads": "i32",
+        "splits": "i32",
     }
-    constexprs = {"DIM_V": 128, "SPLITS": splits, "SINKS": True, "UPCAST": False, "BLOCK_V": 128}
-    constexprs["BLOCK_S"] = triton.next_power_of_2(splits)
-    kernel, aligned = attention_triton._merge_kernel, frozenset(types) - {"heads"}
-    return Build(f"merge {splits}", kernel, types, constexprs, aligned, 4, 3, 104, 120, wide_loads=splits > 8)
+    constexprs = {"DIM_V": 128, "SINKS": True, "UPCAST": False, "BLOCK_V": 128}
+    constexprs["BLOCK_S"] = splits
+    kernel, aligned = attention_triton._merge_kernel, frozenset(types) - {"heads", "splits"}
+    return Build(
+        f"merge {splits}", kernel, types, constexprs, aligned, 4, 3, 104, 120, wide_loads=splits > 16
+    )
 
 
 def measure(build, target):
@@ -141,11 +144,13 @@ def measure(build, target):
 
     Needs no GPU, but a process in which TRITON_INTERPRET is not set.
     """
-    names = build.kernel.arg_names
+    names, constexprs = build.kernel.arg_names, dict(build.constexprs)
+    if "PDL" in names:  # set where the target has it, as `launching.beside` does
+        constexprs["PDL"] = target in ("sm_90", "sm_100")
     source = ASTSource(
         fn=build.kernel,
         signature={n: build.types.get(n, "constexpr") for n in names},
-        constexprs=build.constexprs,
+        constexprs=constexprs,
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in build.aligned},
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}

@@ -33,7 +33,8 @@ def _product(target, name, rows, dtype, double, blocksize, registers, vgprs):
         kernel, (sizes, warps) = nf4_triton._tile_kernel, nf4_triton.tile_sizes(rows, 14336, 4096, blocksize)
         constants["HALF"] = int(dtype == "fp16")
     constants |= sizes
-    constants |= {n: None for n in kernel.arg_names if n not in constants and n not in types}
+    absent = set(kernel.arg_names) - constants.keys() - types.keys() - {"PDL"}
+    constants |= dict.fromkeys(absent)
     aligned = frozenset(types) - {"rows", "offset_ptr"}
     return Build(name, kernel, types, constants, aligned, warps, 3, registers, vgprs)
 

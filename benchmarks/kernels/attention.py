@@ -122,7 +122,7 @@ def ours(cells: Cells) -> Run:
 def triton(cells: Cells) -> Run:
     """The Triton kernels, with their scratch memory and result made before."""
     batch, _, heads, size = cells.q.shape
-    splits = default_splits(batch, cells.keys.shape[2], cells.table.shape[1] * BLOCK, cells.q.device)
+    splits = default_splits(batch, cells.keys.shape[2], cells.table.shape[1] * BLOCK, cells.q.device, size)
     workspace = attention_workspace(batch, 1, heads, size, splits, cells.q.device)
     out = torch.empty_like(cells.q)
     parts = (

@@ -1,7 +1,5 @@
 """Attention over a paged key/value cache: its torch reference, and the choice between that and Triton."""
 
-import math
-
 import torch
 
 from .. import dispatch
@@ -61,7 +59,8 @@ def paged_attention(
     batch, queries, heads, _ = q.shape
     dim_v = values.shape[-1]
     if splits is None:
-        splits = default_splits(batch, keys.shape[2], block_table.shape[1] * keys.shape[1], q.device)
+        cells = block_table.shape[1] * keys.shape[1]
+        splits = default_splits(batch, keys.shape[2], cells, q.device, max(q.shape[-1], dim_v))
     if workspace is None:
         workspace = attention_workspace(batch, queries, heads, dim_v, splits, q.device)
     parts, lse = _workspace_views(workspace, batch * queries * heads, splits, dim_v)
@@ -78,13 +77,13 @@ def attention_workspace(batch, queries, heads, dim_v, splits, device):
     return torch.empty(cells, dtype=torch.float32, device=device)
 
 
-def default_splits(batch, kv_heads, cells, device):
-    """Programs a sequence that give each multiprocessor about two, each at least 128 cells: 1, 2, 4 .. 64."""
-    processors = 1
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = min(2 * processors / (batch * kv_heads), cells / 128, 64)
-    return 1 << max(0, math.ceil(math.log2(max(wanted, 1))))
+def default_splits(batch, kv_heads, cells, device, dim=128):
+    """Programs a sequence: as many as a device runs at once (three a multiprocessor; two where heads are wider than
+    128), so that none waits for another, each of at least 128 cells; 1 to 64."""
+    if device.type != "cuda":
+        return 1
+    together = torch.cuda.get_device_properties(device).multi_processor_count * (3 if dim <= 128 else 2)
+    return max(1, min(together // (batch * kv_heads), -(-cells // 128), 64))
 
 
 def _workspace_views(workspace, outputs, splits, dim_v):

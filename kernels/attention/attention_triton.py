@@ -13,21 +13,24 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
+from ..launching import beside, store
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "table_stride"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, parts_ptr, lse_ptr, table_ptr, lengths_ptr, counts_ptr, sinks_ptr,
-    tree_ptr, depth_ptr, scale, softcap, kv_heads, table_stride, q_row, q_query, q_head,
+    tree_ptr, depth_ptr, scale, softcap, kv_heads, splits, table_stride, q_row, q_query, q_head,
     k_block, k_cell, k_head, v_block, v_cell, v_head,
     QUERIES: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr, TREE: tl.constexpr, COUNTS: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, TREE: tl.constexpr, COUNTS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, split = tl.program_id(0), tl.program_id(2)
     kv_head, tile = tl.program_id(1) % kv_heads, tl.program_id(1) // kv_heads
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -40,7 +43,7 @@ def _decode_kernel(
     depth = query
     if TREE and WINDOW > 0:
         depth = tl.load(depth_ptr + row * QUERIES + query, mask=real, other=0)
-    first, last = _span(base, length, split, SPLITS, WINDOW, BLOCK_N)
+    first, last = _span(base, length, split, splits, WINDOW, BLOCK_N)
 
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     q_at = row.to(tl.int64) * q_row + query * q_query + head * q_head
@@ -79,18 +82,18 @@ def _decode_kernel(
 
     at = (row.to(tl.int64) * QUERIES + query) * (kv_heads * GROUP) + head
     _finish(
-        out_ptr, parts_ptr, lse_ptr, sinks_ptr, at, split, head, dv, real, peak, total, acc,
-        DIM_V, SPLITS, SINKS, UPCAST,
+        out_ptr, parts_ptr, lse_ptr, sinks_ptr, at, split, splits, head, dv, real, peak, total, acc,
+        DIM_V, SPLIT, SINKS, UPCAST,
     )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    out_ptr, parts_ptr, lse_ptr, sinks_ptr, at, split, head, dv, real, peak, total, acc,
-    DIM_V: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr,
+    out_ptr, parts_ptr, lse_ptr, sinks_ptr, at, split, splits, head, dv, real, peak, total, acc,
+    DIM_V: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Write the tile: the result where the sequence is in one piece, else its part and log2 of its weight."""
-    if SPLITS == 1 and SINKS:
+    if SINKS and not SPLIT:
         sink = tl.load(sinks_ptr + head, mask=real, other=0.0).to(tl.float32) * LOG2E
         raised = tl.maximum(peak, sink)
         fade = tl.exp2(peak - raised)
@@ -98,21 +101,21 @@ def _finish(
     divisor = tl.where(total == 0.0, 1.0, total)
     acc = acc / divisor[:, None]
     write = real[:, None] & (dv < DIM_V)[None, :]
-    if SPLITS == 1:
-        _store(out_ptr + at[:, None] * DIM_V + dv[None, :], acc, write, UPCAST)
+    if not SPLIT:
+        store(out_ptr + at[:, None] * DIM_V + dv[None, :], acc, write, UPCAST)
     else:
         lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(divisor))
-        tl.store(lse_ptr + at * SPLITS + split, lse, mask=real)
-        tl.store(parts_ptr + (at * SPLITS + split)[:, None] * DIM_V + dv[None, :], acc, mask=write)
+        tl.store(lse_ptr + at * splits + split, lse, mask=real)
+        tl.store(parts_ptr + (at * splits + split)[:, None] * DIM_V + dv[None, :], acc, mask=write)
 
 
 @triton.jit
-def _span(base, length, split, SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+def _span(base, length, split, splits, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     """First cell and end of one split's share of the cells that some query of the row can see."""
     oldest = 0
     if WINDOW > 0:
         oldest = tl.maximum(base - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(length - oldest, BLOCK_N), SPLITS) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(length - oldest, BLOCK_N), splits) * BLOCK_N
     first = oldest + split * share
     return first, tl.minimum(first + share, length)
 
@@ -139,16 +142,19 @@ def _seen(
     return seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    parts_ptr, lse_ptr, sinks_ptr, out_ptr, heads,
-    DIM_V: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr,
+    parts_ptr, lse_ptr, sinks_ptr, out_ptr, heads, splits,
+    DIM_V: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one (row, query, head) by their weights 2 ** lse; a sink joins the denominator."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64)
     s, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
-    lse = tl.load(lse_ptr + at * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
+    lse = tl.load(lse_ptr + at * splits + s, mask=s < splits, other=float("-inf"))
     peak = tl.max(lse, 0)
     if SINKS:
         sink = tl.load(sinks_ptr + at % heads).to(tl.float32) * LOG2E
@@ -159,23 +165,9 @@ def _merge_kernel(
     if SINKS:
         total += tl.exp2(sink - peak)
     kept = (lse > float("-inf"))[:, None] & (dv < DIM_V)[None, :]
-    parts = tl.load(parts_ptr + (at * SPLITS + s)[:, None] * DIM_V + dv[None, :], mask=kept, other=0.0)
+    parts = tl.load(parts_ptr + (at * splits + s)[:, None] * DIM_V + dv[None, :], mask=kept, other=0.0)
     acc = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    _store(out_ptr + at * DIM_V + dv, acc, dv < DIM_V, UPCAST)
-
-
-@triton.jit
-def _store(ptr, value, mask, UPCAST: tl.constexpr):
-    """Store float32 values in the pointer's dtype, rounding to nearest even.
-
-    UPCAST: the interpreter truncates float32 to bfloat16, so there the rounding is spelled out.
-    """
-    if UPCAST and ptr.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(ptr, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
-    else:
-        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+    store(out_ptr + at * DIM_V + dv, acc, dv < DIM_V, UPCAST)
 
 
 @dataclass(frozen=True)
@@ -188,7 +180,7 @@ class Variant:
 
 
 def variant(
-    dtype, *, queries, group, dim, dim_v, block_size, splits, window=0, softcap=False, sinks=False,
+    dtype, *, queries, group, dim, dim_v, block_size, split, window=0, softcap=False, sinks=False,
     tree=False, counts=False, upcast=False,
 ):  # fmt: skip
     """Tile sizes for one shape; the launch and the offline compile both take them from here.
@@ -196,7 +188,7 @@ def variant(
     Args:
         dtype: torch dtype of the cache.
         queries: Q, fresh queries a row. group: query heads a key/value head. dim, dim_v: head sizes, 1..256.
-        block_size: cells a block. splits: programs a sequence. window: cells, 0 for none.
+        block_size: cells a block. split: whether a sequence has several programs. window: cells, 0 for none.
         upcast: compute in float32 whatever the dtype (the interpreter cannot compute in bfloat16).
     """
     block_d, block_v = (max(16, triton.next_power_of_2(n)) for n in (dim, dim_v))
@@ -212,9 +204,9 @@ def variant(
     shape = {"QUERIES": queries, "GROUP": group, "DIM": dim, "DIM_V": dim_v, "BLOCK_SIZE": block_size}
     options = {"WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks, "TREE": tree, "COUNTS": counts}
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_V": block_v}
-    constexprs = {**shape, "SPLITS": splits, **options, "UPCAST": upcast, **tiles}
-    # Three stages fetch the block ids a tile ahead of their cells; the narrow float32 tiles would spill.
-    return Variant(constexprs, num_warps, num_stages=2 if block_n == 16 else 3)
+    constexprs = {**shape, "SPLIT": split, **options, "UPCAST": upcast, **tiles}
+    # Ids are fetched ahead of their cells: 5 stages keep two tiles of cells on their way, 3 stages one.
+    return Variant(constexprs, num_warps, num_stages=5 if not single else 2 if block_n == 16 else 3)
 
 
 def launch(
@@ -234,18 +226,21 @@ def launch(
     upcast = dispatch.interpreting() and q.dtype == torch.bfloat16
     chosen = variant(
         q.dtype, queries=queries, group=heads // kv_heads, dim=dim, dim_v=dim_v, block_size=keys.shape[1],
-        splits=splits, window=sliding_window or 0, softcap=softcap is not None, sinks=sinks is not None,
+        split=splits > 1, window=sliding_window or 0, softcap=softcap is not None, sinks=sinks is not None,
         tree=tree is not None, counts=counts is not None, upcast=upcast,
     )  # fmt: skip
     tiles = triton.cdiv(queries * (heads // kv_heads), chosen.constexprs["BLOCK_M"])
+    overlap, options = beside(q.device)
     _decode_kernel[(batch, kv_heads * tiles, splits)](
         q, keys, values, out, parts, lse, block_table, lengths, counts, sinks, tree, depth,
-        scale, softcap or 1.0, kv_heads, block_table.stride(0), *q.stride()[:3], *keys.stride()[:3],
-        *values.stride()[:3], **chosen.constexprs, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        scale, softcap or 1.0, kv_heads, splits, block_table.stride(0), *q.stride()[:3], *keys.stride()[:3],
+        *values.stride()[:3], **chosen.constexprs, **overlap, num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages, **options,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(batch * queries * heads,)](
-            parts, lse, sinks, out, heads, DIM_V=dim_v, SPLITS=splits, SINKS=sinks is not None, UPCAST=upcast,
-            BLOCK_V=chosen.constexprs["BLOCK_V"], BLOCK_S=triton.next_power_of_2(splits), num_warps=4,
+            parts, lse, sinks, out, heads, splits, DIM_V=dim_v, SINKS=sinks is not None, UPCAST=upcast,
+            BLOCK_V=chosen.constexprs["BLOCK_V"], BLOCK_S=max(16, triton.next_power_of_2(splits)), **overlap,
+            num_warps=4, **options,
         )  # fmt: skip
     return out

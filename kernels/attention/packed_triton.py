@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from .attention_triton import LOG2E, Variant, _store
+from ..launching import beside, store
+from .attention_triton import LOG2E, Variant
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "table_stride"])
@@ -17,10 +18,13 @@ def _packed_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, table_ptr, starts_ptr, lengths_ptr, sinks_ptr, scale, softcap, tokens, rows,
     kv_heads, table_stride, q_token, q_head, k_block, k_cell, k_head, v_block, v_cell, v_head,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, first_query, begin, count = _place(starts_ptr, tl.program_id(0), tokens, rows, ROWS, BLOCK_Q)
     if first_query >= count:
         return
@@ -71,7 +75,7 @@ def _packed_kernel(
         total, acc = total * fade + tl.exp2(sink - raised), acc * fade[:, None]
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     to = (at * (kv_heads * GROUP) + head)[:, None] * DIM_V + dv[None, :]
-    _store(out_ptr + to, acc, real[:, None] & (dv < DIM_V)[None, :], UPCAST)
+    store(out_ptr + to, acc, real[:, None] & (dv < DIM_V)[None, :], UPCAST)
 
 
 @triton.jit
@@ -138,7 +142,7 @@ def variant(
     elif wide:
         block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
     else:
-        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+        block_m, block_n, num_warps, num_stages = 64, 64, 4, 3
     heads = min(group, block_m)
     shape = {"GROUP": group, "HEADS": heads, "DIM": dim, "DIM_V": dim_v, "BLOCK_SIZE": block_size}
     options = {"WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks, "UPCAST": upcast}
@@ -156,11 +160,11 @@ def launch(q, keys, values, block_table, starts, lengths, out, *, scale, sliding
         window=sliding_window or 0, softcap=softcap is not None, sinks=sinks is not None,
         upcast=dispatch.interpreting() and q.dtype == torch.bfloat16,
     )  # fmt: skip
-    sizes = chosen.constexprs
+    sizes, (overlap, options) = chosen.constexprs, beside(q.device)
     grid = (tokens // sizes["BLOCK_Q"] + rows + 1, kv_heads * triton.cdiv(sizes["GROUP"], sizes["HEADS"]))
     _packed_kernel[grid](
         q, keys, values, out, block_table, starts, lengths, sinks, scale, softcap or 1.0, tokens, rows,
-        kv_heads, block_table.stride(0), *q.stride()[:2], *keys.stride()[:3], *values.stride()[:3], **sizes,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        kv_heads, block_table.stride(0), *q.stride()[:2], *keys.stride()[:3], *values.stride()[:3], **sizes, **overlap,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages, **options,
     )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
+from ..launching import beside, store
 from .nf4_codes import eighths, floats, planes, values
 
 
@@ -18,16 +19,13 @@ def _vector_kernel(
     x_ptr, words_ptr, code_ptr, planes_ptr, absmax_ptr, bias_ptr, out_ptr, parts_ptr, nested_code_ptr,
     nested_absmax_ptr, offset_ptr, outputs,
     INPUTS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
-    PERMUTE: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr, PERMUTE: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
     """One row with STEPS times BLOCK_N outputs over WIDTH words of inputs, which stay in registers."""
     split = tl.program_id(1)
     WORDS: tl.constexpr = INPUTS // 8
     PER_ROW: tl.constexpr = INPUTS // BLOCKSIZE
-    h0, h1, h2, h3, l0, l1, l2, l3 = planes(planes_ptr, PERMUTE, 1)
-    k = split * WIDTH * 8 + tl.arange(0, WIDTH * 8)
-    x0, x1, x2, x3, x4, x5, x6, x7 = eighths(x_ptr, k, k < INPUTS, WIDTH)
     word = split * WIDTH + tl.arange(0, WIDTH)
     block = (split * WIDTH + tl.arange(0, WIDTH // 4) * 4) * 8 // BLOCKSIZE
     n = tl.program_id(0) * (BLOCK_N * STEPS) + tl.arange(0, BLOCK_N)
@@ -35,6 +33,12 @@ def _vector_kernel(
         words_ptr + n.to(tl.int64)[:, None] * WORDS + word[None, :],
         mask=(n < outputs)[:, None] & (word < WORDS)[None, :], other=0,
     )  # fmt: skip
+    if PDL:  # the first words are on their way before the launch before this one has ended
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    h0, h1, h2, h3, l0, l1, l2, l3 = planes(planes_ptr, PERMUTE, 1)
+    k = split * WIDTH * 8 + tl.arange(0, WIDTH * 8)
+    x0, x1, x2, x3, x4, x5, x6, x7 = eighths(x_ptr, k, k < INPUTS, WIDTH)
     for _ in range(STEPS):
         after = n + BLOCK_N
         coming = tl.load(
@@ -57,7 +61,7 @@ def _vector_kernel(
         if SPLITS == 1:
             if BIAS:
                 total += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)
-            _store(out_ptr + n, total, n < outputs, UPCAST)
+            store(out_ptr + n, total, n < outputs, UPCAST)
         else:
             tl.store(parts_ptr + split.to(tl.int64) * outputs + n, total, mask=n < outputs)
         n, words = after, coming
@@ -68,7 +72,8 @@ def _tile_kernel(
     x_ptr, words_ptr, code_ptr, planes_ptr, absmax_ptr, bias_ptr, out_ptr, parts_ptr, nested_code_ptr,
     nested_absmax_ptr, offset_ptr, rows, outputs, x_row,
     INPUTS: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
-    PERMUTE: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr, PERMUTE: tl.constexpr, HALF: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows with BLOCK_N outputs over a share of the inputs; a step takes one block of weights an output."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -79,10 +84,13 @@ def _tile_kernel(
     PER_ROW: tl.constexpr = INPUTS // BLOCKSIZE
     SHARE: tl.constexpr = (PER_ROW + SPLITS - 1) // SPLITS
     DTYPE: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
-    h0, h1, h2, h3, l0, l1, l2, l3 = planes(planes_ptr, PERMUTE, HALF)
     w_at = n.to(tl.int64)[:, None] * (INPUTS // 8) + tl.arange(0, WORDS)[None, :]
     x_at = m.to(tl.int64)[:, None] * x_row + tl.arange(0, BLOCKSIZE)[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    h0, h1, h2, h3, l0, l1, l2, l3 = planes(planes_ptr, PERMUTE, HALF)
     for block in range(split * SHARE, tl.minimum(split * SHARE + SHARE, PER_ROW)):
         words = tl.load(words_ptr + w_at + block * WORDS, mask=inside[:, None], other=0)
         x = tl.load(x_ptr + x_at + block * BLOCKSIZE, mask=real[:, None], other=0.0).to(DTYPE)
@@ -95,7 +103,7 @@ def _tile_kernel(
     if SPLITS == 1:
         if BIAS:
             total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-        _store(out_ptr + to, total, write, UPCAST)
+        store(out_ptr + to, total, write, UPCAST)
     else:
         tl.store(parts_ptr + split.to(tl.int64) * rows * outputs + to, total, mask=write)
 
@@ -103,9 +111,12 @@ def _tile_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _add_kernel(
     parts_ptr, bias_ptr, out_ptr, rows, outputs, SPLITS: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the shares of BLOCK_N outputs of one row, in order."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < outputs
@@ -114,7 +125,7 @@ def _add_kernel(
         total += tl.load(parts_ptr + (split * rows + row) * outputs + n, mask=inside, other=0.0)
     if BIAS:
         total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    _store(out_ptr + row * outputs + n, total, inside, UPCAST)
+    store(out_ptr + row * outputs + n, total, inside, UPCAST)
 
 
 @triton.jit
@@ -127,17 +138,6 @@ def _scales(absmax_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, index, m
             offset_ptr
         )
     return scale
-
-
-@triton.jit
-def _store(ptr, value, mask, UPCAST: tl.constexpr):
-    """Store float32 values in the pointer's dtype; the interpreter (UPCAST) would truncate to bfloat16."""
-    if UPCAST and ptr.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        tl.store(ptr, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
-    else:
-        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 def vector_sizes(outputs, inputs):
@@ -165,14 +165,15 @@ def launch(x, weight, bias, out):
     sizes, warps = (
         vector_sizes(outputs, inputs) if alone else tile_sizes(rows, outputs, inputs, weight.blocksize)
     )
-    splits, shared = sizes["SPLITS"], {"BIAS": bias is not None, "UPCAST": dispatch.interpreting()}
+    overlap, options = beside(x.device)
+    splits, shared = sizes["SPLITS"], {"BIAS": bias is not None, "UPCAST": dispatch.interpreting(), **overlap}
     parts = x.new_empty(splits * rows * outputs if splits > 1 else 0, dtype=torch.float32)
     outer = (None, None, None) if nested is None else (nested.code, nested.absmax, nested.offset)
     found = weight.planes if weight.planes is not None or not permute else weight.code_planes()
     words = weight.packed.view(-1).view(torch.int32)
     tensors = (x, words, weight.code, found, weight.absmax, bias, out, parts, *outer)
     layout = {"INPUTS": inputs, "BLOCKSIZE": weight.blocksize, "NESTED": nested.blocksize if nested else 0}
-    layout |= {"PERMUTE": permute, "num_warps": warps}
+    layout |= {"PERMUTE": permute, "num_warps": warps, **options}
     if alone:
         grid = (triton.cdiv(outputs, sizes["BLOCK_N"] * sizes["STEPS"]), splits)
         _vector_kernel[grid](*tensors, outputs, **layout, **shared, **sizes)
@@ -182,6 +183,6 @@ def launch(x, weight, bias, out):
         _tile_kernel[grid](*tensors, rows, outputs, x.stride(0), **layout, **shared, **sizes, num_stages=3)
     if splits > 1:
         _add_kernel[(triton.cdiv(outputs, 512), rows)](
-            parts, bias, out, rows, outputs, SPLITS=splits, BLOCK_N=512, **shared, num_warps=4
+            parts, bias, out, rows, outputs, SPLITS=splits, BLOCK_N=512, **shared, num_warps=4, **options
         )
     return out

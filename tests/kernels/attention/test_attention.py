@@ -465,7 +465,7 @@ def test_refusals_name_what_does_not_fit():
 def test_splits_fill_the_device_without_shredding_short_rows():
     assert attention.default_splits(1, 8, 32768, torch.device("cpu")) == 1
     if DEVICE.type == "cuda":
-        assert attention.default_splits(1, 8, 32768, DEVICE) in (32, 64)
+        assert 32 <= attention.default_splits(1, 8, 32768, DEVICE) <= 64
         assert attention.default_splits(1, 8, 128, DEVICE) == 1
         assert attention.default_splits(64, 8, 32768, DEVICE) == 1
 
@@ -518,4 +518,4 @@ def test_every_build_keeps_its_limits(target):
 
 
 def test_the_main_builds_keep_their_limits_on_sm_90():
-    assert compile_offline("sm_90", ["llama-8b", "gpt-oss", "merge 8"]) == ["3", ""]
+    assert compile_offline("sm_90", ["llama-8b", "gpt-oss", "merge 16"]) == ["3", ""]
