@@ -16,6 +16,7 @@ from .. import dispatch
 from ..launching import beside, store
 
 LOG2E = tl.constexpr(1.4426950408889634)
+AMD_STAGES = 2  # more of them need more registers or shared memory than there are
 
 
 @triton.jit(do_not_specialize=["splits", "table_stride"])
@@ -205,8 +206,12 @@ def variant(
     options = {"WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks, "TREE": tree, "COUNTS": counts}
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_V": block_v}
     constexprs = {**shape, "SPLIT": split, **options, "UPCAST": upcast, **tiles}
-    # Ids are fetched ahead of their cells: 5 stages keep two tiles of cells on their way, 3 stages one.
-    return Variant(constexprs, num_warps, num_stages=5 if not single else 2 if block_n == 16 else 3)
+    # Ids are fetched ahead of their cells: 5 stages keep two tiles of cells on their way, 3 stages one. Narrow float32
+    # tiles would spill with as many.
+    stages = (1 if wide and tree else 2 if block_n == 16 else 3) if single else 5
+    if torch.version.hip is not None:
+        stages = min(stages, AMD_STAGES)
+    return Variant(constexprs, num_warps, num_stages=stages)
 
 
 def launch(

@@ -138,11 +138,11 @@ def variant(
     block_d, block_v = (max(16, triton.next_power_of_2(n)) for n in (dim, dim_v))
     wide, single = max(block_d, block_v) > 128, dtype == torch.float32
     if single:
-        block_m, block_n, num_warps, num_stages = 32, 16, 8, 2
+        block_m, block_n, num_warps, num_stages = 32, 16, 8, 2 if wide else 1
     elif wide:
         block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
     else:
-        block_m, block_n, num_warps, num_stages = 64, 64, 4, 3
+        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
     heads = min(group, block_m)
     shape = {"GROUP": group, "HEADS": heads, "DIM": dim, "DIM_V": dim_v, "BLOCK_SIZE": block_size}
     options = {"WINDOW": window, "SOFTCAP": softcap, "SINKS": sinks, "UPCAST": upcast}

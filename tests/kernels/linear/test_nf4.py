@@ -174,7 +174,9 @@ def four_bit(kind="nf4", nested=False):
             quantised.weight = bitsandbytes.nn.Params4bit(
                 layer.weight.data, requires_grad=False, compress_statistics=nested, quant_type=kind
             )
-            quantised.support_avx512bf16_for_cpu = False  # else some CPUs repack the weights and round to bfloat16
+            quantised.support_avx512bf16_for_cpu = (
+                False  # else some CPUs repack the weights and round to bfloat16
+            )
             model.model.set_submodule(name, quantised)
     model.is_quantized = True
     return model.to(DEVICE)
