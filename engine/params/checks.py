@@ -132,6 +132,8 @@ def integer(default: int | None, low: int, high: int = LARGEST_ID, *, also_defau
 def seed_or_base() -> Any:
     """Field for a seed 0 .. 2**63 - 1; None and -1 mean none, and "per-request:7" is a base to derive seeds from."""
 
+    number = integer(None, 0, 2**63 - 1, also_default=(-1,)).metadata["check"]
+
     def check(name: str, value: Any) -> int | str | None:
         kind, _, base = value.partition(":") if isinstance(value, str) else ("", "", "")
         if kind == PER_REQUEST and base.isdecimal() and int(base) < 2**63:
@@ -142,7 +144,7 @@ def seed_or_base() -> Any:
                 value,
                 f'a whole number of 0 .. 2**63 - 1, or "{PER_REQUEST}:7" with such a number as the base',
             )
-        return None if scalar(value) == -1 else to_int(name, value, 0, 2**63 - 1)
+        return number(name, value)
 
     return dataclasses.field(default=None, metadata={"check": check})
 
