@@ -25,7 +25,7 @@ SAYS = {  # what a recipe or a page must print
     "7_experiments": r"min-p against top-p, 3 samples in pairs(.|\n)*removed by each member",
     "1_first_run": r"Paris(.|\n)*did you mean 'temperature'",
     "6_your_strategy": r"a = 1.0:.*Lyon(.|\n)*the law holds: p = 0\.\d(.|\n)*FSD ",
-    "2_parameters": r"llamacpp (.|\n)*top_p(.|\n)*min_p(.|\n)*temperature",
+    "2_parameters": r"llamacpp (.|\n)*top_p(.|\n)*temperature(.|\n)*min_p",
 }
 
 
