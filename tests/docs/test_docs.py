@@ -61,10 +61,10 @@ def test_a_recipe_runs_and_says_what_it_promises(recipe, one_engine, capsys):
     assert re.search(SAYS[recipe.stem], capsys.readouterr().out, re.M)
 
 
-def test_the_guide_has_six_pages_and_each_is_in_the_book():
+def test_every_page_of_the_guide_is_in_the_book():
     included = re.findall(r"^\.\. include:: (.*)$", (DOCS / "__init__.py").read_text(encoding="utf-8"), re.M)
     assert included == [page.name for page in PAGES]
-    assert len(PAGES) == 6
+    assert [page.name[0] for page in PAGES] == list("1234567")
 
 
 @pytest.mark.slow
