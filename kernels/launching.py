@@ -22,6 +22,17 @@ def store(ptr, value, mask, UPCAST: tl.constexpr):
         tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
+def on_its_device(launch):
+    """A launcher that works on the device of its first tensor, whichever device is current."""
+
+    @functools.wraps(launch)
+    def guarded(first, *rest, **named):
+        with torch.cuda.device_of(first):
+            return launch(first, *rest, **named)
+
+    return guarded
+
+
 def beside(device):
     """Launch options and the constant PDL of a kernel that may start beside the launch before it.
 

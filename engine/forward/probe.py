@@ -76,12 +76,7 @@ def adapt(
 
 def _fused(probe, wanted: bool | None, check) -> dict[str, str]:
     """Fuse what can be; name of every decoder layer -> why it stays plain, empty where it is fused."""
-    place = probe.device
-    here = place.type == "cuda" and place.index in (
-        None,
-        torch.cuda.current_device(),
-    )  # where kernels are launched
-    kernels = here and dispatch.requested() != "torch"
+    kernels = probe.device.type == "cuda" and dispatch.requested() != "torch"
     if not (kernels if wanted is None else wanted):
         return {}
     reasons = fuse_layers(probe) if probe.path == "attention" else {}

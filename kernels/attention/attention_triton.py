@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..launching import beside, store
+from ..launching import beside, on_its_device, store
 
 LOG2E = tl.constexpr(1.4426950408889634)
 AMD_STAGES = 2  # more of them need more registers or shared memory than there are
@@ -214,6 +214,7 @@ def variant(
     return Variant(constexprs, num_warps, num_stages=stages)
 
 
+@on_its_device
 def launch(
     q, keys, values, block_table, lengths, out, parts, lse, *, splits, counts, scale, sliding_window, softcap,
     sinks, tree,

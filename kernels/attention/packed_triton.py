@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..launching import beside, store
+from ..launching import beside, on_its_device, store
 from .attention_triton import LOG2E, Variant
 
 
@@ -151,6 +151,7 @@ def variant(
     return Variant({**shape, **options, **tiles}, num_warps, num_stages)
 
 
+@on_its_device
 def launch(q, keys, values, block_table, starts, lengths, out, *, scale, sliding_window, softcap, sinks):
     """Run the kernel into `out`; arguments as in `packed.paged_attention_packed`, all settled."""
     tokens, heads, dim = q.shape

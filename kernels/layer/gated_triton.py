@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..launching import beside, store
+from ..launching import beside, on_its_device, store
 
 BLOCK = 1024
 
@@ -42,6 +42,7 @@ def _gated_kernel(
     store(out_ptr + row * columns + n, activate(gate, NAME) * up, inside, UPCAST)
 
 
+@on_its_device
 def launch(gate, up, activation):
     """Run the kernel; arguments and result as of `gated.gated`, all settled."""
     rows, columns = gate.shape

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..launching import beside, store
+from ..launching import beside, on_its_device, store
 
 
 @triton.jit
@@ -64,6 +64,7 @@ def num_warps(size):
     return 4 if size <= 2048 else 8 if size <= 8192 else 16
 
 
+@on_its_device
 def launch(x, norm, residual, scale, post):
     """Run the kernel; arguments and results as of `norm.add_norm`, all settled."""
     rows, size = x.shape

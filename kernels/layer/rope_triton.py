@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..launching import beside, store
+from ..launching import beside, on_its_device, store
 
 
 @triton.jit
@@ -114,6 +114,7 @@ def tiles(tokens, heads, dim, rotated, dim_v):
     return blocks, 1 if tokens <= 16 else 4
 
 
+@on_its_device
 def launch(q, k, v, cos, sin, keys, values, cells, *, q_norm, k_norm, rotated, interleaved):
     """Run the kernel; arguments and result as of `rope.rotate_and_write`, all settled."""
     tokens, q_heads, dim = q.shape

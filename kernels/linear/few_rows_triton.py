@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..launching import beside, store
+from ..launching import beside, on_its_device, store
 from ..layer.gated_triton import activate
 
 
@@ -197,6 +197,7 @@ def config_for(rows, weights, outputs, inputs, gate):
     return Config(32, 128, 4, 5) if weights > 1 else Config(16, 256, 2, 4)
 
 
+@on_its_device
 def launch(x, weights, biases, gate, scale, residual, out, config=None):
     """Run a kernel for x [R, K], 1 <= R <= 16, into `out`; arguments as in `few_rows.few_rows_linear`, all settled."""
     rows, inputs = x.shape

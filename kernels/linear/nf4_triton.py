@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import dispatch
-from ..launching import beside, store
+from ..launching import beside, on_its_device, store
 from .nf4_codes import eighths, floats, planes, values
 
 
@@ -157,6 +157,7 @@ def tile_sizes(rows, outputs, inputs, blocksize):
     return sizes, 4
 
 
+@on_its_device
 def launch(x, weight, bias, out):
     """Run the kernels for x [R, K], R >= 1, into `out` [R, N]; see `nf4.four_bit_linear`."""
     rows, (outputs, inputs), nested = len(x), weight.shape, weight.nested

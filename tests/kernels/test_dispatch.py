@@ -1,11 +1,24 @@
 """Who decides which implementation runs, and that a choice is never silently ignored."""
 
+import contextlib
+import importlib
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
 from handloom.kernels import dispatch
+
+LAUNCHERS = (
+    "attention.attention_triton",
+    "attention.packed_triton",
+    "layer.gated_triton",
+    "layer.norm_triton",
+    "layer.rope_triton",
+    "linear.few_rows_triton",
+    "linear.nf4_triton",
+)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -54,3 +67,30 @@ def test_auto_says_once_why_it_fell_back(caplog):
             dispatch.select("a kernel named for this test", CPU)
     assert len(caplog.records) == 1
     assert "tensors are on 'cpu'" in caplog.text
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_kernels_are_launched_on_the_device_of_their_tensors(name, monkeypatch):
+    """A model on the second device, the first being current: only there is there anything to enter, so it is spied."""
+    pytest.importorskip("triton")
+    module = importlib.import_module(f"handloom.kernels.{name}")
+    entered = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    first = torch.zeros(1)
+    with pytest.raises(TypeError):  # arguments are missing: the launcher itself was reached inside the block
+        module.launch(first)
+    assert entered == [first]
+    assert module.launch.__wrapped__.__name__ == "launch"
+
+
+def test_every_file_with_a_launcher_is_in_the_list():
+    folder = Path(dispatch.__file__).parent
+    found = {p for p in folder.rglob("*_triton.py") if "\ndef launch(" in p.read_text(encoding="utf-8")}
+    assert {".".join(p.relative_to(folder).with_suffix("").parts) for p in found} == set(LAUNCHERS)
