@@ -35,12 +35,9 @@ def run(engine, requests: list[Request]) -> Iterator[Event]:
                 steps.append(batch.draw())
                 while len(steps) > batch.lag:
                     yield from collect(batch, steps.popleft())
-                if (
-                    batch.lag == 0
-                    and not (waiting or prompts)
-                    and engine.bucket(len(batch.running)) < batch.size
-                ):
-                    batch = batch.resized(engine, engine.bucket(len(batch.running)))
+                fewer = engine.bucket(len(batch.running))
+                if batch.shrinks and not (waiting or prompts) and fewer < batch.size:
+                    batch = batch.resized(engine, fewer)
                 if batch.running:
                     batch.feed()
                 record(engine, batch)

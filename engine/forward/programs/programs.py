@@ -83,6 +83,7 @@ class Programs:
     @torch.no_grad()
     def catch_up(self) -> None:
         """Record what is due."""
+        self.pool.clean()  # blocks are zeroed once, not at every replay
         while self._due:
             key, make = self._due.popitem(last=False)
             try:
