@@ -5,8 +5,8 @@ enough; if it is not, a sweep reads the active groups again. A search narrows a 
 pivots a sweep, draws its ends in to keys that tokens have, and lists what is inside as soon as that fits.
 
 A frame says what a search ranks by and sums: (MODE, RANK, top, centre, key of the lowest token left).
-VARIANT is (groups a step, form of the sparse edits, bitmask?, pointwise edits, ceilings?, ties cut?, ranks by
-distance?, sums of entropy?, all moments?).
+VARIANT is (groups a step, pointwise edits, every kind of rule?): without the last, rules by a count, a mass or
+min-p alone, which is what most requests ask for.
 """
 
 # ruff: noqa: RUF005, RUF059 (device code: tuples grow by + and are unpacked whole)
@@ -34,21 +34,19 @@ def fixed(weight):
 def visible(x, ids, bounds, VARIANT: tl.constexpr):
     """Logits with -inf for the tokens above the ceiling and for the ties cut off: bounds are (ceiling key,
     key of the ties, last id kept of them)."""
-    if VARIANT[4]:
+    if VARIANT[2]:
         x = tl.where(ordered_key(x) > bounds[0], -float("inf"), x)
-    if VARIANT[5]:
-        x = tl.where((ordered_key(x) == bounds[1]) & (ids > bounds[2]), -float("inf"), x)
-    return x
+    return tl.where((ordered_key(x) == bounds[1]) & (ids > bounds[2]), -float("inf"), x)
 
 
 @triton.jit
 def chunk(start, source, bounds, VARIANT: tl.constexpr):
     """Scaled logits and ids [VARIANT[0] * GROUP] of the active groups from `start` on."""
-    row, logits, vocab, of_vocab, bitmask, mask_stride, sparse, values, rows, temperature, active, n = source
+    row, logits, vocab, of_vocab, bitmask, mask_stride, sparse, values, rows, temperature, active, n, wants = source
     slot = start + tl.arange(0, VARIANT[0])
     group = tl.load(active + slot, mask=slot < n, other=-1)
-    x, ids, raw = load_groups(
-        group, row, logits, vocab, of_vocab, bitmask, mask_stride, sparse, values, rows, VARIANT
+    x, ids = load_groups(
+        group, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, VARIANT[1]
     )
     x = tl.reshape(scaled(x, temperature), (VARIANT[0] * GROUP,))
     ids = tl.reshape(ids, (VARIANT[0] * GROUP,))
@@ -71,13 +69,11 @@ def rank_key(x, ids, frame, VARIANT: tl.constexpr):
     mode, rank, top, centre, floor = frame
     own = ordered_key(x)
     key = own
-    if VARIANT[6]:
+    if VARIANT[2]:
         near = tl.where(own >= floor, ordered_key(-tl.abs((x - top) - centre)), BELOW_ALL - 1)
         key = tl.where(rank == BY_DISTANCE, near, key)
-    if VARIANT[5]:
-        low_id_first = tl.where(own == floor, -1 - ids, BELOW_ALL - 1)
-        key = tl.where(rank == BY_ID, low_id_first, key)
-    return key
+    low_id_first = tl.where(own == floor, -1 - ids, BELOW_ALL - 1)
+    return tl.where(rank == BY_ID, low_id_first, key)
 
 
 @triton.jit
@@ -147,7 +143,7 @@ def sums_above(x, key, pivots, frame, VARIANT: tl.constexpr):
     out = ()
     for i in tl.static_range(len(pivots)):
         out = out + (tl.sum(eighths(tl.where(key > pivots[i], unit, 0)), axis=1),)
-    if VARIANT[7]:
+    if VARIANT[2]:
         dot = fixed(tl.where(weight > 0, weight * (frame[2] - x), 0.0))
         for i in tl.static_range(len(pivots)):
             out = out + (tl.sum(eighths(tl.where(key > pivots[i], dot, 0)), axis=1),)
@@ -194,17 +190,13 @@ def between(low, high, rank, VARIANT: tl.constexpr):
     quarter = (high - low) // 4
     out = (low + quarter, low + 2 * quarter, low + 3 * quarter)
     a, b = key_value(low.to(tl.int32)), key_value(high.to(tl.int32))
-    for i in tl.static_range(2 if VARIANT[7] else 1, 4 if VARIANT[7] else 5):
+    for i in tl.static_range(2 if VARIANT[2] else 1, 4 if VARIANT[2] else 5):
         fifth = ordered_key(a * (1 - 0.2 * i) + b * (0.2 * i)).to(tl.int64)
         out = out + (tl.minimum(tl.maximum(fifth, low), high - 1),)
-    if VARIANT[5]:
-        even = ()
-        for i in tl.static_range(len(out)):
-            even = even + (tl.where(rank == BY_ID, low + (high - low) * (i + 1) // 8, out[i]),)
-        out = even
     keys = ()
     for i in tl.static_range(len(out)):
-        keys = keys + (out[i].to(tl.int32),)
+        even = low + (high - low) * (i + 1) // 8
+        keys = keys + (tl.where(rank == BY_ID, even, out[i]).to(tl.int32),)
     return keys
 
 
@@ -258,7 +250,7 @@ def search(target, lowest, highest, x, ids, held, source, bounds, frame, form, l
         for i in tl.static_range(len(pivots)):
             total, dot = sums[i] + base, base_dots
             passes = total.to(tl.float64) < target
-            if VARIANT[7]:
+            if VARIANT[2]:
                 dot = sums[i + len(pivots)] + base_dots
                 small = spread(total, dot, form).to(tl.float64) <= target
                 passes = tl.where(frame[0] == ENTROPY, small, passes)

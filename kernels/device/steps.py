@@ -1,14 +1,14 @@
 """Truncation steps on the device: which are on for a row, and how each narrows what is left.
 
-A rule is one step or two. STEPS lists (kind, row of its parameter in the table of limits, row of its second
-parameter). The first step that is on gives a bound from group statistics; the steps are then taken in order.
+A rule is one step or two. A program of steps is data: seven int32 (kinds, places of the parameters in the table of
+limits, places of the second parameters, four bits a step and seven steps in each of two; the number of steps).
 """
 
 # ruff: noqa: RUF059, SIM102 (device code: tuples are unpacked whole, and compile-time tests stay apart)
 import triton
 import triton.language as tl
 
-from ..noise.philox_triton import philox_at
+from ..noise.philox_triton import exact_log, philox_at
 from .search import (
     BELOW_ALL,
     BY_DISTANCE,
@@ -33,6 +33,8 @@ from .tokens import key_value, ordered_key
 
 KEEP_COUNT, KEEP_MASS, KEEP_VALUE, CUT_TIES = (tl.constexpr(i) for i in range(4))
 XTC, TYPICAL, HEAD, TOP_H = (tl.constexpr(i) for i in range(4, 8))
+BY_FUNCTION = tl.constexpr(8)  # kinds from here on: value rules with a device function, in the order of DEVICES
+NO_RULE = tl.constexpr(16)
 MASS_SHARE = tl.constexpr(1 - 2.0**-21)  # rules.MASS_SHARE
 ENTROPY_SHARE = tl.constexpr(1 + 2.0**-20)  # rules.ENTROPY_SHARE
 HEAD_TOKENS = tl.constexpr(100.0)  # rules.HEAD_TOKENS
@@ -48,14 +50,43 @@ def coin(seed, position, stream):
 
 
 @triton.jit
-def step_at(index, limits, row, rows, STEPS: tl.constexpr):
-    """(kind, parameter, second parameter) of a step."""
-    kind, place, second = index * 0, index * 0, index * 0
-    for i in tl.static_range(len(STEPS)):
-        kind = tl.where(index == i, STEPS[i][0], kind)
-        place = tl.where(index == i, STEPS[i][1], place)
-        second = tl.where(index == i, STEPS[i][2], second)
-    return kind, tl.load(limits + place * rows + row), tl.load(limits + second * rows + row)
+def nibble(low, high, index):
+    """The index-th four bits of two int32 that hold seven each."""
+    return (tl.where(index < 7, low, high) >> (4 * (index % 7))) & 15
+
+
+@triton.jit
+def steps_of_row(program, limits, row, rows, vocab, tossed):
+    """(kind, parameter, second parameter, whether it is on for the row) of all steps, vectors [16]."""
+    kinds, more_kinds, places, more_places, seconds, more_seconds, steps = program
+    step = tl.arange(0, 16)
+    there = step < steps
+    kind = nibble(kinds, more_kinds, step)
+    parameter = tl.load(limits + nibble(places, more_places, step) * rows + row, mask=there, other=0.0)
+    second = tl.load(limits + nibble(seconds, more_seconds, step) * rows + row, mask=there, other=0.0)
+    return kind, parameter, second, is_on(kind, parameter, second, vocab, tossed) & there
+
+
+@triton.jit
+def first_of(kind, on):
+    """(index, kind) of the first step that is on; (16, NO_RULE) if none is."""
+    step = tl.arange(0, 16)
+    code = tl.min(tl.where(on, step * 32 + kind, 16 * 32 + NO_RULE), axis=0)
+    return code >> 5, code & 31
+
+
+@triton.jit
+def first_kind(program, limits, row, rows, vocab, tossed):
+    """Kind of the first step that is on for the row; NO_RULE if none is."""
+    kind, parameter, second, on = steps_of_row(program, limits, row, rows, vocab, tossed)
+    index, first = first_of(kind, on)
+    return first
+
+
+@triton.jit
+def entry(values, index):
+    """One member of a vector [16]."""
+    return tl.sum(tl.where(tl.arange(0, 16) == index, values, 0), axis=0)
 
 
 @triton.jit
@@ -70,30 +101,22 @@ def is_on(kind, parameter, second, vocab, tossed):
 
 
 @triton.jit
-def toss(seeds, positions, streams, row, STEPS: tl.constexpr):
-    """The row's coin, where a step asks for one."""
-    asked = False
-    for i in tl.static_range(len(STEPS)):
-        asked = asked or STEPS[i][0] == XTC
+def toss(key, asked):
+    """The row's coin, where a step asks for one; key: (seed, position, stream)."""
     tossed = tl.full((), 1.0, tl.float32)
-    if asked:
-        tossed = coin(tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row))
+    if asked != 0:
+        tossed = coin(key[0], key[1], key[2])
     return tossed
 
 
 @triton.jit
-def first_step(limits, row, rows, vocab, tossed, STEPS: tl.constexpr):
-    """Index of the first step that is on for the row; len(STEPS) if none is."""
-    first = row * 0 + len(STEPS)
-    for i in tl.static_range(len(STEPS)):
-        kind, parameter, second = step_at(row * 0 + i, limits, row, rows, STEPS)
-        on = is_on(kind, parameter, second, vocab, tossed)
-        first = tl.where(on & (first == len(STEPS)), i, first)
-    return first
+def min_p_limit(top, parameter):
+    """Threshold of min-p, which needs nothing but the highest logit."""
+    return tl.minimum(top + exact_log(tl.minimum(tl.maximum(parameter, 1e-37), 1.0)), top)
 
 
 @triton.jit
-def value_limit(index, statistics, top, parameter, STEPS: tl.constexpr, DEVICES: tl.constexpr):
+def value_limit(kind, statistics, top, parameter, DEVICES: tl.constexpr):
     """Threshold of the value rule, or level of the XTC rule, at a step from moments relative to top; never
     above top."""
     count, mass, dot, first, second, squares = statistics
@@ -102,11 +125,13 @@ def value_limit(index, statistics, top, parameter, STEPS: tl.constexpr, DEVICES:
     mean = first / count
     variance = tl.maximum(second / count - mean * mean, 0.0)
     limit = top
-    for i in tl.static_range(len(STEPS)):
-        if STEPS[i][0] == XTC:
-            limit = tl.where(index == i, top + log_mass + tl.log(tl.maximum(parameter, 1e-37)), limit)
-        if STEPS[i][0] == KEEP_VALUE:
-            found = DEVICES[i](
+    if kind == KEEP_VALUE:
+        limit = min_p_limit(top, parameter)
+    if kind == XTC:
+        limit = top + log_mass + tl.log(tl.maximum(parameter, 1e-37))
+    for i in tl.static_range(len(DEVICES)):
+        if kind == BY_FUNCTION + i:
+            limit = DEVICES[i](
                 top,
                 top + log_mass,
                 log_mass + dot.to(tl.float32) / FIXED_ONE / weight,
@@ -116,7 +141,6 @@ def value_limit(index, statistics, top, parameter, STEPS: tl.constexpr, DEVICES:
                 tl.sqrt(variance.to(tl.float64)).to(tl.float32),
                 parameter,
             )
-            limit = tl.where(index == i, found, limit)
     return tl.minimum(limit, top)
 
 
@@ -190,58 +214,59 @@ def extent(edge, key, x, ids, held, source, bounds, frame, VARIANT: tl.constexpr
 
 
 @triton.jit
-def narrow(begin, key, limits, row, rows, vocab, tossed, top, whole, source, lists,
-           STEPS: tl.constexpr, DEVICES: tl.constexpr, NEEDS: tl.constexpr,
-           CAPACITY: tl.constexpr, VARIANT: tl.constexpr):  # fmt: skip
+def narrow(begin, key, row_steps, count_of_steps, vocab, top, whole, source, lists,
+           DEVICES: tl.constexpr, CAPACITY: tl.constexpr, VARIANT: tl.constexpr):  # fmt: skip
     """Take the steps in order, listing the candidates before each and at the end until they fit.
+
+    row_steps: see `steps_of_row`.
 
     Returns:
         (key of the lowest token left, highest logit left, bounds, number of tokens above the ceiling, listed
         logits, listed ids, whether the list holds all that is left).
     """
+    kinds, parameters, seconds, on = row_steps
     index, statistics, dropped, held = begin, whole, begin * 0, begin * 0
     bounds = (ordered_key(top), key * 0 + BELOW_ALL - 1, key * 0)
     memory = (tl.full((), 0, tl.int64), key)
     x, ids = listed(index * 0, lists, CAPACITY)
-    while index <= len(STEPS):
+    while index <= count_of_steps:
         if held == 0:
             plain = (index * 0 + COUNT, index * 0 + BY_LOGIT, top, top * 0, key)
             found = gather(key, 2147483647, source, bounds, plain, lists, CAPACITY, VARIANT)
             x, ids = listed(found, lists, CAPACITY)
             held = (found <= CAPACITY).to(tl.int32)
-        if len(STEPS) > 0:
-            kind, parameter, second = step_at(tl.minimum(index, len(STEPS) - 1), limits, row, rows, STEPS)
-            if (index < len(STEPS)) & is_on(kind, parameter, second, vocab, tossed):
-                key, top, bounds, dropped, x, statistics, memory = take(
-                    index, kind, parameter, second, index > begin, key, top, bounds, dropped, x, ids, held,
-                    statistics, memory, vocab, source, lists, STEPS, DEVICES, NEEDS, CAPACITY, VARIANT,
-                )  # fmt: skip
+        if entry(on.to(tl.int32), index) > 0:
+            key, top, bounds, dropped, x, statistics, memory = take(
+                entry(kinds, index), entry(parameters, index), entry(seconds, index), index > begin, key, top, bounds,
+                dropped, x, ids, held, statistics, memory, vocab, source, lists, DEVICES, CAPACITY, VARIANT,
+            )  # fmt: skip
         index += 1
     return key, top, bounds, dropped, x, ids, held
 
 
 @triton.jit
-def take(index, kind, parameter, second, later, key, top, bounds, dropped, x, ids, held, statistics, memory,
-         vocab, source, lists, STEPS: tl.constexpr, DEVICES: tl.constexpr, NEEDS: tl.constexpr,
-         CAPACITY: tl.constexpr, VARIANT: tl.constexpr):  # fmt: skip
+def needs_moments(kind):
+    """Whether a step asks for sums over what is left."""
+    return (kind == KEEP_MASS) | (kind >= XTC)
+
+
+@triton.jit
+def take(kind, parameter, second, later, key, top, bounds, dropped, x, ids, held, statistics, memory,
+         vocab, source, lists, DEVICES: tl.constexpr, CAPACITY: tl.constexpr, VARIANT: tl.constexpr):  # fmt: skip
     """One step: the new (key, top, bounds, dropped, listed logits, statistics, memory).
 
     `later`: not the first step; statistics are of the whole row before it.
     """
-    asked = (kind == KEEP_MASS) | (kind >= XTC)
-    for i in tl.static_range(len(STEPS)):
-        if NEEDS[i]:
-            asked = asked | (index == i)
-    if asked & later:
+    if needs_moments(kind) & later:
         start = tl.where((kind == TOP_H) & (second > 0), tl.maximum(key, memory[1]), key)
-        statistics = sweep_moments(start, top, x, held, source, bounds, VARIANT[8], VARIANT)
+        statistics = sweep_moments(start, top, x, held, source, bounds, VARIANT[2], VARIANT)
     ceiling, plain = bounds[0], (kind * 0 + COUNT, kind * 0 + BY_LOGIT, top, top * 0, key)
-    if (kind == KEEP_VALUE) | (kind == XTC):
-        limit = ordered_key(value_limit(index, statistics, top, parameter, STEPS, DEVICES))
-        if VARIANT[4]:
+    if (kind == KEEP_VALUE) | (kind == XTC) | (kind >= BY_FUNCTION):
+        limit = ordered_key(value_limit(kind, statistics, top, parameter, DEVICES))
+        if VARIANT[2]:
             if kind == XTC:
                 ceiling, last = extent(limit, key, x, ids, held, source, bounds, plain, VARIANT)
-        key = tl.where(kind == KEEP_VALUE, tl.maximum(key, limit), key)
+        key = tl.where(kind == XTC, key, tl.maximum(key, limit))
     else:
         target, lowest, highest, frame, form = narrowing(
             kind, parameter, second, key, top, statistics, vocab, memory
@@ -250,14 +275,12 @@ def take(index, kind, parameter, second, later, key, top, bounds, dropped, x, id
             target, lowest, highest, x, ids, held, source, bounds, frame, form, lists, CAPACITY, VARIANT
         )
         memory = (tl.where(kind == KEEP_COUNT, above, memory[0]), tl.where(kind == HEAD, edge, memory[1]))
-        if VARIANT[5]:
-            cut = kind == CUT_TIES
-            bounds = (ceiling, tl.where(cut, key, bounds[1]), tl.where(cut, -1 - edge, bounds[2]))
-        if VARIANT[6]:
+        cut = kind == CUT_TIES
+        bounds = (ceiling, tl.where(cut, key, bounds[1]), tl.where(cut, -1 - edge, bounds[2]))
+        if VARIANT[2]:
             if kind == TYPICAL:
                 first, ceiling = extent(edge, key, x, ids, held, source, bounds, frame, VARIANT)
                 key = tl.maximum(key, first)
-        if VARIANT[7]:
             if kind == TOP_H:
                 weight, part = one_token(edge, top)
                 inside = spread(above + weight, dots + part, form).to(tl.float64) <= target
@@ -265,7 +288,7 @@ def take(index, kind, parameter, second, later, key, top, bounds, dropped, x, id
                     edge, last = extent(edge + 1, key, x, ids, held, source, bounds, plain, VARIANT)
                 key = tl.maximum(key, edge)
         key = tl.where((kind == KEEP_COUNT) | (kind == KEEP_MASS), edge, key)
-    if VARIANT[4]:
+    if VARIANT[2]:
         if ceiling < bounds[0]:
             dropped += above_ceiling(ceiling, x, held, source, bounds, VARIANT)
             top = key_value(ceiling)

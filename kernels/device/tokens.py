@@ -4,12 +4,14 @@ A row is seen as groups of GROUP tokens: first the vocabulary in order, in which
 list are left out, then the edit list itself. Every kernel that looks at logits goes through `load_groups`.
 """
 
-# ruff: noqa: RUF059 (device code: tuples are unpacked whole, and compile-time tests stay apart)
+
 import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(128)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+LISTED, REPLACED, BITMASK = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # edits of a launch: bits of `wants`
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -41,6 +43,23 @@ def scaled(x, temperature):
 
 
 @triton.jit
+def quotient(x, temperature, inverse):
+    """x / temperature to the last bit where neither is far from 1, from inverse = 1 / temperature: a product and a
+    correction (Markstein 1990). NaN for infinite x; a temperature with all bits of its mantissa set may err."""
+    q = x * inverse
+    return tl.fma(tl.fma(-temperature, q, x), inverse, q)
+
+
+@triton.jit
+def exp_of(x, PTX: tl.constexpr):
+    """exp(x), 0 where it would be denormal if PTX."""
+    if PTX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2E], dtype=tl.float32,
+                                         is_pure=True, pack=1)  # fmt: skip
+    return tl.exp(x)
+
+
+@triton.jit
 def mask_bit(bits, ids, inside):
     """Bit of each token id in a packed int32 row; 0 where not inside."""
     words = tl.load(bits + (ids >> 5), mask=inside, other=0)
@@ -48,17 +67,35 @@ def mask_bit(bits, ids, inside):
 
 
 @triton.jit
-def load_listed(entry, row, logits, vocab, sparse, FORM: tl.constexpr):
+def group_bits(bits, start, group, vocab):
+    """bool [R, GROUP], the bits of the tokens of groups [R] in a packed int32 row; one word serves 32 tokens."""
+    word = group[:, None] * (GROUP // 32) + tl.arange(0, GROUP // 32)[None, :]
+    words = tl.load(bits + start + word, mask=word < tl.cdiv(vocab, 32), other=0)
+    bit = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bit, (group.shape[0], GROUP)) != 0
+
+
+@triton.jit
+def edited(x, ids, point_values, row, rows, POINTS: tl.constexpr):
+    """x after the pointwise edits, device functions (logit, token id, parameter) -> logit."""
+    for i in tl.static_range(len(POINTS)):
+        changed = finite_top(POINTS[i](x, ids, tl.load(point_values + i * rows + row)))
+        x = tl.where(x == -float("inf"), x, changed)
+    return x
+
+
+@triton.jit
+def load_listed(entry, row, logits, vocab, sparse, wants):
     """Ids and edited logits of entries (int32 [R, GROUP]) of the edit list; -1 and -inf beyond it.
 
-    FORM: 1, the list edits the logits; 2, it holds the new ones.
+    wants: with REPLACED the list holds the new logits, else it edits the given ones.
     """
-    ids_list, biases, seen, counts, length, touched, touched_stride, repetition, presence, frequency = sparse
+    ids_list, biases, seen, counts, length, repetition, presence, frequency = sparse
     inside = (entry >= 0) & (entry < length)
     at = row.to(tl.int64) * length + entry
     ids = tl.load(ids_list + at, mask=inside, other=-1)
     listed = (ids >= 0) & (ids < vocab)
-    if FORM == 2:
+    if wants & REPLACED:
         x = tl.load(biases + at, mask=listed, other=-float("inf"))
     else:
         x = finite_top(tl.load(logits + ids, mask=listed, other=-float("inf")).to(tl.float32))
@@ -75,36 +112,33 @@ def load_listed(entry, row, logits, vocab, sparse, FORM: tl.constexpr):
 
 @triton.jit
 def load_groups(
-    groups, row, logits, vocab, groups_of_vocab, bitmask, mask_stride, sparse, point_values, rows,
-    VARIANT: tl.constexpr,
+    groups, row, logits, vocab, groups_of_vocab, wants, bitmask, mask_stride, sparse, point_values, rows,
+    POINTS: tl.constexpr,
 ):  # fmt: skip
     """Tokens of groups, edited but not scaled.
 
     Args:
         groups: int32 [R], group numbers; negative ones are empty.
         row: row number; logits points to that row.
-        VARIANT: (_, form of the sparse edits (0: none), bitmask?, pointwise edits); the last are device functions
-            (logit, token id, parameter) -> logit.
+        wants: bits LISTED and BITMASK: the edits there are. POINTS: see `edited`.
+        sparse: (ids, edited logits, length, bits of the touched tokens, their stride) of the edit list.
 
     Returns:
-        (x float32 [R, GROUP], -inf where excluded, ids int32 [R, GROUP], raw float32 [R, GROUP]); raw is the
-        logit as given, -inf for the groups of the edit list.
+        (x float32 [R, GROUP], -inf where excluded, ids int32 [R, GROUP], -1 where there is no token).
     """
     ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (ids >= 0) & (ids < vocab)
-    raw = finite_top(tl.load(logits + ids, mask=inside, other=-float("inf")).to(tl.float32))
-    x = raw
-    if VARIANT[1]:
-        x = tl.where(mask_bit(sparse[5] + row.to(tl.int64) * sparse[6], ids, inside) != 0, -float("inf"), x)
-        listed, edited = load_listed(ids - groups_of_vocab * GROUP, row, logits, vocab, sparse, VARIANT[1])
-        beyond = ids >= groups_of_vocab * GROUP
-        x = tl.where(beyond, edited, x)
-        ids = tl.where(beyond, listed, ids)
-        inside = (ids >= 0) & (ids < vocab)
-    if VARIANT[2]:
+    x = finite_top(tl.load(logits + ids, mask=inside, other=-float("inf")).to(tl.float32))
+    if wants & BITMASK:
         allowed = mask_bit(bitmask + row.to(tl.int64) * mask_stride, ids, inside) != 0
         x = tl.where(allowed, x, tl.where(x != x, x, -float("inf")))
-    for i in tl.static_range(len(VARIANT[3])):
-        edited = finite_top(VARIANT[3][i](x, ids, tl.load(point_values + i * rows + row)))
-        x = tl.where(x == -float("inf"), x, edited)
-    return x, ids, raw
+    x = edited(x, ids, point_values, row, rows, POINTS)
+    if wants & LISTED:
+        ids_list, values, length, touched, touched_stride = sparse
+        x = tl.where(mask_bit(touched + row.to(tl.int64) * touched_stride, ids, inside) != 0, -float("inf"), x)
+        place = ids - groups_of_vocab * GROUP
+        there = (place >= 0) & (place < length)
+        at = row.to(tl.int64) * length + place
+        x = tl.where(there, tl.load(values + at, mask=there, other=-float("inf")), x)
+        ids = tl.where(there, tl.load(ids_list + at, mask=there, other=-1), ids)
+    return x, tl.where((ids >= 0) & (ids < vocab), ids, -1)

@@ -1,17 +1,36 @@
-"""Launcher of the fused sampler: two launches, no synchronisation, parameters read from device memory."""
+"""Launcher of the fused sampler: a few launches, no synchronisation, parameters read from device memory.
+
+The first takes statistics of groups of tokens (`device.groups`; a second of the tokens of an edit list), the next draws
+from a short list (`device.row`). Rows that need more are served by two more, which leave at once where there are none
+(`device.wide`), or by one for pipelines with rules of any kind (`device.general`).
+"""
 
 import torch
 import triton
 
+from .. import dispatch
+from ..device import groups as triton_groups
 from ..device import rules as triton_rules
-from ..device.sample import group_statistics_kernel, sample_kernel
+from ..device import wide as triton_wide
+from ..device.general import general_kernel
+from ..device.row import row_kernel
+from ..device.tokens import BITMASK, LISTED, REPLACED
+from ..launching import beside
 from .rules import Drawn, Replaced, with_top
 
 GROUP = 128
-FIRST_GROUPS = 16  # groups a program of the first launch
+FIRST_GROUPS = 16  # groups a tile of the first launch
+FEW_PROGRAMS, MOST_TILES = 2048, 8  # so many programs of it there are before each takes more than one tile
+LIST_GROUPS = 4  # groups a program of the launch for edit lists
+LIST = 256  # candidates that the second launch ranks
+ROW_GROUPS = 16  # groups that it reads at a time
+WIDE_GROUPS, WIDE_LIST = 4, 4096  # groups a step, and most candidates listed, in the launches for wide rows
+MOST_PROGRAMS = 1056  # programs of each of them, over all rows, but two a row at least
+CAPACITY = 1024  # candidates that the kernel for every kind of rule holds; more are read again in every step
+GENERAL_GROUPS = 4  # groups a step of it
 TOP_MOST = 64  # most raw log-probabilities that the kernels report; for more there is `with_top`
-CAPACITY = 1024  # candidates held in registers; more are read again in every step
-KINDS = {  # the steps of each kind of rule, numbered as in triton_steps
+MOST_STEPS = 14
+KINDS = {  # the steps of each kind of rule, numbered as in `device.steps`
     "count": (0,),
     "exact_count": (0, 3),
     "mass": (1,),
@@ -20,17 +39,30 @@ KINDS = {  # the steps of each kind of rule, numbered as in triton_steps
     "typical": (5,),
     "top_h": (6, 7),
 }
+BINS = triton_wide.BINS.value
+PLANES = triton_groups.PLANES.value
+CHOSEN, FULL = 1, 2  # reports
+BY_FUNCTION = 8  # value rules by other functions than min-p's
 
 
-def steps_of(rules):
-    """(kind, row of the parameter, row of the second parameter) of every step, and the rule of each."""
-    steps, owners, seconds = [], [], len(rules)
+def program_of(rules):
+    """(the steps of the rules as seven int32 arguments of the kernels, the device functions of value rules)."""
+    steps, functions, second = [], [], len(rules)
     for place, rule in enumerate(rules):
-        second = place if rule.second is None else seconds
-        seconds += rule.second is not None
-        steps += [(kind, place, second) for kind in KINDS[rule.kind]]
-        owners += [rule] * len(KINDS[rule.kind])
-    return tuple(steps), tuple(owners)
+        other = place if rule.second is None else second
+        second += rule.second is not None
+        kinds = KINDS[rule.kind]
+        if rule.kind == "value" and rule.device != "min_p_threshold":
+            function = getattr(triton_rules, rule.device) if isinstance(rule.device, str) else rule.device
+            functions += [] if function in functions else [function]
+            kinds = (BY_FUNCTION + functions.index(function),)
+        steps += [(kind, place, other) for kind in kinds]
+    if len(steps) > MOST_STEPS:
+        raise ValueError(f"{len(steps)} truncation steps: the kernels take at most {MOST_STEPS}")
+    words = [sum(part << 4 * (i % 7) for i, part in enumerate(column[half : half + 7]))
+             for column in (zip(*steps, strict=True) if steps else ((), (), ()))
+             for half in (0, 7)]  # fmt: skip
+    return (*words, len(steps)), tuple(functions)
 
 
 def parameters_of(rules):
@@ -57,24 +89,34 @@ class Plan:
     def __init__(self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False, n_top=0):
         rows, vocab = logits.shape
         device = logits.device
-        self.rows, self.vocab, self.logprobs = rows, vocab, bool(logprobs)
-        self.steps, owners = steps_of(rules)
-        self.devices = tuple(device_function(rule) for rule in owners)
-        self.needs = tuple(bool(rule.kind == "value" and rule.needs_statistics) for rule in owners)
+        self.rows, self.vocab = rows, vocab
+        self.report = {False: 0, "chosen": CHOSEN}.get(logprobs, FULL)
+        self.program, self.functions = program_of(rules)
         self.points = tuple(point.device for point in pointwise)
-        self.entropy = any(rule.kind in ("typical", "top_h") for rule in rules)
-        self.moments = self.logprobs or self.entropy or any(self.needs)
         self.n_top = n_top if n_top <= TOP_MOST else 0  # 0: none, or by `with_top`
-        self.raw = self.logprobs or self.n_top > 0
-        self.planes = 10 if self.moments or self.raw else 3
+        self.wants = wants_of(rules, self.report, self.n_top)
+        every_kind = bool(self.functions) or any(rule.kind in ("xtc", "typical", "top_h") for rule in rules)
+        self.every_kind, self.general = every_kind, every_kind or self.n_top > 0
         self.vocab_groups = triton.cdiv(vocab, GROUP)
-        self.groups = self.vocab_groups + (0 if edits is None else triton.cdiv(edits.ids.shape[1], GROUP))
+        self.listed = 0 if edits is None else edits.ids.shape[1]
+        self.groups = self.vocab_groups + triton.cdiv(self.listed, GROUP)
         self.width = max(16, triton.next_power_of_2(self.groups))
         empty = {"device": device, "dtype": torch.float32}
-        self.statistics = torch.empty(rows, self.planes, self.width, **empty)
-        self.active = torch.empty(rows, self.width, device=device, dtype=torch.int32)
-        self.listed = torch.empty(rows, CAPACITY, **empty)
-        self.listed_ids = torch.empty(rows, CAPACITY, device=device, dtype=torch.int32)
+        whole = {"device": device, "dtype": torch.int32}
+        self.statistics = torch.empty(rows, PLANES, self.width, **empty)
+        self.counters = torch.empty(rows, 4, **whole)
+        self.active = torch.empty(rows, self.width, **whole)
+        self.lists = torch.empty(rows, LIST, device=device, dtype=torch.int64)
+        self.list_keys = torch.empty(rows, LIST, **whole)
+        self.list_ids = torch.empty(rows, LIST, **whole)
+        self.list_weights = torch.empty(rows, LIST, device=device, dtype=torch.int64)
+        self.values = torch.empty(rows, max(self.listed, 1), **empty)  # of the edit list, edited
+        self.bin_counts, self.frames = torch.empty(rows, BINS, **whole), torch.empty(rows, 8, **whole)
+        self.bin_masses = torch.empty(rows, BINS, device=device, dtype=torch.int64)
+        self.records, self.sums = torch.empty(rows, 2, **empty), torch.empty(rows, 8, device=device, dtype=torch.int64)
+        self.wide_lists = torch.empty(rows, WIDE_LIST, device=device, dtype=torch.int64)
+        self.wide_values = torch.empty(rows, CAPACITY, **empty)
+        self.wide_ids = torch.empty(rows, CAPACITY, **whole)
         self.tokens = torch.empty(rows, device=device, dtype=torch.int64)
         self.floats = torch.empty(3, rows, **empty)
         self.counts = torch.empty(2, rows, device=device, dtype=torch.int64)
@@ -101,55 +143,35 @@ class Plan:
         asked = {"logprobs": call.logprobs, "n_top": call.n_top}
         return cls(call.logits, rules=call.rules, edits=call.edits, pointwise=call.pointwise, **asked)
 
-    def constants(self, groups, edits, bitmask):
-        """Compile-time arguments that both launches share."""
-        return {
-            "STEPS": self.steps,
-            "VARIANT": variant(
-                groups, sparse_form(edits), bitmask is not None, self.points, self.steps, any(self.needs)
-            ),
-            "MOMENTS": self.moments,
-            "PLANES": self.planes,
-            "enable_fp_fusion": False,
-        }
+
+def wants_of(rules, report, n_top):
+    """What the first launch may be asked for, as bits: see `device.groups`."""
+    wants = triton_groups.NOISES.value
+    wants |= triton_groups.RAWS.value if report or n_top else 0
+    wants |= triton_groups.REPORT.value if report else 0
+    wants |= triton_groups.SUMS.value if any(rule.kind == "mass" for rule in rules) else 0
+    return wants | (triton_groups.COIN.value if any(rule.kind == "xtc" for rule in rules) else 0)
 
 
-def sparse_form(edits):
-    """How the kernels read the edit list: 0 none, 1 edits of the logits (`SparseEdits`), 2 new logits (`Replaced`)."""
-    return 0 if edits is None else 2 if isinstance(edits, Replaced) else 1
+def edits_of(edits, bitmask):
+    """The bits of `wants` for an edit list and a bitmask."""
+    listed = 0 if edits is None else LISTED.value | (REPLACED.value if isinstance(edits, Replaced) else 0)
+    return listed | (0 if bitmask is None else BITMASK.value)
 
 
-def variant(groups, sparse, masked, points, steps, full):
-    """What is compiled in; see `triton_search`."""
-    kinds = {kind for kind, _, _ in steps}
-    return (
-        *(groups, int(sparse), masked, points),
-        *(bool(kinds & {4, 5}), 3 in kinds, 5 in kinds, 7 in kinds, full),
-    )
+def first_tiles(rows, groups):
+    """Tiles of FIRST_GROUPS groups that a program of the first launch takes."""
+    return max(1, min(MOST_TILES, rows * triton.cdiv(groups, FIRST_GROUPS) // FEW_PROGRAMS))
 
 
-def first_warps(moments, sparse, bytes_each):
-    """Warps of a program of the first launch: more where more values are live."""
-    return 8 if moments or sparse or bytes_each > 2 else 4
+def native():
+    """Whether the kernels may use NVIDIA's own instructions."""
+    return not (torch.version.hip or dispatch.interpreting())
 
 
-def second_groups(moments, sparse, entropy=False):
-    """Groups a step of the second launch: fewer where each needs more registers."""
-    if entropy or (moments and sparse):
-        return 4
-    return 8 if moments or sparse else 16
-
-
-def second_options():
-    """Launch options of the second launch: one program a row, so registers need not be shared."""
+def general_options():
+    """Launch options of the kernel for every kind of rule: its registers need not be shared."""
     return {"num_warps": 8} | ({} if torch.version.hip else {"maxnreg": 255})
-
-
-def device_function(rule):
-    """The Triton function of a value rule; other kinds have a place holder."""
-    if rule.kind != "value":
-        return triton_rules.min_p_threshold
-    return getattr(triton_rules, rule.device) if isinstance(rule.device, str) else rule.device
 
 
 def sample_fused(call, *, out=None, plan=None):
@@ -161,7 +183,7 @@ def sample_fused(call, *, out=None, plan=None):
             With a plan the call allocates nothing and can be captured in a CUDA graph; limits are copied from
             the rules' parameters inside the graph, so changing those in place takes effect on replay.
 
-    The highest log-probabilities, up to TOP_MOST of them, come from the same two launches (of a plan that was made
+    The highest log-probabilities, up to TOP_MOST of them, come from the same launches (of a plan that was made
     for as many); more take a torch operation after them, which allocates.
     """
     logits, rules, edits, n_top = call.logits, call.rules, call.edits, call.n_top
@@ -173,65 +195,73 @@ def sample_fused(call, *, out=None, plan=None):
     fill(plan.point_values, [point.parameter for point in call.pointwise])
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     tokens = plan.tokens if out is None else out
-    sparse, mask, mask_stride = _edit_arguments(logits, plan, edits, call.bitmask)
-    row_arguments = (
-        call.seeds,
-        call.positions,
-        plan.zeros if call.streams is None else call.streams,
-        plan.ones if call.temperature is None else call.temperature,
-        plan.limits,
-        mask,
-        mask_stride,
-        sparse,
-        plan.point_values,
-        plan.rows,
-    )
+    bitmask = call.bitmask
+    wants = plan.wants | edits_of(edits, bitmask)
     head = logits, logits.stride(0), plan.vocab, plan.vocab_groups, plan.groups, plan.statistics, plan.width
-    group_statistics_kernel[(plan.rows, triton.cdiv(plan.groups, FIRST_GROUPS))](
-        *head,
-        *row_arguments,
-        RAW=plan.raw,
-        num_warps=first_warps(plan.moments, edits is not None, logits.element_size()),
-        **plan.constants(FIRST_GROUPS, edits, call.bitmask),
-    )
-    groups = second_groups(plan.moments, edits is not None, plan.entropy)
-    sample_kernel[(plan.rows,)](
-        *(*head, plan.active, plan.listed, plan.listed_ids, tokens, plan.floats, plan.counts),
-        *(plan.top_ids, plan.top_logprobs, plan.n_top),
-        *row_arguments,
-        DEVICES=plan.devices,
-        NEEDS=plan.needs,
-        LOGPROBS=plan.logprobs,
-        WIDTH=plan.width,
-        CAPACITY=CAPACITY,
-        TOP=max(16, triton.next_power_of_2(plan.n_top)) if plan.n_top else 0,
-        PLAIN=variant(groups, 0, False, (), (), False),
-        **second_options(),
-        **plan.constants(groups, edits, call.bitmask),
-    )
+    key = call.seeds, call.positions, plan.zeros if call.streams is None else call.streams
+    row = *key, plan.ones if call.temperature is None else call.temperature, plan.limits, *plan.program
+    mask = (plan.counters, 0) if bitmask is None else (bitmask, bitmask.stride(0))
+    touched = (plan.counters, 0) if edits is None else (edits.touched, edits.touched.stride(0))
+    last = plan.point_values, plan.rows
+    results = tokens, plan.floats, plan.counts
+    overlap, early = beside(logits.device)
+    exact = {**overlap, **early, "enable_fp_fusion": False}
+    shared = {"POINTS": plan.points, **exact}
+    tiles = first_tiles(plan.rows, plan.vocab_groups)
+    triton_groups.group_kernel[(plan.rows, triton.cdiv(plan.vocab_groups, FIRST_GROUPS * tiles))](
+        *(*head, plan.counters, wants, tiles, *row, *mask, *touched, *last),
+        GROUPS=FIRST_GROUPS, PTX=native(), num_warps=4, **shared,
+    )  # fmt: skip
+    if plan.listed:
+        programs = triton.cdiv(plan.listed, LIST_GROUPS) + triton.cdiv(plan.groups - plan.vocab_groups, LIST_GROUPS)
+        triton_groups.list_kernel[(plan.rows, programs)](
+            *(*head, wants, *row, *mask, *_listed(plan, edits), plan.listed, *touched, *_penalties(plan, edits)),
+            *(plan.values, *last),
+            GROUPS=LIST_GROUPS, PTX=native(), num_warps=4, **shared,
+        )  # fmt: skip
+    made = plan.counters if edits is None else edits.ids, plan.values, plan.listed
+    head = *head, plan.counters, wants, plan.report
+    row = *row, *mask, *made, *touched, *last
+    lists = plan.active, plan.lists, plan.list_keys, plan.list_weights, plan.list_ids
+    bins, found = (plan.bin_counts, plan.bin_masses), (plan.frames, plan.records, plan.sums)
+    row_kernel[(plan.rows,)](
+        *(*head, *lists, *bins, *found, *results, *row),
+        WIDTH=plan.width, N=LIST, PART=ROW_GROUPS, num_warps=8, **shared,
+    )  # fmt: skip
+    if plan.general:
+        general_kernel[(plan.rows,)](
+            *(*head, plan.active, plan.wide_values, plan.wide_ids, *results),
+            *(plan.top_ids, plan.top_logprobs, plan.n_top, *row),
+            DEVICES=plan.functions, VARIANT=(GENERAL_GROUPS, plan.points, plan.every_kind), WIDTH=plan.width,
+            CAPACITY=CAPACITY, TOP=max(16, triton.next_power_of_2(plan.n_top)) if plan.n_top else 0,
+            **general_options(), **exact,
+        )  # fmt: skip
+    else:
+        grid = plan.rows, max(2, min(MOST_PROGRAMS // plan.rows, triton.cdiv(plan.groups, WIDE_GROUPS)))
+        shared |= {"GROUPS": WIDE_GROUPS, "N": WIDE_LIST, "num_warps": 8}
+        triton_wide.bin_kernel[grid](*(*head, *bins, *found, *row), **shared)
+        triton_wide.wide_kernel[grid](*(*head, *found, plan.wide_lists, *results, *row), WIDTH=plan.width, **shared)
     return _result(plan, tokens, logits, n_top)
 
 
-def _edit_arguments(logits, plan, edits, bitmask):
-    """Pointers of the edit list and bitmask; the logits stand in for what is absent and never read."""
-    sparse = (logits,) * 4 + (0, logits, 0) + (logits,) * 3
+def _listed(plan, edits):
+    """Ids, biases, seen and counts of an edit list; other buffers stand in for what is absent and never read."""
     if isinstance(edits, Replaced):
-        listed = edits.ids, edits.values, logits, logits, edits.ids.shape[1]
-        sparse = (*listed, edits.touched, edits.touched.stride(0), *sparse[7:])
-    elif edits is not None:
-        sparse = (
-            *(edits.ids, edits.bias, edits.seen, edits.counts),
-            edits.ids.shape[1],
-            edits.touched,
-            edits.touched.stride(0),
-            *(edits.repetition, edits.presence, edits.frequency),
-        )
-    return sparse, logits if bitmask is None else bitmask, 0 if bitmask is None else bitmask.stride(0)
+        return edits.ids, edits.values, edits.ids, edits.ids
+    return edits.ids, edits.bias, edits.seen, edits.counts
+
+
+def _penalties(plan, edits):
+    if isinstance(edits, Replaced):
+        return (plan.limits,) * 3
+    return edits.repetition, edits.presence, edits.frequency
 
 
 def _result(plan, tokens, logits, n_top):
     drawn = Drawn(tokens)
-    if plan.logprobs:
+    if plan.report == CHOSEN:
+        drawn = Drawn(tokens, *plan.floats[:2])
+    if plan.report == FULL:
         drawn = Drawn(tokens, *plan.floats, *plan.counts)
     if n_top and n_top == plan.n_top:
         return drawn._replace(top_ids=plan.top_ids, top_logprobs=plan.top_logprobs)

@@ -1,0 +1,296 @@
+"""The second launch: one program a row lists the few tokens that matter, ranks them by comparing all pairs, and draws.
+
+A bound from the statistics of the groups says which groups can hold a token that matters. Their tokens at or above
+it are listed, at most N. Each listed token then knows how many tokens, of which mass in fixed point, are above it: a
+rule is a comparison. Rows that need more than that (see `fits`) are left to the kernel of `wide`.
+"""
+
+import triton
+import triton.language as tl
+
+from ..noise.philox_triton import gumbel_at
+from .groups import COIN, MAX, NOISE, PLANES, RAW_MAX, RAW_SUM, SUM, plain_temperature, rough_band
+from .search import FIXED_ONE, fixed
+from .steps import (
+    CUT_TIES,
+    KEEP_COUNT,
+    KEEP_MASS,
+    KEEP_VALUE,
+    MASS_SHARE,
+    NO_RULE,
+    entry,
+    first_of,
+    min_p_limit,
+    steps_of_row,
+    toss,
+)
+from .tokens import FLOAT_MAX, finite_top, load_groups, ordered_key, scaled
+
+BINS = tl.constexpr(512)
+MANTISSA, LOWEST = tl.constexpr(4), tl.constexpr(-16)  # bins of a distance: 16 a doubling, from 2**-16 on
+NOISE_MOST = tl.constexpr(22.2)  # philox.GUMBEL_MAX
+COUNT_BIT = tl.constexpr(281474976710656)  # 2**48: a weight carries its count above it; at most 2**12 weights of 2**35
+CHOSEN, FULL = tl.constexpr(1), tl.constexpr(2)  # reports
+COLUMNS = tl.constexpr(16)  # listed tokens that all others are compared with at a time
+DONE, LEFT = tl.constexpr(0), tl.constexpr(1)  # rows that are left to the kernels of `wide` or `general`
+WIDE_BINS, SPAN = tl.constexpr(4096), tl.constexpr(24.5)  # wide.BINS; a token so far below the highest weighs nothing
+
+
+@triton.jit
+def bin_of(distance):
+    """Bin of a distance >= 0; the last one takes the rest."""
+    bits = distance.to(tl.int32, bitcast=True) >> (23 - MANTISSA)
+    return tl.minimum(tl.maximum(bits - ((127 + LOWEST) << MANTISSA), 0), BINS - 1)
+
+
+@triton.jit
+def end_of_bin(number):
+    """Upper end of a bin."""
+    return ((number + 1 + ((127 + LOWEST) << MANTISSA)) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lowest_logit(tops, peak, inside, first, parameter, temperature, greedy, noise, whole, vocab):
+    """A bound, before temperature, below which no token of the row matters; and the score that a group has to reach."""
+    reach = tl.full((), float("inf"), tl.float32)
+    goal = tl.full((), -float("inf"), tl.float32)
+    if greedy:
+        reach = reach * 0 + 0.0
+        reach = tl.where(reach == reach, reach, 0.0)
+    elif first == KEEP_VALUE:
+        top = scaled(peak, temperature)
+        reach = (top - min_p_limit(top, parameter)) * temperature
+    elif first == KEEP_COUNT:
+        distance = tl.maximum(peak - tops, 0.0)
+        number = tl.histogram(bin_of(distance), BINS, mask=inside)
+        below = tl.cumsum(number, axis=0).to(tl.float32) < parameter
+        place = tl.sum(below.to(tl.int32), axis=0)
+        reach = tl.where(place >= BINS - 1, reach, end_of_bin(place))
+    elif first == KEEP_MASS:  # what is below may have no more than the mass that is not kept
+        rest = tl.maximum(0.99 * (1 - parameter) - 1e-5, 0.0) * (whole.to(tl.float32) / FIXED_ONE) / vocab.to(tl.float32)
+        reach = tl.minimum(-tl.log(tl.maximum(rest, 1e-37)), SPAN) * temperature
+    elif first == NO_RULE:
+        score = noise + (tops - peak) / temperature
+        best = tl.max(score, axis=0)
+        band = rough_band(peak / temperature)
+        goal = best - band
+        reach = (NOISE_MOST + band - best) * temperature
+    slack = tl.abs(peak) * 1e-6 + 1e-30
+    least = tl.where(reach < float("inf"), (peak - reach * 1.00001) - slack, -FLOAT_MAX)
+    return tl.where(least > -FLOAT_MAX, least, -FLOAT_MAX), goal
+
+
+@triton.jit
+def ranks(keys, listed_keys, listed_weights, found, N: tl.constexpr):
+    """For each of the N listed keys, the number and the fixed-point mass of the listed tokens above it."""
+    total = tl.zeros((N, COLUMNS), tl.int64)
+    for start in range(0, found, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        others = tl.load(listed_keys + column)
+        weights = tl.load(listed_weights + column)
+        total += tl.where(others[None, :] > keys[:, None], weights[None, :], 0)
+    above = tl.sum(total, axis=1)
+    return (above >> 48).to(tl.int32), above & (COUNT_BIT - 1)
+
+
+@triton.jit
+def ties_before(keys, ids, listed_keys, listed_ids, found, N: tl.constexpr):
+    """For each of the N listed tokens, the number of listed tokens with the same key and a lower id."""
+    total = tl.zeros((N, COLUMNS), tl.int32)
+    for start in range(0, found, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        others = tl.load(listed_keys + column)
+        there = tl.load(listed_ids + column)
+        total += ((others[None, :] == keys[:, None]) & (there[None, :] < ids[:, None])).to(tl.int32)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def leave(row, least, peak, whole, counters, records, counts_of, masses_of, frames, sums):
+    """Leave the row to the kernels of `wide` or `general`: a bound, the highest logit, the mass of the row, and zeros."""
+    wide_row = row.to(tl.int64)
+    tl.store(counters + row * 4 + 1, LEFT)
+    tl.store(records + row * 2, least)
+    tl.store(records + row * 2 + 1, peak)
+    slot = tl.arange(0, 8)
+    tl.store(frames + row * 8 + slot, slot * 0)
+    lowest = tl.where(slot < 3, 0, -9223372036854775807)  # sums, then the best scores
+    tl.store(sums + wide_row * 8 + slot, tl.where(slot == 0, whole, lowest))
+    bins = tl.arange(0, WIDE_BINS)
+    tl.store(counts_of + wide_row * WIDE_BINS + bins, bins * 0)
+    tl.store(masses_of + wide_row * WIDE_BINS + bins, bins.to(tl.int64) * 0)
+
+
+@triton.jit
+def write_logprobs(row, rows, token, logit, top, mass, dot, number, rank, logits, vocab, at, width, groups_of_vocab,
+                   floats, counts, report, WIDTH: tl.constexpr):  # fmt: skip
+    """Store the log-probabilities of a drawn token; with FULL also entropy, number of kept tokens and rank.
+
+    mass, dot: fixed-point sums of weight and of -weight * shift over the kept tokens.
+    """
+    group = tl.arange(0, WIDTH)
+    tops = tl.load(at + RAW_MAX * width + group, mask=group < groups_of_vocab, other=-float("inf"))
+    parts = tl.load(at + RAW_SUM * width + group, mask=group < groups_of_vocab, other=0.0)
+    given = finite_top(tl.load(logits + token, mask=token < vocab, other=float("nan")).to(tl.float32))
+    highest = tl.max(tops, axis=0)
+    raw = tl.sum(tl.where(group < groups_of_vocab, parts * tl.exp(tops - highest), 0.0), axis=0)
+    total = mass.to(tl.float32) / FIXED_ONE
+    tl.store(floats + row, (given - highest) - tl.log(raw))
+    tl.store(floats + rows + row, (logit - top) - tl.log(total))
+    if report == FULL:
+        tl.store(floats + 2 * rows + row, tl.log(total) + dot.to(tl.float32) / FIXED_ONE / total)
+        tl.store(counts + row, number.to(tl.int64))
+        tl.store(counts + rows + row, rank.to(tl.int64))
+
+
+@triton.jit
+def no_token(row, rows, tokens, floats, counts, report):
+    """Store the result of a row without a drawable token."""
+    tl.store(tokens + row, tl.full((), -1, tl.int64))
+    if report != 0:
+        for i in tl.static_range(3):
+            tl.store(floats + i * rows + row, float("nan"))
+        for i in tl.static_range(2):
+            tl.store(counts + i * rows + row, tl.full((), 0, tl.int64))
+
+
+@triton.jit(
+    do_not_specialize=(
+        "groups_of_vocab", "groups", "width", "wants", "report", "kinds", "more_kinds", "places", "more_places",
+        "seconds", "more_seconds", "steps", "mask_stride", "listed_length", "touched_stride", "rows",
+    ),
+    do_not_specialize_on_alignment=(
+        "stats", "counters", "active", "lists", "keys_of", "weights_of", "ids_of", "counts_of", "masses_of", "frames",
+        "records", "sums", "tokens", "floats", "counts",
+        "seeds", "positions", "streams", "temperatures", "limits", "bitmask", "listed_ids",
+        "values", "touched", "point_values",
+    ),
+)  # fmt: skip
+def row_kernel(
+    logits, stride, vocab, groups_of_vocab, groups, stats, width, counters, wants, report,
+    active, lists, keys_of, weights_of, ids_of, counts_of, masses_of, frames, records, sums, tokens, floats, counts,
+    seeds, positions, streams, temperatures, limits,
+    kinds, more_kinds, places, more_places, seconds, more_seconds, steps,
+    bitmask, mask_stride, listed_ids, values, listed_length, touched, touched_stride, point_values, rows,
+    WIDTH: tl.constexpr, N: tl.constexpr, PART: tl.constexpr, POINTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Draw a token, from the statistics of the first launch; grid (rows,). counters[row, 1]: DONE or LEFT."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    wide_row = row.to(tl.int64)
+    group = tl.arange(0, WIDTH)
+    inside = group < groups
+    at = stats + wide_row * (PLANES * width) + group
+    tops = tl.load(at + MAX * width, mask=inside, other=-float("inf"))
+    temperature = tl.load(temperatures + row)
+    seed, position, stream = tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row)
+    tossed = toss((seed, position, stream), wants & COIN)
+    program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
+    kind, parameter, second, on = steps_of_row(program, limits, row, rows, vocab, tossed)
+    highest = tl.max(ordered_key(tops), axis=0)
+    if (highest > 0x7F7FFFFF) | (highest < -0x7F7FFFFF - 1):  # a NaN, or -inf alone
+        no_token(row, rows, tokens, floats, counts, report)
+        return
+    peak = (highest ^ ((highest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    greedy = temperature <= 0
+    temperature = tl.where(greedy, 1.0, temperature)
+    top = scaled(peak, temperature)
+    index, first = first_of(kind, on)
+    free = greedy | (first == NO_RULE)
+    known = (kind == KEEP_COUNT) | (kind == KEEP_MASS) | (kind == KEEP_VALUE) | (kind == CUT_TIES)
+    strange = (greedy == 0) & (tl.max((on & (known == 0)).to(tl.int32), axis=0) > 0)
+    noise, whole = tops, seed * 0
+    if (first == NO_RULE) & (greedy == 0):
+        noise = tl.load(at + NOISE * width, mask=inside, other=-float("inf"))
+    if ((first == KEEP_MASS) & (greedy == 0)) | (free & (report != 0)):
+        part = tl.load(at + SUM * width, mask=inside, other=0.0)
+        share = tl.where(inside, tl.exp(scaled(tops, temperature) - top), 0.0)
+        whole = tl.sum(fixed(part * share), axis=0)
+    least, goal = lowest_logit(tops, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, vocab)
+    by_list = (free & (report == FULL)) | ((first == KEEP_MASS) & (greedy == 0) & (vocab > N))
+    if free & (report == FULL):
+        least, goal = -FLOAT_MAX, -float("inf")
+    chosen = inside & (tops >= least)
+    if goal > -float("inf"):
+        chosen = chosen & (noise + (tops - peak) / temperature >= goal)
+    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    n = tl.sum(chosen.to(tl.int32), axis=0)
+    far = (tl.abs(peak) >= 1e30) | (plain_temperature(temperature) == 0)  # sums and noise are not to be trusted
+    if far:
+        least, whole = tl.full((), -FLOAT_MAX, tl.float32), tl.full((), -1, tl.int64)
+    if strange | far | by_list | (n > N):
+        leave(row, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+        return
+    active += wide_row * width
+    tl.store(active + slot, group, mask=chosen)
+    tl.debug_barrier()
+    lists += wide_row * N
+    sparse = (listed_ids, values, listed_length, touched, touched_stride)
+    for start in range(0, n, PART):
+        place = start + tl.arange(0, PART)
+        mine = tl.load(active + place, mask=place < n, other=-1)
+        z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
+                             mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
+        want = z >= least
+        spot = tl.atomic_add(counters + row * 4 + tl.zeros_like(ids), 1, mask=want, sem="relaxed")
+        pair = (z.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
+        tl.store(lists + spot, pair, mask=want & (spot < N))
+    tl.debug_barrier()
+    found = tl.load(counters + row * 4, volatile=True)
+    if found > N:
+        leave(row, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+        return
+    slot = tl.arange(0, N)
+    there = slot < found
+    pair = tl.load(lists + slot, mask=there, other=-1)
+    ids = pair.to(tl.int32)
+    x = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    y = scaled(x, temperature)
+    keys = tl.where(there, ordered_key(y), -2147483648)
+    weight = tl.where(there, fixed(tl.exp(y - top)), 0)
+    keys_of += wide_row * N
+    weights_of += wide_row * N
+    ids_of += wide_row * N
+    kept = there & (y > -float("inf"))
+    noise = gumbel_at(seed, position, stream, tl.maximum(ids, 0))
+    if greedy:
+        kept = kept & (y == top)
+        noise = noise * 0
+    tl.store(keys_of + slot, keys)
+    tl.store(weights_of + slot, weight + COUNT_BIT)
+    tl.debug_barrier()
+    number, mass = ranks(keys, keys_of, weights_of, found, N)
+    for i in range(tl.where(greedy, 0, steps)):
+        if entry(on.to(tl.int32), i) > 0:
+            now, value = entry(kind, i), entry(parameter, i)
+            if now == KEEP_COUNT:
+                kept = kept & (number.to(tl.float32) < value)
+            if now == KEEP_VALUE:
+                kept = kept & (y >= min_p_limit(top, value))
+            if now == KEEP_MASS:
+                left = tl.sum(tl.where(kept, weight, 0), axis=0)
+                kept = kept & ((mass.to(tl.float64) < value.to(tl.float64) * MASS_SHARE * left.to(tl.float64)) | (y == top))
+            if now == CUT_TIES:
+                tl.store(ids_of + slot, ids)
+                tl.debug_barrier()
+                before = number + ties_before(keys, ids, keys_of, ids_of, found, N)
+                kept = kept & (before.to(tl.float32) < value)
+    score = ordered_key((y - top) + noise)
+    both = (score.to(tl.int64) << 32) | (2147483647 - ids).to(tl.int64)
+    best = tl.max(tl.where(kept, both, -9223372036854775807), axis=0)
+    token = 2147483647 - (best & 0xFFFFFFFF).to(tl.int32)
+    tl.store(tokens + row, token.to(tl.int64))
+    if report != 0:
+        drawn = ids == token
+        logit = tl.max(tl.where(drawn & there, y, -float("inf")), axis=0)
+        left = tl.sum(tl.where(kept, weight, 0), axis=0)
+        left = tl.where(free, whole, left)
+        dot, many, rank = left * 0, n * 0, n * 0
+        if report == FULL:
+            part = fixed(tl.where(kept & (weight > 0), -tl.exp(y - top) * (y - top), 0.0))
+            dot, many = tl.sum(part, axis=0), tl.sum(kept.to(tl.int32), axis=0)
+            rank = tl.max(tl.where(drawn & there, number, 0), axis=0) + 1
+        write_logprobs(row, rows, token, logit, top, left, dot, many, rank, logits + wide_row * stride, vocab,
+                       stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report, WIDTH)  # fmt: skip
