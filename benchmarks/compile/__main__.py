@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.compile import sampling_variants
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -28,135 +30,46 @@ TARGETS = {
 }
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Path(__file__).with_name("limits.json")
-COLUMNS = ("registers", "spills", "shared", "wide_loads", "contractions", "seconds")
-
-ROW_TYPES = {
-    "stride": "i32",
-    "vocab": "i32",
-    "groups_of_vocab": "i32",
-    "groups": "i32",
-    "stats": "*fp32",
-    "width": "i32",
-    "active": "*i32",
-    "listed_x": "*fp32",
-    "listed_ids": "*i32",
-    "tokens": "*i64",
-    "floats": "*fp32",
-    "counts": "*i64",
-    "top_ids": "*i64",
-    "top_logprobs": "*fp32",
-    "n_top": "i32",
-    "seeds": "*i64",
-    "positions": "*i64",
-    "streams": "*i64",
-    "temperatures": "*fp32",
-    "limits": "*fp32",
-    "bitmask": "*i32",
-    "mask_stride": "i32",
-    "sparse": ("*i32", "*fp32", "*i32", "*i32", "i32", "*i32", "i32", "*fp32", "*fp32", "*fp32"),
-    "point_values": "*fp32",
-    "rows": "i32",
-}
-ALIGNED = (
-    "logits",
-    "stride",
-    "vocab",
-    "stats",
-    "width",
-    "active",
-    "listed_x",
-    "listed_ids",
-    "token_ids",
-    "noise",
+COLUMNS = (
+    "registers",
+    "spills",
+    "shared",
+    "wide_loads",
+    "contractions",
+    "barriers",
+    "path",
+    "a_logit",
+    "seconds",
 )
 
-
-def sampling_cases():
-    """Yield (name, kernel, argument types, constants, launch options) of the sampling kernels."""
-    from handloom.kernels.device import sample as triton_sample
-    from handloom.kernels.noise import philox_triton as triton_noise
-    from handloom.kernels.sampling import fused as sample_fused
-
-    noise_types = dict.fromkeys(("seeds", "positions", "streams", "token_ids", "words"), "*i64")
-    noise_types |= {"noise": "*fp32", "columns": "i32"}
-    yield "noise", triton_noise.gumbel_kernel, noise_types, {"BLOCK": 1024}, {"num_warps": 4}
-    for name, rules, full in pipelines():
-        steps, owners = sample_fused.steps_of(rules)
-        device = tuple(sample_fused.device_function(rule) for rule in owners)
-        needs = tuple(rule.kind == "value" and rule.needs_statistics for rule in owners)
-        entropy = any(rule.kind in ("typical", "top_h") for rule in rules)
-        moments = full or entropy
-        shared = {"STEPS": steps, "MOMENTS": moments, "PLANES": 10 if moments else 3}
-        for dtype in ("bf16",) if name != "k+p+min-p" else ("bf16", "fp32"):
-            types = {"logits": f"*{dtype}", **ROW_TYPES}
-            groups = sample_fused.FIRST_GROUPS, sample_fused.second_groups(moments, full, entropy)
-            first, second = (
-                {**shared, "VARIANT": sample_fused.variant(size, full, full, (), steps, any(needs))}
-                for size in groups
-            )
-            warps = sample_fused.first_warps(moments, full, 4 if dtype == "fp32" else 2)
-            yield (
-                f"statistics {name} {dtype}",
-                triton_sample.group_statistics_kernel,
-                types,
-                {**first, "RAW": full},
-                {"num_warps": warps},
-            )
-            if dtype == "fp32":
-                continue  # the second launch reads few logits; one dtype is enough
-            second |= {"DEVICES": device, "NEEDS": needs, "LOGPROBS": full, "WIDTH": 2048, "TOP": 32 * full}
-            second["PLAIN"] = sample_fused.variant(groups[1], 0, False, (), (), False)
-            yield (
-                f"sample {name} {dtype}",
-                triton_sample.sample_kernel,
-                types,
-                {**second, "CAPACITY": sample_fused.CAPACITY},
-                sample_fused.second_options(),
-            )
+ALIGNED = ("logits", "stride", "vocab", "token_ids", "noise")
 
 
-def pipelines():
-    """Yield (name, rules, whether edits, mask and log-probabilities are on) of the samplers to compile."""
-    import torch
-
-    from handloom.kernels.sampling import rules
-
-    one = torch.ones(1)
-    short = (rules.top_k(one), rules.top_p(one), rules.min_p(one))
-    yield "open", (), False
-    yield "k+p+min-p", short, False
-    yield "exact k+p", (rules.top_k(one, ties="lowest"), rules.top_p(one)), False
-    yield "typical+top-h+xtc", (rules.typical(one), rules.top_h(one), rules.xtc(one, one)), False
-    yield "all", (*short, rules.eta(one), rules.top_n_sigma(one)), True
-
-
-CASES = (sampling_cases,)  # other modules add a function that yields the same five things
-
-
-def compile_case(kernel, types, constants, options, target):
-    """Compile one variant; returns its figures."""
+def compile_case(name, kernel, types, named, target):
+    """Compile one variant; returns its figures. named: constants and launch options."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in ALIGNED}
-    values = {(names.index(name),): value for name, value in constants.items()}
+    constants = {key: value for key, value in named.items() if key in names}
+    options = {key: value for key, value in named.items() if key not in names}
+    signature = {key: "constexpr" if key in constants else types[key] for key in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(names) if key in ALIGNED}
+    values = {(names.index(key),): value for key, value in constants.items()}
     started = processor_seconds()
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     options = {"enable_fp_fusion": False, **options}
-    if target.startswith("gfx"):
-        options.pop("maxnreg", None)  # as `second_options` leaves it out there
     compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     figures = {"shared": compiled.metadata.shared, "seconds": round(processor_seconds() - started, 1)}
-    return figures | (
-        _amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _nvidia(compiled.asm, target)
-    )
+    if "amdgcn" in compiled.asm:
+        return figures | _amd(compiled.asm["amdgcn"])
+    code, found = _nvidia(compiled.asm, target)
+    return figures | found | sampling_variants.counted(name, code, named)
 
 
 def _nvidia(assembly, target):
-    """Registers, spills and instruction counts from the machine code."""
+    """The text of the machine code, and registers, spills and instruction counts from it."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     tools = Path(get_ptxas(TARGETS[target][1]).path).parent
@@ -166,7 +79,7 @@ def _nvidia(assembly, target):
         file.flush()
         usage = _output(tools / "cuobjdump", "-res-usage", file.name)
         code = _output(tools / "nvdisasm", "-c", file.name)
-    return {
+    return code, {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spills": int(re.search(r"STACK:(\d+)", usage).group(1)) + len(re.findall(r"\b(?:STL|LDL)\b", code)),
         "wide_loads": len(re.findall(r"LDG\.E\.128", code)),
@@ -199,11 +112,7 @@ def processor_seconds():
 
 def compile_target(target):
     """All figures of one target, in this process: {case: figures}."""
-    found = {
-        name: compile_case(kernel, types, constants, options, target)
-        for cases in CASES
-        for name, kernel, types, constants, options in cases()
-    }
+    found = {case[0]: compile_case(*case, target) for case in sampling_variants.cases(target)}
     return found | compile_builds(target)
 
 
@@ -246,6 +155,11 @@ def breaches(figures, limit):
     ]
     if figures["wide_loads"] < limit["wide_loads"]:
         over.append(f"wide_loads < {limit['wide_loads']}")
+    over += [
+        f"{name} > {limit[name]}"
+        for name in ("path", "a_logit")
+        if figures.get(name, 0) > limit.get(name, 1e9)
+    ]
     if limit["contractions"] is not None and figures["contractions"] > limit["contractions"]:
         over.append(f"contractions > {limit['contractions']}")
     return over
@@ -259,6 +173,11 @@ def as_limit(case, figures):
         "shared": figures["shared"] + 1024,
         "wide_loads": figures["wide_loads"],
         "contractions": 0 if case == "noise" else None,
+        **{
+            name: figures[name]
+            for name in ("path", "a_logit")
+            if name in figures and not case.startswith("general")
+        },
     }
 
 
@@ -297,6 +216,8 @@ def main():
             broken += bool(over)
             row = "".join(f"{figures.get(name, '-'):>13}" for name in COLUMNS)
             print(f"{target:8}{case:32}{row}  {'; '.join(over)}".rstrip())
+    for setting, kernels in sampling_variants.sharing().items():
+        print(f"{setting:40}{', '.join(kernels)}")
     print(f"{broken} broken" if broken else "all within limits")
     return 1 if broken else 0
 

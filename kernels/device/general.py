@@ -8,7 +8,7 @@ integers, so the result depends neither on split, nor row, nor order.
 DEVICES holds the device functions of value rules, VARIANT what else is compiled in (`search`).
 """
 
-# ruff: noqa: RUF059 (device code: tuples are unpacked whole)
+# ruff: noqa: RUF005, RUF059 (device code: tuples are unpacked whole)
 import triton
 import triton.language as tl
 
@@ -182,7 +182,7 @@ def write_top(n, raw_top, raw_sum, group, inside, source, lists, top_ids, top_lo
         )
         low = tl.where(low <= BELOW_ALL, BELOW_ALL - 1, low)
         source = source[:11] + (activate((ordered_key(raw_top) >= low) & own, group, active), source[12])
-        bounds = (ordered_key(highest), n * 0, n * 0)
+        bounds = (ordered_key(highest), n * 0 + BELOW_ALL - 1, n * 0)
         frame = (n * 0 + COUNT, n * 0 + BY_LOGIT, highest, highest * 0, low)
         found = gather(low, 2147483647, source, bounds, frame, lists, CAPACITY, VARIANT)
         x, ids = listed(found, lists, CAPACITY)
@@ -211,21 +211,21 @@ def write_top(n, raw_top, raw_sum, group, inside, source, lists, top_ids, top_lo
 @triton.jit(
     do_not_specialize=(
         "groups_of_vocab", "groups", "width", "wants", "report", "kinds", "more_kinds", "places", "more_places",
-        "seconds", "more_seconds", "steps", "mask_stride", "listed_length", "touched_stride", "rows", "n_top",
+        "seconds", "more_seconds", "steps", "mask_stride", "listed_length", "touched_stride", "rows",
     ),
     do_not_specialize_on_alignment=(
-        "stats", "counters", "active", "listed_x", "listed_to", "tokens", "floats", "counts", "top_ids",
-        "top_logprobs", "seeds", "positions", "streams", "temperatures", "limits", "bitmask", "listed_ids",
+        "stats", "counters", "active", "listed_x", "listed_to", "tokens", "floats", "counts", "seeds", "positions",
+        "streams", "temperatures", "limits", "bitmask", "listed_ids",
         "values", "touched", "point_values",
     ),
 )  # fmt: skip
 def general_kernel(
     logits, stride, vocab, groups_of_vocab, groups, stats, width, counters, wants, report_on,
-    active, listed_x, listed_to, tokens, floats, counts, top_ids, top_logprobs, n_top,
+    active, listed_x, listed_to, tokens, floats, counts,
     seeds, positions, streams, temperatures, limits,
     kinds, more_kinds, places, more_places, seconds, more_seconds, steps,
     bitmask, mask_stride, listed_ids, values, listed_length, touched, touched_stride, point_values, rows,
-    DEVICES: tl.constexpr, VARIANT: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr, TOP: tl.constexpr,
+    DEVICES: tl.constexpr, VARIANT: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The rows that the second launch has left, one program each; grid (rows,)."""
@@ -233,8 +233,7 @@ def general_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
-    left = tl.load(counters + row * 4 + 1) != DONE
-    if (left == 0) & (TOP == 0):
+    if tl.load(counters + row * 4 + 1) == DONE:
         return
     wide_row = row.to(tl.int64)
     group = tl.arange(0, WIDTH)
@@ -244,17 +243,6 @@ def general_kernel(
     lists = (listed_x + wide_row * CAPACITY, listed_to + wide_row * CAPACITY)
     logits += wide_row * stride
     sparse = (listed_ids, values, listed_length, touched, touched_stride)
-    if TOP > 0:
-        raw_top = tl.load(at + RAW_MAX * width, mask=group < groups_of_vocab, other=-float("inf"))
-        raw_sum = tl.load(at + RAW_SUM * width, mask=group < groups_of_vocab, other=0.0)
-        one = tl.full((), 1.0, tl.float32)
-        given = (row, logits, vocab, groups_of_vocab, bitmask, mask_stride, sparse, point_values, rows, one, active,
-                 row * 0, row * 0)  # fmt: skip
-        at_top = wide_row * n_top
-        write_top(row * 0 + n_top, raw_top, raw_sum, group, inside, given, lists, top_ids + at_top,
-                  top_logprobs + at_top, TOP, CAPACITY, (VARIANT[0], (), False))  # fmt: skip
-    if left == 0:
-        return
     temperature = tl.load(temperatures + row)
     greedy = temperature <= 0
     temperature = tl.where(greedy, 1.0, temperature)
@@ -269,12 +257,19 @@ def general_kernel(
     n = activate(inside & (group_top > -float("inf")), group, active)
     source = (row, logits, vocab, groups_of_vocab, bitmask, mask_stride, sparse, point_values, rows, temperature,
               active, n, wants)  # fmt: skip
-    whole = (top * 0, row.to(tl.int64) * 0, row.to(tl.int64) * 0, top.to(tl.float64) * 0, top.to(tl.float64) * 0, top * 0)
+    whole = (
+        top * 0,
+        row.to(tl.int64) * 0,
+        row.to(tl.int64) * 0,
+        top.to(tl.float64) * 0,
+        top.to(tl.float64) * 0,
+        top * 0,
+    )
     free = first == NO_RULE
     if (free & (report_on != 0)) | ((free == 0) & needs_moments(first)):
         nothing = (ordered_key(top), row * 0 + BELOW_ALL - 1, row * 0)
         x, ids = listed(row * 0, lists, CAPACITY)
-        whole = sweep_moments(row * 0 + BELOW_ALL, top, x, row * 0, source, nothing, VARIANT[2], VARIANT)
+        whole = sweep_moments(row * 0 + BELOW_ALL, top, x, row * 0, source, nothing, VARIANT[5], VARIANT)
     low = first_bound(first, entry(parameter, begin), group_top, inside, top, whole, DEVICES)
     chosen = choose_groups(free, greedy, low, group_top, inside, top, at + NOISE * width)
     n = activate(chosen, group, active)
@@ -293,3 +288,30 @@ def general_kernel(
         raw = (raw_top, tl.load(at + RAW_SUM * width, mask=group < groups_of_vocab, other=0.0))
         report(token, value, low, top, dropped, whole, free == 0, raw, x, held, source, bounds, inside, floats,
                counts, VARIANT)  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=("groups_of_vocab", "width", "n_top"),
+    do_not_specialize_on_alignment=("stats", "active", "listed_x", "listed_to", "top_ids", "top_logprobs"),
+)
+def top_kernel(
+    logits, stride, vocab, groups_of_vocab, stats, width, active, listed_x, listed_to, top_ids, top_logprobs, n_top,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr, TOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The n_top highest logits as given, with their log-probabilities; grid (rows,)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    wide_row = row.to(tl.int64)
+    group = tl.arange(0, WIDTH)
+    inside = group < groups_of_vocab
+    at = stats + wide_row * (PLANES * width) + group
+    raw_top = tl.load(at + RAW_MAX * width, mask=inside, other=-float("inf"))
+    raw_sum = tl.load(at + RAW_SUM * width, mask=inside, other=0.0)
+    lists = (listed_x + wide_row * CAPACITY, listed_to + wide_row * CAPACITY)
+    nothing = (listed_to, stats, row * 0, listed_to, row * 0)
+    source = (row, logits + wide_row * stride, vocab, groups_of_vocab, listed_to, row * 0, nothing, stats, row * 0,
+              tl.full((), 1.0, tl.float32), active + wide_row * width, row * 0, row * 0)  # fmt: skip
+    write_top(row * 0 + n_top, raw_top, raw_sum, group, inside, source, lists, top_ids + wide_row * n_top,
+              top_logprobs + wide_row * n_top, TOP, CAPACITY, (GROUPS, (), False, False, False, False))  # fmt: skip

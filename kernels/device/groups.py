@@ -29,7 +29,11 @@ from .tokens import (
 
 MAX, SUM, NOISE, RAW_MAX, RAW_SUM = (tl.constexpr(i) for i in range(5))
 PLANES = tl.constexpr(5)  # statistics of a group
-SUMS, NOISES, RAWS = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)  # what a launch may ask for: bits of `wants`
+SUMS, NOISES, RAWS = (
+    tl.constexpr(8),
+    tl.constexpr(16),
+    tl.constexpr(32),
+)  # what a launch may ask for: bits of `wants`
 REPORT = tl.constexpr(64)  # sums for the log-probability of rows in which no rule is on
 COIN = tl.constexpr(128)  # a rule tosses a coin
 
@@ -129,7 +133,9 @@ def asked_of(wants, seeds, positions, streams, temperatures, limits, program, ro
         kind = first_kind(program, limits, row, rows, vocab, toss(key, wants & COIN))
         free = greedy | (kind == NO_RULE)
         ask_noise = ((wants & NOISES) != 0) & free & (greedy == 0)
-        ask_sum = (((wants & REPORT) != 0) & free) | (((wants & SUMS) != 0) & (greedy == 0) & (kind == KEEP_MASS))
+        ask_sum = (((wants & REPORT) != 0) & free) | (
+            ((wants & SUMS) != 0) & (greedy == 0) & (kind == KEEP_MASS)
+        )
     return ask_sum, ask_noise, temperature, key
 
 
@@ -222,7 +228,9 @@ def list_kernel(
         own = (token >= 0) & (token < vocab)
         group = tl.where(own, token // GROUP, 0)
         ids = group[:, None] * GROUP + column[None, :]
-        z = finite_top(tl.load(logits + ids, mask=(ids < vocab) & own[:, None], other=-float("inf")).to(tl.float32))
+        z = finite_top(
+            tl.load(logits + ids, mask=(ids < vocab) & own[:, None], other=-float("inf")).to(tl.float32)
+        )
         gone = group_bits(touched, wide_row * touched_stride, group, vocab)
         z = tl.where(gone & (z == z), -float("inf"), z)
     else:

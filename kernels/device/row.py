@@ -5,6 +5,7 @@ it are listed, at most N. Each listed token then knows how many tokens, of which
 rule is a comparison. Rows that need more than that (see `fits`) are left to the kernel of `wide`.
 """
 
+# ruff: noqa: RUF059 (device code: tuples are unpacked whole)
 import triton
 import triton.language as tl
 
@@ -29,11 +30,16 @@ from .tokens import FLOAT_MAX, finite_top, load_groups, ordered_key, scaled
 BINS = tl.constexpr(512)
 MANTISSA, LOWEST = tl.constexpr(4), tl.constexpr(-16)  # bins of a distance: 16 a doubling, from 2**-16 on
 NOISE_MOST = tl.constexpr(22.2)  # philox.GUMBEL_MAX
-COUNT_BIT = tl.constexpr(281474976710656)  # 2**48: a weight carries its count above it; at most 2**12 weights of 2**35
+COUNT_BIT = tl.constexpr(
+    281474976710656
+)  # 2**48: a weight carries its count above it; at most 2**12 weights of 2**35
 CHOSEN, FULL = tl.constexpr(1), tl.constexpr(2)  # reports
 COLUMNS = tl.constexpr(16)  # listed tokens that all others are compared with at a time
 DONE, LEFT = tl.constexpr(0), tl.constexpr(1)  # rows that are left to the kernels of `wide` or `general`
-WIDE_BINS, SPAN = tl.constexpr(4096), tl.constexpr(24.5)  # wide.BINS; a token so far below the highest weighs nothing
+WIDE_BINS, SPAN = (
+    tl.constexpr(4096),
+    tl.constexpr(24.5),
+)  # wide.BINS; a token so far below the highest weighs nothing
 
 
 @triton.jit
@@ -67,7 +73,11 @@ def lowest_logit(tops, peak, inside, first, parameter, temperature, greedy, nois
         place = tl.sum(below.to(tl.int32), axis=0)
         reach = tl.where(place >= BINS - 1, reach, end_of_bin(place))
     elif first == KEEP_MASS:  # what is below may have no more than the mass that is not kept
-        rest = tl.maximum(0.99 * (1 - parameter) - 1e-5, 0.0) * (whole.to(tl.float32) / FIXED_ONE) / vocab.to(tl.float32)
+        rest = (
+            tl.maximum(0.99 * (1 - parameter) - 1e-5, 0.0)
+            * (whole.to(tl.float32) / FIXED_ONE)
+            / vocab.to(tl.float32)
+        )
         reach = tl.minimum(-tl.log(tl.maximum(rest, 1e-37)), SPAN) * temperature
     elif first == NO_RULE:
         score = noise + (tops - peak) / temperature
@@ -107,7 +117,7 @@ def ties_before(keys, ids, listed_keys, listed_ids, found, N: tl.constexpr):
 
 @triton.jit
 def leave(row, least, peak, whole, counters, records, counts_of, masses_of, frames, sums):
-    """Leave the row to the kernels of `wide` or `general`: a bound, the highest logit, the mass of the row, and zeros."""
+    """Leave the row to the kernels of `wide` or `general`: a bound, the highest logit, the row's mass, and zeros."""
     wide_row = row.to(tl.int64)
     tl.store(counters + row * 4 + 1, LEFT)
     tl.store(records + row * 2, least)
@@ -208,7 +218,9 @@ def row_kernel(
         part = tl.load(at + SUM * width, mask=inside, other=0.0)
         share = tl.where(inside, tl.exp(scaled(tops, temperature) - top), 0.0)
         whole = tl.sum(fixed(part * share), axis=0)
-    least, goal = lowest_logit(tops, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, vocab)
+    least, goal = lowest_logit(
+        tops, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, vocab
+    )
     by_list = (free & (report == FULL)) | ((first == KEEP_MASS) & (greedy == 0) & (vocab > N))
     if free & (report == FULL):
         least, goal = -FLOAT_MAX, -float("inf")
@@ -217,7 +229,9 @@ def row_kernel(
         chosen = chosen & (noise + (tops - peak) / temperature >= goal)
     slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
     n = tl.sum(chosen.to(tl.int32), axis=0)
-    far = (tl.abs(peak) >= 1e30) | (plain_temperature(temperature) == 0)  # sums and noise are not to be trusted
+    far = (tl.abs(peak) >= 1e30) | (
+        plain_temperature(temperature) == 0
+    )  # sums and noise are not to be trusted
     if far:
         least, whole = tl.full((), -FLOAT_MAX, tl.float32), tl.full((), -1, tl.int64)
     if strange | far | by_list | (n > N):
@@ -271,7 +285,10 @@ def row_kernel(
                 kept = kept & (y >= min_p_limit(top, value))
             if now == KEEP_MASS:
                 left = tl.sum(tl.where(kept, weight, 0), axis=0)
-                kept = kept & ((mass.to(tl.float64) < value.to(tl.float64) * MASS_SHARE * left.to(tl.float64)) | (y == top))
+                kept = kept & (
+                    (mass.to(tl.float64) < value.to(tl.float64) * MASS_SHARE * left.to(tl.float64))
+                    | (y == top)
+                )
             if now == CUT_TIES:
                 tl.store(ids_of + slot, ids)
                 tl.debug_barrier()
@@ -293,4 +310,5 @@ def row_kernel(
             dot, many = tl.sum(part, axis=0), tl.sum(kept.to(tl.int32), axis=0)
             rank = tl.max(tl.where(drawn & there, number, 0), axis=0) + 1
         write_logprobs(row, rows, token, logit, top, left, dot, many, rank, logits + wide_row * stride, vocab,
-                       stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report, WIDTH)  # fmt: skip
+                       stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report,
+                       WIDTH)  # fmt: skip

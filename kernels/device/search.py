@@ -1,12 +1,11 @@
 """Candidates of a row in the second launch: listing them, sums over them, the search for a threshold.
 
 Candidates are the tokens of the active groups. They are listed and held in registers where the list is long
-enough; if it is not, a sweep reads the active groups again. A search narrows a bracket of keys by seven
+enough; if it is not, a sweep reads the active groups again. A search narrows a bracket of keys by five
 pivots a sweep, draws its ends in to keys that tokens have, and lists what is inside as soon as that fits.
 
 A frame says what a search ranks by and sums: (MODE, RANK, top, centre, key of the lowest token left).
-VARIANT is (groups a step, pointwise edits, every kind of rule?): without the last, rules by a count, a mass or
-min-p alone, which is what most requests ask for.
+VARIANT is (groups a step, pointwise edits, ceilings?, ranks by distance?, sums of entropy?, all moments?).
 """
 
 # ruff: noqa: RUF005, RUF059 (device code: tuples grow by + and are unpacked whole)
@@ -42,7 +41,21 @@ def visible(x, ids, bounds, VARIANT: tl.constexpr):
 @triton.jit
 def chunk(start, source, bounds, VARIANT: tl.constexpr):
     """Scaled logits and ids [VARIANT[0] * GROUP] of the active groups from `start` on."""
-    row, logits, vocab, of_vocab, bitmask, mask_stride, sparse, values, rows, temperature, active, n, wants = source
+    (
+        row,
+        logits,
+        vocab,
+        of_vocab,
+        bitmask,
+        mask_stride,
+        sparse,
+        values,
+        rows,
+        temperature,
+        active,
+        n,
+        wants,
+    ) = source
     slot = start + tl.arange(0, VARIANT[0])
     group = tl.load(active + slot, mask=slot < n, other=-1)
     x, ids = load_groups(
@@ -69,7 +82,7 @@ def rank_key(x, ids, frame, VARIANT: tl.constexpr):
     mode, rank, top, centre, floor = frame
     own = ordered_key(x)
     key = own
-    if VARIANT[2]:
+    if VARIANT[3]:
         near = tl.where(own >= floor, ordered_key(-tl.abs((x - top) - centre)), BELOW_ALL - 1)
         key = tl.where(rank == BY_DISTANCE, near, key)
     low_id_first = tl.where(own == floor, -1 - ids, BELOW_ALL - 1)
@@ -143,7 +156,7 @@ def sums_above(x, key, pivots, frame, VARIANT: tl.constexpr):
     out = ()
     for i in tl.static_range(len(pivots)):
         out = out + (tl.sum(eighths(tl.where(key > pivots[i], unit, 0)), axis=1),)
-    if VARIANT[2]:
+    if VARIANT[4]:
         dot = fixed(tl.where(weight > 0, weight * (frame[2] - x), 0.0))
         for i in tl.static_range(len(pivots)):
             out = out + (tl.sum(eighths(tl.where(key > pivots[i], dot, 0)), axis=1),)
@@ -185,17 +198,16 @@ def sweep(pivots, low, high, x, ids, held, source, bounds, frame, VARIANT: tl.co
 
 @triton.jit
 def between(low, high, rank, VARIANT: tl.constexpr):
-    """Seven pivots in [low, high): quarters of the keys and fifths of the values; eighths of the ids. Five
-    where each costs two sums."""
+    """Five pivots in [low, high): quarters of the keys and two fifths of the values; sixths of the ids."""
     quarter = (high - low) // 4
     out = (low + quarter, low + 2 * quarter, low + 3 * quarter)
     a, b = key_value(low.to(tl.int32)), key_value(high.to(tl.int32))
-    for i in tl.static_range(2 if VARIANT[2] else 1, 4 if VARIANT[2] else 5):
+    for i in tl.static_range(2, 4):
         fifth = ordered_key(a * (1 - 0.2 * i) + b * (0.2 * i)).to(tl.int64)
         out = out + (tl.minimum(tl.maximum(fifth, low), high - 1),)
     keys = ()
     for i in tl.static_range(len(out)):
-        even = low + (high - low) * (i + 1) // 8
+        even = low + (high - low) * (i + 1) // 6
         keys = keys + (tl.where(rank == BY_ID, even, out[i]).to(tl.int32),)
     return keys
 
@@ -250,7 +262,7 @@ def search(target, lowest, highest, x, ids, held, source, bounds, frame, form, l
         for i in tl.static_range(len(pivots)):
             total, dot = sums[i] + base, base_dots
             passes = total.to(tl.float64) < target
-            if VARIANT[2]:
+            if VARIANT[4]:
                 dot = sums[i + len(pivots)] + base_dots
                 small = spread(total, dot, form).to(tl.float64) <= target
                 passes = tl.where(frame[0] == ENTROPY, small, passes)

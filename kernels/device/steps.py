@@ -33,7 +33,9 @@ from .tokens import key_value, ordered_key
 
 KEEP_COUNT, KEEP_MASS, KEEP_VALUE, CUT_TIES = (tl.constexpr(i) for i in range(4))
 XTC, TYPICAL, HEAD, TOP_H = (tl.constexpr(i) for i in range(4, 8))
-BY_FUNCTION = tl.constexpr(8)  # kinds from here on: value rules with a device function, in the order of DEVICES
+BY_FUNCTION = tl.constexpr(
+    8
+)  # kinds from here on: value rules with a device function, in the order of DEVICES
 NO_RULE = tl.constexpr(16)
 MASS_SHARE = tl.constexpr(1 - 2.0**-21)  # rules.MASS_SHARE
 ENTROPY_SHARE = tl.constexpr(1 + 2.0**-20)  # rules.ENTROPY_SHARE
@@ -259,7 +261,7 @@ def take(kind, parameter, second, later, key, top, bounds, dropped, x, ids, held
     """
     if needs_moments(kind) & later:
         start = tl.where((kind == TOP_H) & (second > 0), tl.maximum(key, memory[1]), key)
-        statistics = sweep_moments(start, top, x, held, source, bounds, VARIANT[2], VARIANT)
+        statistics = sweep_moments(start, top, x, held, source, bounds, VARIANT[5], VARIANT)
     ceiling, plain = bounds[0], (kind * 0 + COUNT, kind * 0 + BY_LOGIT, top, top * 0, key)
     if (kind == KEEP_VALUE) | (kind == XTC) | (kind >= BY_FUNCTION):
         limit = ordered_key(value_limit(kind, statistics, top, parameter, DEVICES))
@@ -277,10 +279,11 @@ def take(kind, parameter, second, later, key, top, bounds, dropped, x, ids, held
         memory = (tl.where(kind == KEEP_COUNT, above, memory[0]), tl.where(kind == HEAD, edge, memory[1]))
         cut = kind == CUT_TIES
         bounds = (ceiling, tl.where(cut, key, bounds[1]), tl.where(cut, -1 - edge, bounds[2]))
-        if VARIANT[2]:
+        if VARIANT[3]:
             if kind == TYPICAL:
                 first, ceiling = extent(edge, key, x, ids, held, source, bounds, frame, VARIANT)
                 key = tl.maximum(key, first)
+        if VARIANT[4]:
             if kind == TOP_H:
                 weight, part = one_token(edge, top)
                 inside = spread(above + weight, dots + part, form).to(tl.float64) <= target

@@ -4,13 +4,16 @@ A row is seen as groups of GROUP tokens: first the vocabulary in order, in which
 list are left out, then the edit list itself. Every kernel that looks at logits goes through `load_groups`.
 """
 
-
 import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(128)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-LISTED, REPLACED, BITMASK = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)  # edits of a launch: bits of `wants`
+LISTED, REPLACED, BITMASK = (
+    tl.constexpr(1),
+    tl.constexpr(2),
+    tl.constexpr(4),
+)  # edits of a launch: bits of `wants`
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -135,7 +138,9 @@ def load_groups(
     x = edited(x, ids, point_values, row, rows, POINTS)
     if wants & LISTED:
         ids_list, values, length, touched, touched_stride = sparse
-        x = tl.where(mask_bit(touched + row.to(tl.int64) * touched_stride, ids, inside) != 0, -float("inf"), x)
+        x = tl.where(
+            mask_bit(touched + row.to(tl.int64) * touched_stride, ids, inside) != 0, -float("inf"), x
+        )
         place = ids - groups_of_vocab * GROUP
         there = (place >= 0) & (place < length)
         at = row.to(tl.int64) * length + place

@@ -42,11 +42,15 @@ def bin_of(distance):
 def read(start, source, tops, least, GROUPS: tl.constexpr, POINTS: tl.constexpr):
     """Scaled logits and ids [GROUPS * GROUP] of the groups from `start` on that hold a token at or above a bound;
     -inf elsewhere, and where a token is below it."""
-    row, logits, vocab, of_vocab, groups, wants, bitmask, mask_stride, sparse, values, rows, temperature = source
+    row, logits, vocab, of_vocab, groups, wants, bitmask, mask_stride, sparse, values, rows, temperature = (
+        source
+    )
     group = start + tl.arange(0, GROUPS)
     top = tl.load(tops + group, mask=group < groups, other=-float("inf"))
     group = tl.where((top >= least) & (top > -float("inf")), group, -1)
-    z, ids = load_groups(group, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, POINTS)
+    z, ids = load_groups(
+        group, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, POINTS
+    )
     y = tl.where(z >= least, scaled(z, temperature), -float("inf"))
     return tl.reshape(y, (GROUPS * GROUP,)), tl.reshape(ids, (GROUPS * GROUP,))
 
@@ -181,7 +185,9 @@ def bin_kernel(
         whole = tl.load(sums + wide_row * SUMS + WHOLE)
         whole = tl.where(whole < 0, tl.max(mass, axis=0), whole)  # the second launch did not know it
         tl.store(sums + wide_row * SUMS + WHOLE, whole)
-        first, last = boundaries(tl.cumsum(number, axis=0), mass, whole, row_steps, tl.where(greedy, 0, steps), top)
+        first, last = boundaries(
+            tl.cumsum(number, axis=0), mass, whole, row_steps, tl.where(greedy, 0, steps), top
+        )
         first = lay_frame(number, first, last, frames, counters + row * 4 + 2, N)
         tl.store(sums + wide_row * SUMS + MASS_ABOVE, tl.max(tl.where(bins < first, mass, 0), axis=0))
 
@@ -354,7 +360,10 @@ def wide_kernel(
         held = (found <= N) & (last >= -1) & ((lump_bin < 0) | one_value)
         number = tl.where(held & (lump_bin >= 0), tl.load(counters + row * 4 + 2), 0)
         lump = (lump_key, number)
-        above = (tl.where(held, tl.load(frames + ABOVE), 0).to(tl.int64), tl.where(held, tl.load(sums + MASS_ABOVE), 0))
+        above = (
+            tl.where(held, tl.load(frames + ABOVE), 0).to(tl.int64),
+            tl.where(held, tl.load(sums + MASS_ABOVE), 0),
+        )
         end = tl.where(held, tl.cdiv(found, GROUP), groups)
         edge, last_id = settle(row_steps, steps, tl.load(sums + WHOLE), above, lump, held, end, source, tops, least,
                                lists, found, top, GROUPS, POINTS)  # fmt: skip
@@ -383,12 +392,16 @@ def wide_kernel(
             part = fixed(-tl.exp(value - top) * (value - top))
             many_left = tl.sum(many, axis=0) + above[0] + lumps
             mass_left = tl.sum(mass, axis=0) + above[1] + lumps * one
-            dot_left = tl.sum(dot, axis=0) + tl.where(held, tl.load(sums + DOT, volatile=True), 0) + lumps * part
+            dot_left = (
+                tl.sum(dot, axis=0) + tl.where(held, tl.load(sums + DOT, volatile=True), 0) + lumps * part
+            )
             near = (token // GROUP) // GROUPS * GROUPS
             chosen = tl.full((GROUPS * GROUP,), -float("inf"), tl.float32)
             higher = chosen.to(tl.int64) * 0
             logit = -float("inf")
-            for turn in range(tl.where(report == FULL, 2, 1)):  # the token's logit, then how many are above it
+            for turn in range(
+                tl.where(report == FULL, 2, 1)
+            ):  # the token's logit, then how many are above it
                 for start in range(0, groups, GROUPS):
                     if (turn == 1) | (start == near) | (start + GROUPS > groups_of_vocab):
                         y, ids = read(start, source, tops, least, GROUPS, POINTS)
@@ -396,5 +409,5 @@ def wide_kernel(
                         higher += tl.where((turn == 1) & (y > logit), 1, 0)
                 logit = tl.max(chosen, axis=0)
             write_logprobs(row, rows, token, logit, top, mass_left, dot_left, many_left, tl.sum(higher, axis=0) + 1,
-                           source[1], vocab, stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts,
-                           report, WIDTH)  # fmt: skip
+                           source[1], vocab, tops, width, groups_of_vocab, floats, counts, report,
+                           WIDTH)  # fmt: skip

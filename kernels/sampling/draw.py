@@ -11,7 +11,7 @@ import torch
 
 from .. import dispatch
 from ..noise import philox
-from .rules import FLOAT_MAX
+from .rules import FLOAT_MAX, Call
 
 GUMBEL_SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
 FEW = 1024  # candidates that get noise at once, whatever the share of the row that they are
@@ -46,9 +46,8 @@ def draw(logits, seeds, positions, streams=None, greedy=None, kernels=None):
         from .fused import sample_fused
 
         temperature = None if greedy is None else (~greedy).float()
-        return sample_fused(
-            logits, seeds=seeds, positions=positions, streams=streams, temperature=temperature
-        ).tokens
+        key = {"seeds": seeds, "positions": positions, "streams": streams}
+        return sample_fused(Call(logits, **key, temperature=temperature)).tokens
     if logits.device.type != "cpu":
         return draw_reference(logits, seeds, positions, streams, greedy)
     rows = logits.detach().float().numpy()

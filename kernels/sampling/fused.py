@@ -5,6 +5,9 @@ from a short list (`device.row`). Rows that need more are served by two more, wh
 (`device.wide`), or by one for pipelines with rules of any kind (`device.general`).
 """
 
+import concurrent.futures
+from typing import NamedTuple
+
 import torch
 import triton
 
@@ -12,11 +15,11 @@ from .. import dispatch
 from ..device import groups as triton_groups
 from ..device import rules as triton_rules
 from ..device import wide as triton_wide
-from ..device.general import general_kernel
+from ..device.general import general_kernel, top_kernel
 from ..device.row import row_kernel
 from ..device.tokens import BITMASK, LISTED, REPLACED
 from ..launching import beside
-from .rules import Drawn, Replaced, with_top
+from .rules import Call, Drawn, Replaced, touched_bits, with_top
 
 GROUP = 128
 FIRST_GROUPS = 16  # groups a tile of the first launch
@@ -28,6 +31,7 @@ WIDE_GROUPS, WIDE_LIST = 4, 4096  # groups a step, and most candidates listed, i
 MOST_PROGRAMS = 1056  # programs of each of them, over all rows, but two a row at least
 CAPACITY = 1024  # candidates that the kernel for every kind of rule holds; more are read again in every step
 GENERAL_GROUPS = 4  # groups a step of it
+SPARE_GROUPS = 16  # groups of an edit list for which the statistics always have room
 TOP_MOST = 64  # most raw log-probabilities that the kernels report; for more there is `with_top`
 MOST_STEPS = 14
 KINDS = {  # the steps of each kind of rule, numbered as in `device.steps`
@@ -95,12 +99,11 @@ class Plan:
         self.points = tuple(point.device for point in pointwise)
         self.n_top = n_top if n_top <= TOP_MOST else 0  # 0: none, or by `with_top`
         self.wants = wants_of(rules, self.report, self.n_top)
-        every_kind = bool(self.functions) or any(rule.kind in ("xtc", "typical", "top_h") for rule in rules)
-        self.every_kind, self.general = every_kind, every_kind or self.n_top > 0
+        self.special = special_of(rules, self.functions)
         self.vocab_groups = triton.cdiv(vocab, GROUP)
         self.listed = 0 if edits is None else edits.ids.shape[1]
         self.groups = self.vocab_groups + triton.cdiv(self.listed, GROUP)
-        self.width = max(16, triton.next_power_of_2(self.groups))
+        self.width = triton.next_power_of_2(max(self.groups, self.vocab_groups + SPARE_GROUPS))
         empty = {"device": device, "dtype": torch.float32}
         whole = {"device": device, "dtype": torch.int32}
         self.statistics = torch.empty(rows, PLANES, self.width, **empty)
@@ -113,7 +116,10 @@ class Plan:
         self.values = torch.empty(rows, max(self.listed, 1), **empty)  # of the edit list, edited
         self.bin_counts, self.frames = torch.empty(rows, BINS, **whole), torch.empty(rows, 8, **whole)
         self.bin_masses = torch.empty(rows, BINS, device=device, dtype=torch.int64)
-        self.records, self.sums = torch.empty(rows, 2, **empty), torch.empty(rows, 8, device=device, dtype=torch.int64)
+        self.records, self.sums = (
+            torch.empty(rows, 2, **empty),
+            torch.empty(rows, 8, device=device, dtype=torch.int64),
+        )
         self.wide_lists = torch.empty(rows, WIDE_LIST, device=device, dtype=torch.int64)
         self.wide_values = torch.empty(rows, CAPACITY, **empty)
         self.wide_ids = torch.empty(rows, CAPACITY, **whole)
@@ -137,11 +143,23 @@ class Plan:
             point._replace(parameter=at) for point, at in zip(pointwise, self.point_values, strict=False)
         )
 
+    def builds(self, device):
+        """Every kernel as this plan launches it, by name."""
+        overlap, early = beside(device)
+        return builds_of(self.width, self.points, self.functions, self.special, self.n_top, native=native(),
+                         overlap=overlap, early=early)  # fmt: skip
+
     @classmethod
     def of(cls, call):
         """A plan for calls like this one."""
         asked = {"logprobs": call.logprobs, "n_top": call.n_top}
         return cls(call.logits, rules=call.rules, edits=call.edits, pointwise=call.pointwise, **asked)
+
+
+def special_of(rules, functions):
+    """What the kernel for rules of any kind needs: (ceilings?, ranks by distance?, sums of entropy?, all moments?)."""
+    kinds = {rule.kind for rule in rules}
+    return bool(kinds & {"xtc", "typical"}), "typical" in kinds, "top_h" in kinds, bool(functions)
 
 
 def wants_of(rules, report, n_top):
@@ -169,11 +187,6 @@ def native():
     return not (torch.version.hip or dispatch.interpreting())
 
 
-def general_options():
-    """Launch options of the kernel for every kind of rule: its registers need not be shared."""
-    return {"num_warps": 8} | ({} if torch.version.hip else {"maxnreg": 255})
-
-
 def sample_fused(call, *, out=None, plan=None):
     """`sample` by the Triton kernels: Call -> Drawn.
 
@@ -183,19 +196,53 @@ def sample_fused(call, *, out=None, plan=None):
             With a plan the call allocates nothing and can be captured in a CUDA graph; limits are copied from
             the rules' parameters inside the graph, so changing those in place takes effect on replay.
 
-    The highest log-probabilities, up to TOP_MOST of them, come from the same launches (of a plan that was made
-    for as many); more take a torch operation after them, which allocates.
+    The highest log-probabilities, up to TOP_MOST of them, come from the same launches (of a plan that was made for
+    as many); more take a torch operation after them, which allocates.
     """
-    logits, rules, edits, n_top = call.logits, call.rules, call.edits, call.n_top
-    if plan is None:
-        plan = Plan.of(call)
-    if plan.rows == 0:
-        return _result(plan, plan.tokens if out is None else out, logits, n_top)
-    fill(plan.limits, parameters_of(rules))
-    fill(plan.point_values, [point.parameter for point in call.pointwise])
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    plan = Plan.of(call) if plan is None else plan
     tokens = plan.tokens if out is None else out
-    bitmask = call.bitmask
+    if plan.rows > 0:
+        fill(plan.limits, parameters_of(call.rules))
+        fill(plan.point_values, [point.parameter for point in call.pointwise])
+        for kernel, grid, arguments, named in launches(call, plan, tokens):
+            kernel[grid](*arguments, **named)
+    return _result(plan, tokens, call.logits, call.n_top)
+
+
+def warm_up(
+    device, vocab, dtype=torch.float32, *, rules=(), edits=False, logprobs="chosen", n_top=0, pointwise=()
+):
+    """Compile what calls with these settings need, side by side; nothing is drawn.
+
+    The number of rows, of listed tokens and the parameters do not matter, nor which of counts, masses and min-p the
+    rules are. A build that is there already costs nothing.
+
+    Args:
+        device: of the calls. vocab: V. dtype: of the logits.
+        rules, pointwise, logprobs, n_top: as in `sample`. edits: whether calls have an edit list.
+
+    Returns:
+        int, the number of kernels looked after.
+    """
+    logits = torch.zeros(1, vocab, device=device, dtype=dtype)
+    zero, real = (torch.zeros(1, device=device, dtype=kind) for kind in (torch.int64, torch.float32))
+    listed = torch.full((1, 1), -1, device=device, dtype=torch.int32)
+    made = Replaced(listed, real[:, None], touched_bits(listed, vocab)) if edits else None
+    call = Call(logits, seeds=zero, positions=zero, rules=tuple(rules), edits=made, logprobs=logprobs, n_top=n_top,
+                pointwise=tuple(pointwise))  # fmt: skip
+    plan = Plan.of(call)
+    found = launches(call, plan, plan.tokens)
+    with concurrent.futures.ThreadPoolExecutor(
+        len(found)
+    ) as pool:  # the compilers run outside of Python's lock
+        list(pool.map(lambda one: one[0].warmup(*one[2], grid=one[1], **one[3]), found))
+    return len(found)
+
+
+def launches(call, plan, tokens):
+    """[(kernel, grid, arguments, constants and options)] of a call, in order."""
+    logits = call.logits if call.logits.stride(-1) == 1 else call.logits.contiguous()
+    edits, bitmask = call.edits, call.bitmask
     wants = plan.wants | edits_of(edits, bitmask)
     head = logits, logits.stride(0), plan.vocab, plan.vocab_groups, plan.groups, plan.statistics, plan.width
     key = call.seeds, call.positions, plan.zeros if call.streams is None else call.streams
@@ -203,48 +250,85 @@ def sample_fused(call, *, out=None, plan=None):
     mask = (plan.counters, 0) if bitmask is None else (bitmask, bitmask.stride(0))
     touched = (plan.counters, 0) if edits is None else (edits.touched, edits.touched.stride(0))
     last = plan.point_values, plan.rows
-    results = tokens, plan.floats, plan.counts
-    overlap, early = beside(logits.device)
-    exact = {**overlap, **early, "enable_fp_fusion": False}
-    shared = {"POINTS": plan.points, **exact}
     tiles = first_tiles(plan.rows, plan.vocab_groups)
-    triton_groups.group_kernel[(plan.rows, triton.cdiv(plan.vocab_groups, FIRST_GROUPS * tiles))](
-        *(*head, plan.counters, wants, tiles, *row, *mask, *touched, *last),
-        GROUPS=FIRST_GROUPS, PTX=native(), num_warps=4, **shared,
-    )  # fmt: skip
+    grid = plan.rows, triton.cdiv(plan.vocab_groups, FIRST_GROUPS * tiles)
+    builds = plan.builds(logits.device)
+    found = [("group", grid, (*head, plan.counters, wants, tiles, *row, *mask, *touched, *last))]
     if plan.listed:
-        programs = triton.cdiv(plan.listed, LIST_GROUPS) + triton.cdiv(plan.groups - plan.vocab_groups, LIST_GROUPS)
-        triton_groups.list_kernel[(plan.rows, programs)](
-            *(*head, wants, *row, *mask, *_listed(plan, edits), plan.listed, *touched, *_penalties(plan, edits)),
-            *(plan.values, *last),
-            GROUPS=LIST_GROUPS, PTX=native(), num_warps=4, **shared,
-        )  # fmt: skip
-    made = plan.counters if edits is None else edits.ids, plan.values, plan.listed
+        programs = triton.cdiv(plan.listed, LIST_GROUPS) + triton.cdiv(
+            plan.groups - plan.vocab_groups, LIST_GROUPS
+        )
+        listed = *_listed(edits), plan.listed, *touched, *_penalties(plan, edits), plan.values
+        found.append(("list", (plan.rows, programs), (*head, wants, *row, *mask, *listed, *last)))
     head = *head, plan.counters, wants, plan.report
-    row = *row, *mask, *made, *touched, *last
+    row = (
+        *row,
+        *mask,
+        plan.counters if edits is None else edits.ids,
+        plan.values,
+        plan.listed,
+        *touched,
+        *last,
+    )
+    results = tokens, plan.floats, plan.counts
     lists = plan.active, plan.lists, plan.list_keys, plan.list_weights, plan.list_ids
-    bins, found = (plan.bin_counts, plan.bin_masses), (plan.frames, plan.records, plan.sums)
-    row_kernel[(plan.rows,)](
-        *(*head, *lists, *bins, *found, *results, *row),
-        WIDTH=plan.width, N=LIST, PART=ROW_GROUPS, num_warps=8, **shared,
-    )  # fmt: skip
-    if plan.general:
-        general_kernel[(plan.rows,)](
-            *(*head, plan.active, plan.wide_values, plan.wide_ids, *results),
-            *(plan.top_ids, plan.top_logprobs, plan.n_top, *row),
-            DEVICES=plan.functions, VARIANT=(GENERAL_GROUPS, plan.points, plan.every_kind), WIDTH=plan.width,
-            CAPACITY=CAPACITY, TOP=max(16, triton.next_power_of_2(plan.n_top)) if plan.n_top else 0,
-            **general_options(), **exact,
-        )  # fmt: skip
+    bins, frame = (plan.bin_counts, plan.bin_masses), (plan.frames, plan.records, plan.sums)
+    found.append(("row", (plan.rows,), (*head, *lists, *bins, *frame, *results, *row)))
+    if plan.n_top:
+        own = plan.active, plan.wide_values, plan.wide_ids, plan.top_ids, plan.top_logprobs, plan.n_top
+        found.append(("top", (plan.rows,), (*head[:4], *head[5:7], *own)))
+    if any(plan.special):
+        own = plan.active, plan.wide_values, plan.wide_ids
+        found.append(("general", (plan.rows,), (*head, *own, *results, *row)))
     else:
         grid = plan.rows, max(2, min(MOST_PROGRAMS // plan.rows, triton.cdiv(plan.groups, WIDE_GROUPS)))
-        shared |= {"GROUPS": WIDE_GROUPS, "N": WIDE_LIST, "num_warps": 8}
-        triton_wide.bin_kernel[grid](*(*head, *bins, *found, *row), **shared)
-        triton_wide.wide_kernel[grid](*(*head, *found, plan.wide_lists, *results, *row), WIDTH=plan.width, **shared)
-    return _result(plan, tokens, logits, n_top)
+        found.append(("bin", grid, (*head, *bins, *frame, *row)))
+        found.append(("wide", grid, (*head, *frame, plan.wide_lists, *results, *row)))
+    return [(builds[name].kernel, size, arguments, builds[name].named) for name, size, arguments in found]
 
 
-def _listed(plan, edits):
+class Build(NamedTuple):
+    """A kernel with its compile-time constants and launch options."""
+
+    kernel: object
+    named: dict
+
+
+def builds_of(
+    width, points=(), functions=(), special=(False,) * 4, n_top=0, *, native=True, overlap=(), early=()
+):
+    """Every kernel as it is launched, by name, {str: Build}.
+
+    Args:
+        width: of the statistics. points: device functions of pointwise edits. functions: of value rules other than
+            min-p. special: see `special_of`. n_top: as in `Plan`.
+        native: whether NVIDIA's own instructions may be used. overlap, early: see `launching.beside`.
+    """
+    shared = {"POINTS": points, **dict(overlap), **dict(early), "enable_fp_fusion": False}
+    first = {"PTX": native, "num_warps": 4, **shared}
+    wide = {"GROUPS": WIDE_GROUPS, "N": WIDE_LIST, "num_warps": 8, **shared}
+    searched = {
+        "WIDTH": width,
+        "CAPACITY": CAPACITY,
+        "num_warps": 8,
+        **({"maxnreg": 255} if native else {}),
+        **shared,
+    }
+    searched.pop("POINTS")
+    general = {"DEVICES": functions, "VARIANT": (GENERAL_GROUPS, points, *special), **searched}
+    top = {"GROUPS": GENERAL_GROUPS, "TOP": max(16, triton.next_power_of_2(n_top)), **searched}
+    return {
+        "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, **first}),
+        "list": Build(triton_groups.list_kernel, {"GROUPS": LIST_GROUPS, **first}),
+        "row": Build(row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, "num_warps": 8, **shared}),
+        "bin": Build(triton_wide.bin_kernel, wide),
+        "wide": Build(triton_wide.wide_kernel, {"WIDTH": width, **wide}),
+        "general": Build(general_kernel, general),
+        "top": Build(top_kernel, top),
+    }
+
+
+def _listed(edits):
     """Ids, biases, seen and counts of an edit list; other buffers stand in for what is absent and never read."""
     if isinstance(edits, Replaced):
         return edits.ids, edits.values, edits.ids, edits.ids

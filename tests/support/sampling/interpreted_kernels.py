@@ -136,7 +136,15 @@ def outputs(device):
     canary = torch.full((batch + 2,), -77, dtype=torch.int64, device=device)
     for buffer in (plan.statistics, plan.records, plan.values, plan.floats):
         buffer.fill_(torch.nan)
-    for buffer in (plan.active, plan.counters, plan.lists, plan.frames, plan.sums, plan.bin_counts, plan.wide_lists):
+    for buffer in (
+        plan.active,
+        plan.counters,
+        plan.lists,
+        plan.frames,
+        plan.sums,
+        plan.bin_counts,
+        plan.wide_lists,
+    ):
         buffer.fill_(2**30)
     for turn in range(2):
         out = canary[1:-1]
@@ -154,7 +162,14 @@ def outputs(device):
 def highest(device):
     """The highest raw log-probabilities from the same two launches, in and beyond the list, with and without a plan."""
     for number, (name, x) in enumerate(rows(2, 600)):
-        if sample_fused.CAPACITY < 600 and name not in ("normal", "equal", "integers", "third -inf", "one left", "broken"):
+        if sample_fused.CAPACITY < 600 and name not in (
+            "normal",
+            "equal",
+            "integers",
+            "third -inf",
+            "one left",
+            "broken",
+        ):
             continue
         settings = {**key(2), "n_top": (1, 5, 20, 64)[number % 4]}
         if number % 2:
@@ -239,7 +254,9 @@ def passes(device, vocab=32768):
     normal = torch.randn(1, vocab, generator=generator(0))
     for kind, rule in (("flat", "p"), ("ties", "p"), ("flat", 1000), ("flat", 9000), ("ties", 50)):
         x = normal * 1e-3 if kind == "flat" else (normal * 2).round()
-        chosen = (rules.top_p(torch.tensor([0.95])) if rule == "p" else rules.top_k(torch.tensor([float(rule)])),)
+        chosen = (
+            rules.top_p(torch.tensor([0.95])) if rule == "p" else rules.top_k(torch.tensor([float(rule)])),
+        )
         read = triton_wide.read
         triton_wide.read = counted = Counted(read)
         settings = {**key(1), "temperature": torch.tensor([0.8]), "rules": chosen}
@@ -297,7 +314,10 @@ def checks(device):
     yield "own rule", own_rule(device)
     yield "sampling", sampling(device, 2, 700, kinds=("normal", "broken"))
     yield "sampling, candidates beyond the list", beyond(sampling, 128, device, 2, 600, kinds=())
-    yield "sampling, candidates beyond every list", beyond(sampling, 32, device, 2, 600, kinds=("normal", "equal"))
+    yield (
+        "sampling, candidates beyond every list",
+        beyond(sampling, 32, device, 2, 600, kinds=("normal", "equal")),
+    )
     yield "drawing", drawing(device)
     yield "highest", highest(device)
     yield "highest, candidates beyond the list", beyond(highest, 128, device)

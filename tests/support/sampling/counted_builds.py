@@ -1,0 +1,80 @@
+"""Builds of the sampling kernels over mixed traffic, counted by a spy on the compiler; run as a program of its own.
+
+No GPU: a driver that only knows its target stands in, and the spy takes the place of the compiler. Prints a JSON object
+{part of the day: {kernel: number of builds}}.
+"""
+
+import collections
+import json
+import sys
+import types
+
+import torch
+import triton.compiler
+from sampling_rows import edits, key
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from handloom.kernels.sampling import fused, rules
+
+VOCAB = 128256
+
+
+class Driver:
+    """What specialisation asks a driver for."""
+
+    def get_current_target(self):
+        """An H100's or H200's."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        """One device."""
+        return 0
+
+    def get_current_stream(self, device):
+        """The default stream."""
+        return 0
+
+
+def traffic(g):
+    """Yield (part, settings) of a day: rows come and go, and every row asks for something else."""
+    for turn in range(200):
+        rows = (1, 2, 3, 4, 7, 8, 16, 31, 32, 64, 100, 128, 256)[turn % 13]
+        one = torch.ones(rows)
+        rule = (rules.top_k(one), rules.top_p(one), rules.min_p(one), rules.top_k(one, ties="lowest"))
+        chosen = tuple(rule[i] for i in torch.randperm(4, generator=g)[: turn % 5].tolist())
+        settings = {**key(rows), "rules": chosen, "logprobs": (False, "chosen", True)[turn % 3]}
+        settings |= {"temperature": one} if turn % 2 else {}
+        if turn % 4 == 1:
+            settings["bitmask"] = torch.zeros(rows, VOCAB // 32, dtype=torch.int32)
+        yield "without edits", rows, settings
+        if turn % 5 == 2:
+            listed = edits(rows, VOCAB, turn)
+            width = (1, 7, 24, 64, 100, 1024, 1999)[turn % 7]
+            wide = [torch.nn.functional.pad(part, (0, width))[:, :width].contiguous() for part in listed[:4]]
+            listed = listed._replace(**dict(zip(listed._fields, wide, strict=False)))
+            yield "with edits", rows, {**settings, "edits": listed}
+
+
+def main():
+    """Count, and print."""
+    driver.set_active(Driver())
+    counts, part = collections.defaultdict(collections.Counter), [""]
+
+    def spy(source, **options):
+        counts[part[0]][source.fn.__name__] += 1
+        return types.SimpleNamespace(run=None)
+
+    triton.compiler.compile = spy  # before a kernel is first used, which binds it
+    part[0] = "warm-up"
+    fused.warm_up("cpu", VOCAB, edits=True)
+    for part[0], rows, settings in traffic(torch.Generator().manual_seed(0)):
+        call = rules.Call(torch.empty(rows, VOCAB), **settings)
+        plan = fused.Plan.of(call)
+        for kernel, grid, arguments, named in fused.launches(call, plan, plan.tokens):
+            kernel.warmup(*arguments, grid=grid, **named)
+    json.dump(counts, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
