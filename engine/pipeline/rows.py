@@ -346,7 +346,9 @@ class Rows:
         # -1 marks a row without a drawable token; its log-probabilities are NaN
         tokens = drawn.tokens.clamp(min=0)
         self._note(plan, context, tokens, drawn.logprob, processed if edits is None else edits)
-        raw, final = logprob_of(logits, tokens), drawn.logprob
+        raw, final = drawn.raw_logprob, drawn.logprob
+        if raw is None or processed is not logits:  # the sampler has not seen the logits as the model gave them
+            raw = logprob_of(logits, tokens)
         if edits is None and any(self.greedy):
             # by the formula of a batch without sampling rows, to the last bit
             final = torch.where(self.greedy_rows(), logprob_of(processed, tokens), final)

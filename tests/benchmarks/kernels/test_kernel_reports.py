@@ -54,7 +54,7 @@ def test_what_is_compiled_is_what_is_launched():
 
 
 def test_settings_share_builds():
-    """Counts, masses, min-p, temperature, log-probabilities and masks in any mixture: four kernels, and one for edits."""
+    """Counts, masses, min-p, temperature, log-probabilities, masks in any mixture: four kernels, and one for edits."""
     pytest.importorskip("triton")
     four = ["group", "row", "bin", "wide"]
     found = sharing()
@@ -69,7 +69,7 @@ def test_settings_share_builds():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 def test_instructions_a_logit():
-    """The first launch, bfloat16, sm_90: 4.7, 16.1, 42.9 and 5.6 with triton 3.9. Before, 45 without noise, 138 with it."""
+    """First launch, bfloat16, sm_90, triton 3.9: 4.7, 16.1, 42.9 and 5.6. Before, 45 without noise, 138 with it."""
     pytest.importorskip("triton")
     found = {
         name: compile_case(name, *rest, "sm_90") for name, *rest in cases("sm_90") if name.startswith("loop ")
