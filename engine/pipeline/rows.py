@@ -347,7 +347,7 @@ class Rows:
         tokens = drawn.tokens.clamp(min=0)
         self._note(plan, context, tokens, drawn.logprob, processed if edits is None else edits)
         raw, final = drawn.raw_logprob, drawn.logprob
-        if raw is None or processed is not logits:  # the sampler has not seen the logits as the model gave them
+        if raw is None or processed is not logits:  # the sampler has not seen what the model gave
             raw = logprob_of(logits, tokens)
         if edits is None and any(self.greedy):
             # by the formula of a batch without sampling rows, to the last bit
