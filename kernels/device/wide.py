@@ -183,7 +183,7 @@ def bin_kernel(
         number = tl.load(counts_of + bins, cache_modifier=".cg")
         mass = tl.cumsum(tl.load(masses_of + bins, cache_modifier=".cg"), axis=0)
         whole = tl.load(sums + wide_row * SUMS + WHOLE)
-        whole = tl.where(whole < 0, tl.max(mass, axis=0), whole)  # the second launch did not know it
+        whole = tl.where(whole <= 0, tl.max(mass, axis=0), whole)  # the second launch did not know it
         tl.store(sums + wide_row * SUMS + WHOLE, whole)
         first, last = boundaries(
             tl.cumsum(number, axis=0), mass, whole, row_steps, tl.where(greedy, 0, steps), top
@@ -225,7 +225,8 @@ def beyond(pivots, last_ids, by_mass, lump, held, end, source, tops, least, list
         over = (own > pivots[None, :]) | ((own == pivots[None, :]) & (ids[:, None] <= last_ids[None, :]))
         total += tl.where(over, unit[:, None], 0)
     one = tl.where(by_mass, fixed(tl.exp(key_value(lump[0]) - top)), 1) * lump[1]
-    return tl.sum(total, axis=0) + tl.where(pivots < lump[0], one, 0)
+    with_lump = (pivots < lump[0]) | ((pivots == lump[0]) & (last_ids == 2147483647))
+    return tl.sum(total, axis=0) + tl.where(with_lump, one, 0)
 
 
 @triton.jit
