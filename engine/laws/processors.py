@@ -54,13 +54,11 @@ def check_processor(
         alone, _ = trial.play([trial.on], [row])
         trial.equal("batch equals solo", alone, [step[row : row + 1] for step in together], row)
     trial.equal("repeatable", trial.play([trial.on] * 4)[0], together)
-    for at, (before, after) in enumerate(zip(trial.inputs, together, strict=True)):
-        where = f"check_processor({trial.processor.name}), step {at}"
-        assert not after.isnan().any(), f"{where}: NaN from logits without any"
-        if trial.processor.keeps_argmax:
+    if trial.processor.keeps_argmax:
+        for at, (before, after) in enumerate(zip(trial.inputs, together, strict=True)):
             best = after.gather(1, before.argmax(-1, keepdim=True))[:, 0]
             assert torch.equal(best, after.amax(-1)), (
-                f"{where}: keeps_argmax, yet the most likely token changed"
+                f"check_processor({trial.processor.name}), step {at}: keeps_argmax, yet the most likely token changed"
             )
     for at in range(steps):  # rewind to every step, and go on from there in two forks
         forks, _ = trial.play([trial.on] * 8, [0, 1, 2, 3] * 2, rows[at].select([0, 1, 2, 3] * 2), at)
@@ -142,6 +140,7 @@ class Trial:
             streams=torch.zeros(len(which), dtype=torch.int64),
             params=[self.on] * len(which),
             vocab_size=self.vocab_size,
+            device=self.inputs[0].device,
         )
 
     def play(self, params, which=range(4), rows: Rows | None = None, start: int = 0):
@@ -155,13 +154,25 @@ class Trial:
                 seeds=[100 + i for i in which],
             )
         for at in range(start, len(self.inputs)):
-            context, logits = self.context(which, at), self.inputs[at][which]
-            before = logits.clone()
+            logits = self.inputs[at][which]
+            self.own(rows, logits, self.context(which, at), at)
+            context, before = self.context(which, at), logits.clone()
             outputs.append(rows.apply(logits, context))
             states.append(rows)
-            self.equal("the input is untouched", [logits], [before])
+            self.equal("the input is untouched", [logits], [before], first_step=at)
             rows = rows.accept(torch.tensor([self.tokens[i][at] for i in which]), context)
         return outputs, states
+
+    def own(self, rows: Rows, logits: Tensor, context: Context, at: int) -> None:
+        """What the processor itself makes of a step: `rows.apply` may stop or mend it before a law can be told."""
+        for member in rows.active():
+            given, values = logits.clone(), member.ready(rows.site)
+            result = member.processor.apply(given, context.view(member.processor, values, member.memory))
+            self.equal("the input is untouched", [given], [logits], first_step=at)
+            if isinstance(result, Tensor) and result.shape == logits.shape:
+                on = True if values.rows_on is None else values.rows_on
+                where = f"check_processor({self.processor.name}), step {at}"
+                assert not (result.isnan() & on).any(), f"{where}: NaN from logits without any"
 
     def equal(
         self, law: str, got: list[Tensor], want: list[Tensor], first_row: int = 0, first_step: int = 0
