@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -45,13 +47,8 @@ def sweep(
     if gpus is not None:
         raise typer.Exit(_spread(plan, output, [name.strip() for name in gpus.split(",")]))
     note = Console(file=sys.stderr, highlight=False)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", handlers=_handlers(output, note)
-    )
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("handloom").setLevel(logging.INFO)
     columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=note, disable=not note.is_terminal) as bar:
+    with _told(output, note), Progress(*columns, console=note, disable=not note.is_terminal) as bar:
         task = bar.add_task("samples", total=None)
         failed = run(
             read, output, shard=part, progress=lambda done, n, _: bar.update(task, completed=done, total=n)
@@ -61,10 +58,24 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _handlers(output: Path, note: Console) -> list[logging.Handler]:
-    """Lines go to a file beside the results, and to stderr where no bar is shown."""
+@contextmanager
+def _told(output: Path, note: Console) -> Iterator[None]:
+    """The log's lines go to a file beside the results, and to stderr where no bar is shown."""
+    log, form = logging.getLogger("handloom"), logging.Formatter("%(asctime)s %(message)s")
     handlers: list[logging.Handler] = [logging.FileHandler(output.with_suffix(".log"), encoding="utf-8")]
-    return handlers if note.is_terminal else [*handlers, logging.StreamHandler()]
+    handlers += [] if note.is_terminal else [logging.StreamHandler(sys.stderr)]
+    before = log.level
+    log.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(form)
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
 
 
 def _describe(plan, part: tuple[int, int]) -> None:

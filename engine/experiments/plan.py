@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .. import strategies
 from ..errors import ParameterError
 from ..params.sampling_params import SamplingParams
 from .prompts import Item, read_items
@@ -51,7 +52,7 @@ class Setting:
         """Those of the values that the strategy's own function takes."""
         if self.strategy is None:
             return {}
-        known = inspect.signature(strategy_of(self.strategy)).parameters
+        known = inspect.signature(strategies.named(self.strategy)).parameters
         own = {name for name in known if name not in ("engine", "prompts", "params", "overrides")}
         sampling = {each.name for each in fields(SamplingParams)}
         return {key: value for key, value in self.values.items() if key in own - sampling}
@@ -185,25 +186,6 @@ def derived_seed(base: int, item: Item, sample: int) -> int:
     return int(digest([base, item.id, item.hash, sample]), 16) % SEEDS
 
 
-def strategy_of(name: str):
-    """A strategy of the library by its name.
-
-    Raises:
-        ParameterError: there is none.
-    """
-    from .. import strategies
-
-    known = {
-        each: function
-        for each in strategies.__all__
-        if inspect.isfunction(function := getattr(strategies, each))
-        and list(inspect.signature(function).parameters)[:3] == ["engine", "prompts", "params"]
-    }
-    if name not in known:
-        raise ParameterError(f"strategy {name!r}: expected one of {', '.join(sorted(known))}")
-    return known[name]
-
-
 def _models(source: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """Models by name; a path that exists below the plan's folder is taken from there."""
     given = source.get("models", source.get("model"))
@@ -252,6 +234,6 @@ def _settings(source: Mapping[str, Any]) -> list[Setting]:
         values = {**(source.get("params") or {}), **varied, **(own or {})}
         strategy = values.pop("strategy", None)
         if strategy is not None:
-            strategy_of(strategy)
+            strategies.named(strategy)
         settings.append(Setting(" ".join(parts), strategy, values))
     return settings

@@ -12,11 +12,12 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from .. import strategies
 from ..engine import Engine
 from ..errors import HandloomError, ParameterError
 from ..loop.generation import Generation
 from ..params.sampling_params import SamplingParams
-from .plan import Plan, Unit, digest, strategy_of
+from .plan import Plan, Unit, digest
 from .records import ResultFile
 
 log = logging.getLogger("handloom")
@@ -153,7 +154,7 @@ def _stream(engine: Engine, units: list[Unit], chat: bool) -> Iterator[tuple[Uni
 def _strategy(engine: Engine, units: list[Unit], chat: bool) -> Iterator[tuple[Unit, Generation]]:
     setting = units[0].setting
     prompts = [prompt_of(engine, unit, chat) for unit in units]
-    found = strategy_of(setting.strategy)(
+    found = strategies.named(setting.strategy)(
         engine, prompts, [params_of(unit) for unit in units], **setting.options
     )
     for unit, generation in zip(units, found, strict=True):

@@ -1,14 +1,15 @@
 """Reports: numbers recomputed by hand, plots with content, a page that stands alone."""
 
+import contextlib
 import csv
 import io
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from handloom import cli
 from handloom.errors import ParameterError
 from handloom.experiments.analysis.compare import compare_records
 from handloom.experiments.analysis.metrics import find
@@ -96,39 +97,53 @@ def test_bad_reports_say_what_is_wrong(records, tmp_path):
         report(records, tmp_path, ["exact_match"])
 
 
-def handloom(*arguments, cwd):
-    command = [sys.executable, "-m", "handloom", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL)
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a command of experiments in this process, which has imported everything: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["handloom", *map(str, arguments)])
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+        return status, out.getvalue(), err.getvalue()
+
+    return call
 
 
-def test_commands_say_what_is_wrong_in_one_line(tmp_path):
+def test_commands_say_what_is_wrong_in_one_line(tmp_path, run):
     (tmp_path / "plan.yaml").write_text("model: x\nprompts: [a]\nsettings: {a: {temprature: 1}}\n")
     for arguments, code, text in (
         (["sweep", "plan.yaml"], 2, "temprature"),
         (["sweep", "none.yaml"], 2, "there is no plan none.yaml"),
         (["compare", "none.jsonl"], 1, "there is no none.jsonl"),
     ):
-        done = handloom(*arguments, cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (code, "")
-        assert text in done.stderr
-        assert done.stderr.count("\n") == 1
+        status, out, err = run(*arguments)
+        assert (status, out) == (code, "")
+        assert text in err
+        assert err.count("\n") == 1
 
 
-def test_a_dry_run_says_what_would_be_drawn(tmp_path):
+def test_a_dry_run_says_what_would_be_drawn(tmp_path, run):
     plan = "model: x\nprompts: [a, b]\nsettings: {min-p: {min_p: 0.1}}\ngrid: {temperature: [1, 2]}\nsamples: 3\n"
     (tmp_path / "plan.yaml").write_text(plan + "params: {max_new_tokens: 5}\n")
-    done = handloom("sweep", "plan.yaml", "--dry-run", "--shard", "0/2", cwd=tmp_path)
-    assert done.returncode == 0
+    status, out, _ = run("sweep", "plan.yaml", "--dry-run", "--shard", "0/2")
+    assert status == 0
     assert (
         "1 models x 2 prompts x 2 settings x 3 samples = 12 samples, 6 in this shard, at most 30 tokens"
-        in " ".join(done.stdout.split())
+        in " ".join(out.split())
     )
-    assert "min-p temperature=2" in done.stdout
+    assert "min-p temperature=2" in out
     assert not (tmp_path / "plan.jsonl").exists()
 
 
 @pytest.mark.slow
-def test_the_whole_path_on_a_real_model(smollm2, tmp_path):
+def test_the_whole_path_on_a_real_model(smollm2, tmp_path, run):
     """A plan of two rules and two temperatures: drawn in two shards, merged, compared, reported by the commands."""
     prompts = [f"Question {i}: what is {i} plus {i + 1}? Answer:" for i in range(6)]
     plan = f"""
@@ -141,15 +156,13 @@ samples: 2
 """
     (tmp_path / "plan.yaml").write_text(plan)
     for i in range(2):
-        done = handloom("sweep", "plan.yaml", "-o", f"{i}.jsonl", "--shard", f"{i}/2", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert "24 samples drawn" in done.stderr
+        status, _, err = run("sweep", "plan.yaml", "-o", f"{i}.jsonl", "--shard", f"{i}/2")
+        assert status == 0, err
+        assert "24 samples drawn" in err
         assert "24 samples drawn" in (tmp_path / f"{i}.log").read_text()
-    assert handloom("merge", "0.jsonl", "1.jsonl", "-o", "all.jsonl", cwd=tmp_path).stdout.startswith(
-        "48 samples"
-    )
-    compared = handloom("compare", "all.jsonl", "-m", "logprob", "--texts", 1, cwd=tmp_path)
-    assert "top-p temperature=1.5 against min-p temperature=0.7, 12 samples in pairs" in compared.stdout
-    done = handloom("report", "all.jsonl", "-o", "out", "-m", "logprob", "-m", "distinct_2", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert run("merge", "0.jsonl", "1.jsonl", "-o", "all.jsonl")[1].startswith("48 samples")
+    _, compared, _ = run("compare", "all.jsonl", "-m", "logprob", "--texts", 1)
+    assert "top-p temperature=1.5 against min-p temperature=0.7, 12 samples in pairs" in compared
+    status, _, err = run("report", "all.jsonl", "-o", "out", "-m", "logprob", "-m", "distinct_2")
+    assert status == 0, err
     assert (tmp_path / "out" / "logprob_over_temperature.png").stat().st_size > 5000

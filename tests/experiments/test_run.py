@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import pytest
 from helpers import text_engine
@@ -122,8 +121,8 @@ def test_a_unit_that_fails_is_a_record_and_the_others_go_on(tmp_path, load):
 
 
 PROGRAM = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
+import os, sys, time
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 from helpers import text_engine
 from handloom.experiments.plan import Plan
 from handloom.experiments.run import run
@@ -137,8 +136,15 @@ def test_what_is_killed_twice_goes_on_with_nothing_lost_or_doubled(tmp_path, loa
     plan = SOURCE | {"samples": 8}
     (tmp_path / "plan.yaml").write_text(json.dumps(plan))
     path = tmp_path / "a.jsonl"
-    support = Path(__file__).resolve().parents[1] / "support"
-    command = [sys.executable, "-c", PROGRAM, str(support), str(tmp_path / "plan.yaml"), str(path)]
+    folders = [folder for folder in sys.path if "support" in folder]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        os.pathsep.join(folders),
+        str(tmp_path / "plan.yaml"),
+        str(path),
+    ]
     for lines in (5, 40):
         child = subprocess.Popen(command, env=os.environ)
         end = time.monotonic() + 120

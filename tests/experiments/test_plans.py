@@ -78,7 +78,7 @@ def test_shards_divide_the_prompts():
         ({"model": None}, "expected a model"),
         ({"samples": 0}, "samples=0 must be a whole number of at least 1"),
         ({"settings": {"a": {"temprature": 1}}}, "temprature"),
-        ({"settings": {"a": {"strategy": "beem_search"}}}, "'beem_search': expected one of beam_search"),
+        ({"settings": {"a": {"strategy": "beem_search"}}}, "beem_search.*did you mean 'beam_search'"),
         ({"grid": {"top_k": 5}}, "top_k in grid or zip must be a list"),
         ({"zip": {"top_k": [1], "top_p": [0.5, 0.6]}}, "must have one length; they have top_k: 1, top_p: 2"),
         ({"settings": {"a": {"top_p": 1.5}}}, "top_p"),
