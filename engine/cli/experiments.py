@@ -227,6 +227,8 @@ def main() -> None:
     """Run one of the commands, with every error as one line on stderr."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        raise SystemExit(f'this needs {error.name!r}: pip install "handloom[experiments]"') from error
     except (HandloomError, OSError) as error:
         Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
         raise SystemExit(2 if isinstance(error, ParameterError) else 1) from None
