@@ -141,6 +141,8 @@ def variant(
         block_m, block_n, num_warps, num_stages = 32, 16, 8, 2 if wide else 1
     elif wide:
         block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
+    elif group == 1 and block_d <= 64:  # 128 queries of one head spill on sm_100
+        block_m, block_n, num_warps, num_stages = 64, 64, 4, 3
     else:
         block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
     heads = min(group, block_m)
