@@ -6,6 +6,7 @@ import hashlib
 import logging
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, islice
@@ -50,7 +51,6 @@ def run(
         HandloomError: the file belongs to another plan, or is in use.
     """
     load, started, failed = load or load_engine, time.monotonic(), 0
-    total = sum(1 for _ in plan.units(shard))
     alike = {digest([s.strategy, s.values]): s.name for s in plan.settings}
     if len(alike) < len(plan.settings):
         twice = next(s.name for s in plan.settings if s.name not in alike.values())
@@ -61,8 +61,8 @@ def run(
             raise HandloomError(
                 f"{output} holds the samples of another plan (models, seed or chat differ); name another"
             )
-        done = len([unit for unit in plan.units(shard) if (unit.id, unit.sample) in results.done])
-        clock = _Clock(done, total, started, progress)
+        held = Counter((unit.id, unit.sample) in results.done for unit in plan.units(shard))
+        clock = _Clock(held[True], held.total(), started, progress)
         for model, units in groupby(plan.units(shard), key=lambda unit: unit.model):
             pending = (unit for unit in units if (unit.id, unit.sample) not in results.done)
             first = next(pending, None)
