@@ -136,9 +136,7 @@ def test_an_editable_installation_leaves_the_name_to_the_foreign_package(checkou
     code = """
 import site, sys
 # forget the editable installation that the tests run from
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-for name in [name for name in sys.modules if "editable" in name]:
-    del sys.modules[name]
+sys.path = [folder for folder in sys.path if "__editable__" not in folder]
 sys.path.insert(0, sys.argv[1])
 site.addsitedir(sys.argv[1])
 import handloom.kernels, handloom.processors, kernels
