@@ -23,8 +23,7 @@ from transformers import (
     TextStreamer,
 )
 
-from handloom import laws
-from handloom.compat import bridge as compat
+from handloom import compat, laws
 from handloom.engine import Engine
 from handloom.errors import CapabilityError, ParameterError
 from handloom.params.sampling_params import SamplingParams

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import Engine
-from ..errors import CapabilityError, HandloomError, ParameterError
-from ..loop.generation import Event, Generation
-from ..loop.stopping import HFCriterion
-from ..params.sampling_params import SamplingParams
-from ..pipeline.foreign.huggingface import HFProcessor
+from .engine import Engine
+from .errors import CapabilityError, HandloomError, ParameterError
+from .loop.generation import Event, Generation
+from .loop.stopping import HFCriterion
+from .params.sampling_params import SamplingParams
+from .pipeline.foreign.huggingface import HFProcessor
 
 __all__ = ["HFCriterion", "HFProcessor", "as_custom_generate", "stream_to"]
 
