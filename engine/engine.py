@@ -28,7 +28,7 @@ from .loading import limits
 from .loop.batch import Batch
 from .loop.generation import Event, Generation, Results
 from .loop.graph import GraphBatch
-from .loop.intake import encoded, rehearsals, requests_of
+from .loop.intake import Arrivals, encoded, rehearsals, requests_of
 from .loop.loop import run
 from .loop.request import Request
 from .params.settings import Settings, Single
@@ -210,7 +210,7 @@ class Engine:
             finally:
                 self._running = None
 
-    def _in_turns(self, requests: list[Request]) -> Iterator[Event]:
+    def _in_turns(self, requests: list[Request] | Arrivals) -> Iterator[Event]:
         """The events of a run that others may go between."""
         events = None
         try:
@@ -377,10 +377,11 @@ class Engine:
         """Decode prompts and yield an Event for every token of every row, as it comes.
 
         The last Event of a row carries its Generation. Close the generator to stop early. Arguments and errors as
-        for `generate`, raised before the first Event.
+        for `generate`, raised before the first Event; or Arrivals alone, whose requests come while this runs.
         """
-        requests = self.requests(prompts, params, defaults=defaults, **overrides)
-        return self._in_turns(requests)
+        if isinstance(prompts, Arrivals):
+            return self._in_turns(prompts)
+        return self._in_turns(self.requests(prompts, params, defaults=defaults, **overrides))
 
     @overload
     def chat(

@@ -324,22 +324,28 @@ class Batch:
     def record(self) -> None:
         """Nothing: its steps run as they are."""
 
-    def resized(self, engine, size: int) -> Batch:
-        """The running requests in a batch of `size` slots."""
+    def resized(self, engine, size: int, width: int = 0) -> Batch:
+        """The running requests in a batch of `size` slots, as wide as this one or as `width`."""
         self._settle()
         keep = self.running
         index = (keep + [i for i in range(self.size) if i not in keep])[:size]
-        other = type(self)(engine, size, self.history.shape[1] - 1)
-        where = torch.tensor(index, device=self.logits.device)
+        other = type(self)(engine, size, max(width, self.history.shape[1] - 1))
+        other.stops = self.stops.new_full((size, self.stops.shape[1]), -1)
+        where, n = torch.tensor(index, device=self.logits.device), len(index)
         for name in _PER_SLOT:
-            setattr(other, name, getattr(self, name).index_select(0, where))
-        other.numbers.copy_(self.numbers.index_select(1, where))
-        other.lengths, other.occupied = self.lengths[index], self.occupied[index]
+            part = getattr(self, name).index_select(0, where)
+            getattr(other, name)[tuple(slice(length) for length in part.shape)] = part
+        other.numbers[:, :n] = self.numbers.index_select(1, where)
+        other.lengths[:n], other.occupied[:n] = self.lengths[index], self.occupied[index]
         for name in ("requests", "rows", "claims"):
-            setattr(other, name, [getattr(self, name)[i] for i in index])
-        other.sampler = self.sampler.select(index)
+            getattr(other, name)[:n] = [getattr(self, name)[i] for i in index]
+        padded = index + [index[0]] * (size - n)  # what is new is a copy of some row, and emptied
+        other.sampler = self.sampler.select(padded)
+        for slot in range(n, size):
+            other.sampler.clear(slot)
         if self.cache is not None:
             other.cache = PagedCache(self.model.plan, self.pool, self.model.path)
+            where = torch.tensor(padded, device=self.logits.device)
             states = tuple(s.index_select(0, where) for s in self.cache.states())
             other.cache.load_states(states, self.model.layout)
         return other

@@ -1,17 +1,83 @@
-"""What a caller asks for, as requests: prompts encoded, parameters read and validated, nothing computed."""
+"""What callers ask for, as requests: prompts encoded, parameters read and validated, nothing computed."""
 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 
-from ..errors import ParameterError
+from ..errors import HandloomError, ParameterError
 from ..loading.parallel import fresh_seed, is_split
 from ..params.sampling_params import SamplingParams
 from ..pipeline.foreign.huggingface import for_row
 from ..text.detokenizer import special_tokens
 from ..text.prompts import Prompt, encode_prompts
 from .request import Prefilled, Request
+
+
+class Arrivals:
+    """Requests that come and go while the loop runs, from any thread; the loop asks for them between two steps.
+
+    `engine.stream(arrivals)` ends when all that came is done. So one thread decodes for many:
+
+        while arrivals.wait():
+            for event in engine.stream(arrivals):
+                ...                               # event.request is the number that `submit` gave
+
+    Args:
+        engine: whose loop will run them; it validates what is submitted.
+    """
+
+    def __init__(self, engine):
+        self.engine = engine
+        self._changed = threading.Condition()
+        self._come: list[Request] = []
+        self._gone: list[Request] = []
+        self._numbers, self._closed = 0, False
+
+    def submit(self, prompts, params=None, **overrides) -> list[Request]:
+        """Validate as `Engine.generate` does, and hand over: one Request a sample, prompts with numbers of their own.
+
+        Raises:
+            PromptError, ParameterError: nothing was handed over. HandloomError: after `close`.
+        """
+        requests = self.engine.requests(prompts, params, **overrides)
+        self.add(requests)
+        return requests
+
+    def add(self, requests: list[Request]) -> None:
+        """Hand over what `Engine.requests` gave; its numbers move behind those that came before."""
+        with self._changed:
+            if self._closed:
+                raise HandloomError("no more requests are taken: these arrivals are closed")
+            for request in requests:
+                request.index += self._numbers
+            self._numbers = 1 + max((r.index for r in requests), default=self._numbers - 1)
+            self._come += requests
+            self._changed.notify_all()
+
+    def cancel(self, requests: list[Request]) -> None:
+        """End requests before their next token, wherever they are; those that have ended stay as they are."""
+        with self._changed:
+            self._gone += requests
+
+    def close(self) -> None:
+        """Take no more; what came is still decoded."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until something has come; False once nothing can come any more, or after `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._come or self._closed, timeout)
+            return bool(self._come)
+
+    def take(self) -> tuple[list[Request], list[Request]]:
+        """What has come since the last time, and what is to end; for the loop."""
+        with self._changed:
+            taken, self._come, self._gone = (self._come, self._gone), [], []
+        return taken
 
 
 def encoded(engine, prompts) -> tuple[list[Prompt], bool]:

@@ -10,22 +10,33 @@ import torch
 
 from .batch import Batch, Step
 from .generation import Event
+from .intake import Arrivals
 from .prefill import Prompts
 from .request import Request
 
 
-def run(engine, requests: list[Request]) -> Iterator[Event]:
+def run(engine, requests: list[Request] | Arrivals) -> Iterator[Event]:
     """Decode `requests` in the engine's slots and yield an Event for every token.
 
-    A finished row is replaced by the next waiting request; it is never decoded as padding. Prompts are computed
-    between steps, so many tokens at a time that the running rows do not wait for long. Closing the generator gives
-    every block back. What a row draws depends on its own prompt, seed and parameters alone.
+    Of Arrivals it takes what has come before each step, until nothing is left. A finished row is replaced by the next
+    waiting request; it is never decoded as padding. Prompts are computed between steps, so many tokens at a time that
+    the running rows do not wait for long. Closing the generator gives every block back. What a row draws depends on its
+    own prompt, seed and parameters alone.
     """
-    waiting, steps = deque(requests), deque()
-    width = max((min(r.room, engine.max_length) for r in requests), default=1)
-    batch, prompts = engine.batch(len(waiting), width), Prompts(engine.runner, engine.prefill_chunk)
+    arrivals = requests if isinstance(requests, Arrivals) else None
+    waiting, steps = deque(() if arrivals else requests), deque()
+    # A step that is recorded keeps its shape, so it is made for all that may come.
+    most, width = (engine.slots, engine.max_length) if arrivals and engine.graphs else (len(waiting), 1)
+    width = max((min(r.room, engine.max_length) for r in waiting), default=width)
+    batch, prompts = engine.batch(most, width), Prompts(engine.runner, engine.prefill_chunk)
+    most = engine.slots
     try:
-        while waiting or prompts or batch.running:
+        while True:
+            if arrivals is not None:
+                yield from welcome(arrivals, batch, prompts, waiting)
+                batch = widened(engine, batch, waiting, len(prompts), most)
+            if not (waiting or prompts or batch.running):
+                break
             yield from admit(engine, batch, prompts, waiting)
             yield from prepare(batch)
             if not batch.running:
@@ -45,12 +56,42 @@ def run(engine, requests: list[Request]) -> Iterator[Event]:
                 while steps:  # what was drawn before it is complete
                     yield from collect(batch, steps.popleft())
                 yield from abandon(batch, error)
-                batch = engine.batch(max(1, batch.size // 2), width)
+                most, width = max(1, batch.size // 2), batch.history.shape[1] - 1
+                batch = engine.batch(most, width)
     finally:
         prompts.close()
         for slot in batch.running:
             batch.clear(slot)
         engine.give_back(batch)
+
+
+def welcome(arrivals: Arrivals, batch: Batch, prompts: Prompts, waiting: deque[Request]) -> Iterator[Event]:
+    """Take in what has come since the last step, and let go of what nobody waits for any more."""
+    come, gone = arrivals.take()
+    waiting.extend(come)
+    for request in gone:
+        if request in waiting:
+            waiting.remove(request)
+            request.start(arrivals.engine)
+        elif request not in batch.requests and request not in prompts.queue:
+            continue  # it has ended by itself
+        event = request.end("cancelled")
+        if request in batch.requests:
+            batch.clear(batch.requests.index(request))
+        else:
+            prompts.drop(request)
+        yield event
+
+
+def widened(engine, batch: Batch, waiting: deque[Request], filling: int, most: int) -> Batch:
+    """The batch, or one with more slots, or longer ones, where those that wait need them."""
+    if not (waiting and batch.shrinks):
+        return batch
+    size = min(most, engine.bucket(len(batch.running) + filling + len(waiting)))
+    width = max(min(request.room, engine.max_length) for request in waiting)
+    if size <= batch.size and width < batch.history.shape[1]:
+        return batch
+    return batch.resized(engine, max(size, batch.size), width)
 
 
 def admit(engine, batch: Batch, prompts: Prompts, waiting: deque[Request]) -> Iterator[Event]:

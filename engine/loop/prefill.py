@@ -125,6 +125,14 @@ class Prompts:
             self._known.clear()
         return found
 
+    def drop(self, request: Request) -> None:
+        """One request less waits for its prompt, which goes when it was the last."""
+        if request in self.queue:
+            self.queue.remove(request)
+        request.prefilled.taken()
+        if request.prefilled.waiting == 0:
+            self._let_go(request.prefilled)
+
     def close(self) -> None:
         """Let go of everything that was computed for requests that will not run."""
         for request in self.queue:

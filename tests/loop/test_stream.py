@@ -4,11 +4,12 @@ import inspect
 
 import pytest
 import torch
-from architectures import prompts_of
+from architectures import ARCHITECTURES, prompts_of
 from helpers import assert_nothing_leaked, forced, outcome, recorded, spell
 
-from handloom import SamplingParams
-from handloom.errors import ParameterError, PromptError
+from handloom import Engine, SamplingParams
+from handloom.errors import HandloomError, ParameterError, PromptError
+from handloom.loop.intake import Arrivals
 
 PROMPTS = prompts_of([5, 17, 1, 9, 12, 30])
 BUDGETS = [7, 2, 5, 9, 1, 4]
@@ -178,3 +179,90 @@ def test_chat_prompts_can_be_streamed(texts):
     expected = texts.chat("fox", max_new_tokens=4)
     tokens = [e.token_id for e in texts.stream([{"role": "user", "content": "fox"}], max_new_tokens=4)]
     assert tokens == expected.token_ids
+
+
+# -- requests that arrive while the loop runs
+
+
+def arriving(engine, schedule, cancel=()):
+    """Results by number of requests that arrive as scheduled: (after how many events, prompt, params).
+
+    cancel: (after how many events, number of the request).
+    """
+    arrivals, schedule, found, submitted, seen = Arrivals(engine), list(schedule), {}, [], 0
+
+    def come():
+        while schedule and schedule[0][0] <= seen:
+            _, prompt, params = schedule.pop(0)
+            submitted.append(arrivals.submit(prompt, **params))
+        for when, number in cancel:
+            if when == seen:
+                arrivals.cancel(submitted[number])
+
+    come()
+    for event in engine.stream(arrivals):
+        seen += 1
+        if event.generation is not None:
+            found[event.request, event.sample] = event.generation
+        come()
+    assert not schedule
+    return found
+
+
+LATE = [
+    (0, [5, 6, 7], {"max_new_tokens": 9, "temperature": 1.0, "seed": 1}),
+    (2, [8] * 30, {"max_new_tokens": 12, "temperature": 0.7, "top_k": 9, "seed": 2, "n": 2}),
+    (3, [9, 3], {"max_new_tokens": 40, "repetition_penalty": 1.3}),
+    (4, [5, 6, 7, 1], {"max_new_tokens": 5, "temperature": 1.5, "min_p": 0.1, "seed": 4, "logprobs": 3}),
+    (30, [1], {"max_new_tokens": 6, "stop_token_ids": list(range(0, 101, 3))}),
+]
+
+
+def test_requests_that_arrive_meanwhile_give_what_each_gives_alone(either):
+    found = arriving(either, LATE)
+    assert list(found) != sorted(found)  # they ran together, and the short ones ended first
+    for number, (_, prompt, params) in enumerate(LATE):
+        alone = either.generate([prompt], **params)
+        assert [found[number, g.sample].token_ids for g in alone] == [g.token_ids for g in alone]
+        assert found[number, 0].logprobs == pytest.approx(alone[0].logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("when", [0, 1, 4])
+def test_a_request_ends_early_wherever_it_is(either, when):
+    schedule = [(0, [number + 1] * 20, {"max_new_tokens": 9, "n": 2}) for number in range(5)]
+    found = arriving(either, schedule, cancel=[(when, 0), (when, 3), (8, 3)])
+    reasons = {key: generation.finish_reason for key, generation in found.items()}
+    assert {key for key, reason in reasons.items() if reason == "cancelled"} == {
+        (0, 0),
+        (0, 1),
+        (3, 0),
+        (3, 1),
+    }
+    assert found[3, 0].token_ids == []
+    wanted = either.generate([1] * 20, max_new_tokens=9).token_ids
+    assert found[0, 0].token_ids == wanted[: len(found[0, 0].token_ids)]
+    assert len(reasons) == 10
+
+
+def test_what_has_ended_cannot_be_cancelled_and_closed_arrivals_take_nothing(engine):
+    arrivals = Arrivals(engine)
+    requests = arrivals.submit([1, 2], max_new_tokens=2)
+    assert arrivals.wait()
+    events = list(engine.stream(arrivals))
+    arrivals.cancel(requests)
+    assert events[-1].finish == "length"
+    assert list(engine.stream(arrivals)) == []
+    assert not arrivals.wait(timeout=0)
+    arrivals.close()
+    assert not arrivals.wait()
+    with pytest.raises(HandloomError, match="closed"):
+        arrivals.submit([1, 2])
+    with pytest.raises(ParameterError, match="temprature"):
+        Arrivals(engine).submit([1, 2], temprature=1)
+
+
+def test_a_batch_that_grows_keeps_recurrent_states():
+    engine = Engine(ARCHITECTURES["mamba2"](), slots=3)
+    found = arriving(engine, LATE[:3])
+    for number, (_, prompt, params) in enumerate(LATE[:3]):
+        assert found[number, 0].token_ids == engine.generate([prompt], **params)[0].token_ids
