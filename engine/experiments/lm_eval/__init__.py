@@ -1,0 +1,1 @@
+"""lm_eval: an Engine as a model of lm-evaluation-harness."""
