@@ -26,6 +26,17 @@ EXPERIMENTS = [
     "pyyaml>=6",
     "sacrebleu>=2.4",
 ]
+LM_EVAL = [
+    "lm_eval>=0.4.13",
+]
+RAY = [
+    "pandas>=2.2",  # what ray.data sorts and groups with
+    "pyarrow>=17",
+    "ray>=2.40",
+]
+MAUVE = [
+    "mauve-text>=0.4",
+]
 BENCH = [
     "matplotlib>=3.9",
     "psutil>=5.9",
@@ -36,6 +47,9 @@ DEV = [
     *GRAMMAR,
     *BENCH,
     *EXPERIMENTS,
+    *LM_EVAL,
+    *RAY,
+    *MAUVE,
     "build>=1.2",
     "hypothesis>=6.100",
     "logits-processor-zoo>=0.2.1",
@@ -117,8 +131,14 @@ setup(
         "quant": QUANT,
         "grammar": GRAMMAR,
         "experiments": EXPERIMENTS,
+        "lm-eval": LM_EVAL,
+        "ray": RAY,
+        "mauve": MAUVE,
         "bench": BENCH,
         "dev": DEV,
     },
-    entry_points={"console_scripts": ["handloom = handloom.cli:main"]},
+    entry_points={
+        "console_scripts": ["handloom = handloom.cli:main"],
+        "lm_eval.models": ["handloom = handloom.experiments.lm_eval.model:HandloomLM"],
+    },
 )

@@ -7,17 +7,15 @@ from functools import partial
 
 import pytest
 from helpers import recorded, text_engine
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from tiny_tokenizers import CHAT, byte_level
 
 from handloom import ParameterError
+from handloom.experiments.lm_eval.model import HandloomLM
 from handloom.strategies import beam_search
-
-lm_eval = pytest.importorskip("lm_eval")
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from handloom.experiments.lm_eval.model import HandloomLM  # noqa: E402
 
 CHOICE = """
 task: choices
@@ -87,7 +85,7 @@ def test_tasks_from_local_files_have_the_numbers_of_hf(folder, theirs, ours, mon
     tasks = TaskManager(include_path=str(folder), include_defaults=False)
 
     def evaluated(model):
-        found = lm_eval.simple_evaluate(
+        found = simple_evaluate(
             model=model, tasks=["choices", "texts", "answers"], task_manager=tasks, bootstrap_iters=0
         )
         metrics = [
@@ -207,8 +205,6 @@ def test_the_harness_own_command_finds_the_model(folder, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    monkeypatch.setattr(
-        "lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False)
-    )
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     runpy.run_module("handloom.experiments.lm_eval", run_name="__main__")
     assert "exact_match" in capsys.readouterr().out
