@@ -163,7 +163,7 @@ SPECIAL = frozenset({"do_sample", "dynamic_temperature", "dynatemp_low", "dynate
 _BEAM = "beam search is a strategy: see handloom.strategies.beam_search, or strategies.generate for a whole config"
 _SPECULATIVE = "speculative decoding is a strategy: see handloom.strategies.speculative"
 _GUIDANCE = "guidance mixes the logits of two States: see handloom.strategies.classifier_free_guidance"
-_ORDER = "the order of the rules belongs to the Pipeline: pass pipeline=Pipeline([...]) to the Engine"
+_ORDER = "write order=[names of handloom's processors], or pass pipeline=Pipeline([...]) to the Engine"
 _GRAMMAR = "a grammar is a processor: pass processors=[Grammar.json_schema(...)], from handloom.processors"
 _SCORES = (
     "ask for logprobs=<number of alternatives>; raw and processed log-probabilities are then in the result"

@@ -129,6 +129,7 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens; None = off.
     Pipeline
         profile: whose order and edge rules: "default", "hf", "vllm", "llamacpp" or "textgen".
+        order: names of the profile's processors, which then run alone and in this order; () = all in its own.
         processors: your own, appended to the pipeline.
     """
 
@@ -202,6 +203,7 @@ class SamplingParams:
     prompt_logprobs: int | None = integer(None, 0)
 
     profile: str = choice("default", "default", "hf", "vllm", "llamacpp", "textgen")
+    order: tuple[str, ...] = texts()
     processors: tuple[Any, ...] = functions(method="apply")
 
     def __init__(self, **settings: Unpack[Settings]) -> None:
@@ -340,15 +342,10 @@ class SamplingParams:
 
     def _ids(self) -> Iterator[tuple[str, int]]:
         """(field, token id) for every token id of these parameters; strings are left out."""
-        for name in (
-            "banned_tokens",
-            "allowed_tokens",
-            "suppress_first",
-            "stop_token_ids",
-            "eos_token_ids",
-            "dry_breakers",
-            "logit_bias",
-        ):
+        single = (
+            "banned_tokens allowed_tokens suppress_first stop_token_ids eos_token_ids dry_breakers logit_bias"
+        )
+        for name in single.split():
             yield from ((name, token) for token in getattr(self, name) or () if not isinstance(token, str))
         for name in ("bad_words", "sequence_bias"):
             yield from ((name, t) for ids in getattr(self, name) if not isinstance(ids, str) for t in ids)

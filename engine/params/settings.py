@@ -77,6 +77,7 @@ class Single(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     profile: Literal["default", "hf", "vllm", "llamacpp", "textgen"] | None
+    order: str | Sequence[str] | None
     processors: Any
 
     # other engines' names

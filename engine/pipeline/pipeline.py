@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,9 @@ __all__ = [
     "Rows",
     "as_processor",
 ]
+
+
+ORDERS = 64  # profiles and orders that a pipeline keeps for the requests to come
 
 
 class PipelineWarning(UserWarning):
@@ -170,20 +174,38 @@ class Pipeline(tuple):
         return rows
 
     def for_params(self, params: Any) -> Pipeline:
-        """The pipeline of one request: this or the profile it names, with its own processors put in.
+        """The pipeline of one request: this or the profile it names, in its own order, with its own processors put in.
 
         Own processors with `before_temperature` go before the temperature, the others to the end; a profile
         may have one place for all of them.
         """
         base = self
-        profile = getattr(params, "profile", "default")
-        if profile != "default":
-            variant = (profile, bool(getattr(params, "mirostat", 0)))
+        profile, order = getattr(params, "profile", "default"), getattr(params, "order", ())
+        if profile != "default" or order:
+            variant = (profile, bool(getattr(params, "mirostat", 0)), order)
             if variant not in self.profiles:
-                self.profiles[variant] = Pipeline.profile(profile, params)
+                base = base if profile == "default" else Pipeline.profile(profile, params)
+                if len(self.profiles) == ORDERS:  # rows that run keep theirs
+                    del self.profiles[next(iter(self.profiles))]
+                self.profiles[variant] = base.ordered(order) if order else base
             base = self.profiles[variant]
         own = [as_processor(rule) for rule in getattr(params, "processors", ())]
         return base.with_own(own) if own else base
+
+    def ordered(self, names: Sequence[str]) -> Pipeline:
+        """Copies of these members alone, in this order; ParameterError for a name that no member has."""
+        known, named = {processor.name: processor for processor in self}, dict.fromkeys(names)
+        unknown = [name for name in named if name not in known]
+        if unknown:
+            raise ParameterError(
+                f"order={list(names)!r}: the pipeline {self.name!r} has no {unknown[0]!r}; it has {', '.join(known)}"
+            )
+        return Pipeline(
+            [copy.copy(known[name]) for name in named],
+            name=f"{self.name}, reordered",
+            chain_when_greedy=self.chain_when_greedy,
+            own_all_here=self.own_all_here,
+        )
 
     def with_own(self, own: Sequence[Processor]) -> Pipeline:
         """This pipeline with a request's own processors at their places."""

@@ -130,6 +130,7 @@ OTHERS = {
     "include_stop": ([(True, True)], [1, "no"]),
     "skip_special_tokens": ([(False, False)], [0, "False"]),
     "criteria": ([(max, (max,)), ([max, min], (max, min))], [5, ["f"], int, [[max]]]),
+    "order": ([("top_k", ("top_k",)), (["top_p", "top_k"], ("top_p", "top_k"))], [5, [""], [1]]),
     "profile": ([("hf", "hf")], ["HF", "sglang", 1]),
     "processors": ([([max], (max,))], [5, ["temperature"], int, {"a": max}]),
 }

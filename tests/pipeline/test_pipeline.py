@@ -1,5 +1,6 @@
 """Pipeline and Rows: order, fusion, per-row parameters, memory, what they cost and what they say."""
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from handloom import Engine
 from handloom.errors import ParameterError
 from handloom.kernels.sampling.draw import draw
 from handloom.params.sampling_params import SamplingParams
@@ -528,3 +530,27 @@ def test_greedy_rows_of_llamacpp_run_typical_although_other_rows_fuse_it():
     rows = bind([greedy.replace(temperature=1.0)] * 2, vocab=4)
     assert rows.plan().unfused == []
     assert (rows.sample(row, context(2)).tokens > 0).all()
+
+
+def test_a_request_has_its_own_order_beside_others_in_one_batch(engine):
+    settings = {"temperature": 3.0, "top_p": 0.6, "seed": 5, "max_new_tokens": 8, "logprobs": 1}
+    before = {"order": ["temperature", "top_p"]}
+    after = {"order": ["top_p", "temperature"]}
+    hot, cut = engine.generate([[1, 2, 3]] * 2, [SamplingParams(**settings, **o) for o in (before, after)])
+    for found, order in ((hot, before), (cut, after)):
+        pipeline = Pipeline(
+            [{"temperature": Temperature, "top_p": TopP}[name]() for name in order["order"]], name="mine"
+        )
+        other = Engine(engine.model, pipeline=pipeline)
+        assert other.generate([1, 2, 3], **settings).logprobs == pytest.approx(found.logprobs, abs=1e-5)
+    assert hot.logprobs != cut.logprobs
+
+
+def test_an_order_that_cannot_be_honoured_is_an_error(engine):
+    with pytest.raises(ParameterError, match=r"has no 'topp'; it has logit_bias, .*top_p"):
+        engine.generate([1], order=["topp"])
+    with pytest.raises(ParameterError, match=r"top_k=5 has no effect: .*'default, reordered'"):
+        engine.generate([1], order=["top_p"], top_k=5)
+    for order in itertools.permutations(("dry", "xtc", "top_a", "eta", "top_k")):
+        engine.requests([1], order=order)
+    assert len(engine.pipeline.profiles) == 64
