@@ -37,6 +37,13 @@ RAY = [
 MAUVE = [
     "mauve-text>=0.4",
 ]
+SERVE = [
+    *DEMO,
+    *GRAMMAR,
+    "fastapi>=0.115",
+    "prometheus_client>=0.21",
+    "uvicorn>=0.32",
+]
 BENCH = [
     "matplotlib>=3.9",
     "psutil>=5.9",
@@ -50,12 +57,16 @@ DEV = [
     *LM_EVAL,
     *RAY,
     *MAUVE,
+    *SERVE,
     "build>=1.2",
+    "httpx>=0.27",
     "hypothesis>=6.100",
     "logits-processor-zoo>=0.2.1",
     "mypy>=1.15",
+    "openai>=1.60",
     "pdoc>=15",
     "peft>=0.18",
+    "playwright>=1.49",  # drives a browser that the machine has; none is fetched
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
@@ -113,7 +124,7 @@ setup(
         *("handloom" + room for room in rooms("engine")),
         *("handloom.kernels" + room for room in rooms("kernels")),
     ],
-    package_data={"handloom": ["py.typed"]},
+    package_data={"handloom": ["py.typed"], "handloom.serve": ["page/*"]},
     cmdclass={"build_py": LinkRooms},
     options={"editable_wheel": {"mode": "strict"}},
     install_requires=[
@@ -134,6 +145,7 @@ setup(
         "lm-eval": LM_EVAL,
         "ray": RAY,
         "mauve": MAUVE,
+        "serve": SERVE,
         "bench": BENCH,
         "dev": DEV,
     },

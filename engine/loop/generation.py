@@ -64,6 +64,8 @@ class Generation:
         top_logprobs: per output token the most probable ids and their log-probabilities, if asked for.
         prompt_logprobs: log-probability of each prompt token given those before it (None for the first), if
             asked for.
+        prompt_top_logprobs: the most probable ids at each of its positions, as many as were asked for; strategies leave
+            it out.
         error: what went wrong, where `finish_reason` is "error".
         timings: where the time went.
         seed: seed of the draws; the same seed and prompt give the same output.
@@ -83,6 +85,7 @@ class Generation:
     raw_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[dict[int, float]] | None = None
     prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
     error: str | None = None
     timings: Timings = field(default_factory=Timings)
     seed: int | None = None

@@ -42,6 +42,7 @@ class Prompts:
         if ready.row is None and ready.filling is None:
             room = request.blocks(self.model.pool.block_size) if self.model.paged else 0
             ready.filling = Filling(prompt.ids, prompt.embeddings, room, every=every)
+            ready.alternatives = request.params.prompt_logprobs or 0
         self.queue.append(request)
 
     def _shared(self, ids: tuple, ready: Prefilled) -> Prefilled:
@@ -112,7 +113,8 @@ class Prompts:
     def _computed(self, ready: Prefilled, out) -> None:
         ready.logits, ready.states, ready.claim = out.logits[0, -1], out.states, ready.filling.claim
         if ready.filling.every:
-            ready.prompt_logprobs = prompt_logprobs(ready.filling.ids, out.logits[0])
+            found = prompt_logprobs(ready.filling.ids, out.logits[0], ready.alternatives)
+            ready.prompt_logprobs, ready.prompt_top_logprobs = found
         ready.filling = None
 
     def done(self, most: int) -> list[Request]:
@@ -153,9 +155,13 @@ class Prompts:
         return [ready for ready in self._distinct() if ready.row is None]
 
 
-def prompt_logprobs(ids: list[int], logits: torch.Tensor) -> list[float | None]:
-    """Log-probability of each prompt token after those before it, from `logits [T, V]`; None for the first."""
+def prompt_logprobs(ids: list[int], logits: torch.Tensor, alternatives: int = 0) -> tuple[list, list]:
+    """Log-probability of each prompt token after those before it, from `logits [T, V]`, and of the likeliest there."""
     if len(ids) < 2 or min(ids) < 0:
-        return [None] * len(ids)
-    targets = torch.tensor(ids[1:], device=logits.device)[:, None]
-    return [None, *logits[:-1].log_softmax(-1).gather(-1, targets)[:, 0].tolist()]
+        return [None] * len(ids), [None] * len(ids)
+    targets, logp = torch.tensor(ids[1:], device=logits.device)[:, None], logits[:-1].log_softmax(-1)
+    best = logp.topk(min(alternatives, logp.shape[1]))
+    top = [
+        dict(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return [None, *logp.gather(-1, targets)[:, 0].tolist()], [None, *top]

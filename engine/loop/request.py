@@ -21,7 +21,9 @@ class Prefilled:
     filling: Any = None
     logits: Any = None  # [V] float32, after the prompt
     states: tuple = ()
+    alternatives: int = 0  # to each of its tokens, that a request wants to see
     prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
     waiting: int = 1
 
     def taken(self) -> None:
@@ -147,6 +149,7 @@ class Request:
             raw_logprobs=self.raw_logprobs,
             top_logprobs=self.top_logprobs if self.params.logprobs is not None else None,
             prompt_logprobs=self.prefilled.prompt_logprobs,
+            prompt_top_logprobs=self.prefilled.prompt_top_logprobs,
             error=self.error,
             timings=Timings.between(self.submitted, self.admitted, computed, first, now, count),
             seed=self.seed,

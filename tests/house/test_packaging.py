@@ -75,7 +75,8 @@ def modules_of_the_checkout():
         f"{place}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, place in places.items()
         for file in (ROOT / folder).rglob("*")
-        if file.suffix in (".py", ".typed") and not any(parent.is_symlink() for parent in file.parents)
+        if file.suffix in (".py", ".typed", ".html", ".css", ".js")
+        and not any(parent.is_symlink() for parent in file.parents)
     }
 
 
@@ -223,7 +224,7 @@ def test_every_requirement_has_a_tested_version_within_its_range(built):
     outside = [str(r) for r in required if pins[normal(r.name)] not in r.specifier]
     assert outside == []
     assert set(re.findall(r"^Provides-Extra: ([\w-]+)$", text, flags=re.MULTILINE)) == {
-        *("demo", "quant", "grammar", "bench", "experiments", "lm-eval", "ray", "mauve", "dev")
+        *("demo", "quant", "grammar", "bench", "experiments", "lm-eval", "ray", "mauve", "serve", "dev")
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,17 @@ class Trace:
                     found[name][t, s] = getattr(stage, name)
                 found["probabilities"][t, s, : len(stage.probabilities)] = stage.probabilities
         return found
+
+    def data(self) -> dict[str, Any]:
+        """Everything in JSON's types, as the inspector's page reads it."""
+        texts = {str(i): text for i, text in self.texts.items()}
+        return {
+            "prompt": self.generation.prompt_token_ids,
+            "finish": self.generation.finish_reason,
+            "seed": self.generation.seed,
+            "texts": texts,
+            "steps": [asdict(step) for step in self.steps],
+        }
 
     def save(self, path: str | Path) -> None:
         """Write .npz (arrays) or .html (a page that opens offline).

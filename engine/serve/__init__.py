@@ -1,0 +1,1 @@
+"""serve: the OpenAI-compatible server and the inspector page."""
