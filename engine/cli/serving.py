@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from ..errors import HandloomError, ParameterError
 
@@ -80,6 +81,35 @@ def serve(
         f"{name or found}: http://{shown}:{port}/ shows the page, http://{shown}:{port}/v1 answers OpenAI's clients"
     )
     uvicorn.Server(config).run()
+
+
+@app.command()
+def batch(
+    source: Annotated[Path, typer.Argument(help="JSON lines of custom_id, method, url and body.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Answers are appended; run again to resume.")
+    ],
+    *,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quantization: Quantization = None,
+    slots: Slots = 32,
+    max_length: Length = None,
+) -> None:
+    """Answer a batch file of OpenAI's API offline. Exit code 1 if some lines got an error."""
+    from ..serve.batch import answer_file
+
+    engine, name = _loaded(model, dtype, device, quantization, slots, max_length)
+    note = Console(file=sys.stderr, highlight=False)
+    with Progress(console=note, disable=not note.is_terminal) as bar:
+        task = bar.add_task("requests", total=None)
+        failed = answer_file(
+            engine, name, source, output, lambda done, n: bar.update(task, completed=done, total=n)
+        )
+    if failed:
+        note.print(f"{failed} requests got an error; their records say why", style="red")
+        raise typer.Exit(1)
 
 
 def _loaded(
