@@ -64,7 +64,7 @@ def serve(
     import uvicorn
 
     from ..serve.app import Server
-    from ..serve.reading import Limits
+    from ..serve.protocol.reading import Limits
 
     if host not in LOCAL and not api_key:
         raise ParameterError(f"--host {host} is reached by others: set --api-key, or $HANDLOOM_API_KEY")

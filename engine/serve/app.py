@@ -17,12 +17,12 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from ..engine import Engine
 from ..errors import HandloomError
 from ..loop.generation import Generation
-from . import reading
-from .answers import Answer, ChatAnswer
 from .gate import Gate, too_large
 from .metrics import Metrics
-from .reading import Asked, Limits
-from .refusals import Refusal, as_json, decoded, encoded, refusal_of, refusal_of_result
+from .protocol import reading
+from .protocol.answers import Answer, ChatAnswer
+from .protocol.reading import Asked, Limits
+from .protocol.refusals import Refusal, as_json, decoded, encoded, refusal_of, refusal_of_result
 from .worker import Worker
 
 PAGE = Path(__file__).parent / "page"

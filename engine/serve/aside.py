@@ -8,8 +8,8 @@ from ..engine import Engine
 from ..errors import HandloomError
 from ..experiments.analysis.trace import trace
 from ..loop.generation import Generation
-from .reading import Asked
-from .refusals import Refusal
+from .protocol.reading import Asked
+from .protocol.refusals import Refusal
 
 WRONG = (
     TypeError,

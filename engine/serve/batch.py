@@ -14,10 +14,11 @@ from ..engine import Engine
 from ..errors import HandloomError, ParameterError
 from ..loop.generation import Generation
 from ..loop.intake import Arrivals
-from . import aside, reading
-from .answers import Answer, ChatAnswer
-from .reading import Limits
-from .refusals import Refusal, decoded, encoded, refusal_of, refusal_of_result
+from . import aside
+from .protocol import reading
+from .protocol.answers import Answer, ChatAnswer
+from .protocol.reading import Limits
+from .protocol.refusals import Refusal, decoded, encoded, refusal_of, refusal_of_result
 
 ROUTES = {
     "/v1/completions": (reading.completion, Answer),

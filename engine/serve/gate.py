@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
-from .refusals import Refusal
+from .protocol.refusals import Refusal
 
 OPEN = ("/health", "/", "/page/")  # what is there for everybody: nothing that was generated
 POLICY = (

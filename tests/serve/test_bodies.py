@@ -12,7 +12,7 @@ from served import chat_engine
 from handloom.params.aliases import ALIASES, ELSEWHERE
 from handloom.params.settings import Settings
 from handloom.serve.app import Server
-from handloom.serve.reading import CHAT_ONLY, COMPLETION_ONLY, GRAMMARS, Limits
+from handloom.serve.protocol.reading import CHAT_ONLY, COMPLETION_ONLY, GRAMMARS, Limits
 
 FIELDS = sorted(
     {*Settings.__annotations__, *ALIASES, *ELSEWHERE, *CHAT_ONLY, *COMPLETION_ONLY, *GRAMMARS}

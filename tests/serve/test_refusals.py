@@ -8,7 +8,7 @@ import openai
 import pytest
 from served import chat_engine, served, until
 
-from handloom.serve.reading import Limits
+from handloom.serve.protocol.reading import Limits
 
 LONG = {"prompt": "the", "max_tokens": 120, "temperature": 1.0, "ignore_eos": True}
 

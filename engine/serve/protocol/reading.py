@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..engine import Engine
-from ..errors import PromptError
-from ..loop.request import Request
-from ..params.sampling_params import SamplingParams
-from ..pipeline.processors import Grammar
-from ..strategies import named
+from ...engine import Engine
+from ...errors import PromptError
+from ...loop.request import Request
+from ...params.sampling_params import SamplingParams
+from ...pipeline.processors import Grammar
+from ...strategies import named
 from .refusals import Refusal
 
 PARTS = ("text", "input_text", "output_text")  # kinds of a message's content that hold text

@@ -8,8 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ..errors import CapabilityError, HandloomError, ParameterError, PromptError
-from .worker import Full
+from ...errors import CapabilityError, HandloomError, ParameterError, PromptError
+from ..worker import Full
 
 KINDS = {
     401: "authentication_error",

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from ..engine import Engine
-from ..loop.generation import Event, Generation
-from ..text.detokenizer import token_texts
+from ...engine import Engine
+from ...loop.generation import Event, Generation
+from ...text.detokenizer import token_texts
 from .reading import Asked
 
 LEAST = -9999.0  # what OpenAI's API writes for a log-probability of minus infinity

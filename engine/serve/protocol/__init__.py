@@ -1,0 +1,1 @@
+"""protocol: OpenAI's API as data: bodies read, answers and refusals in its shapes."""
