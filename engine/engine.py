@@ -33,7 +33,7 @@ from .loop.loop import run
 from .loop.request import Request
 from .params.settings import Settings, Single
 from .pipeline.pipeline import Pipeline
-from .state import State, continuations, drafted, extended, prefilled, scored, whole_numbers
+from .state import State, continuations, drafted, extended, prefilled, scored, stepped, unread, whole_numbers
 from .text.prompts import Many, One, chat_ids
 
 log = logging.getLogger("handloom")
@@ -492,12 +492,14 @@ class Engine:
             embeddings: `[B, D]` fed in place of the tokens' own; the rows' history still names the tokens.
             hidden: keep hidden states.
         """
-        ids = whole_numbers(tokens, "tokens")
-        if embeddings is not None and embeddings.shape[:1] != (len(ids),):
-            raise HandloomError(
-                f"embeddings of shape {list(embeddings.shape)} for {len(ids)} tokens; give [B, D]"
-            )
         with self._turn("step"):
+            if embeddings is None and unread(tokens, self.runner):
+                return stepped(self, state, tokens, hidden)
+            ids = whole_numbers(tokens, "tokens")
+            if embeddings is not None and embeddings.shape[:1] != (len(ids),):
+                raise HandloomError(
+                    f"embeddings of shape {list(embeddings.shape)} for {len(ids)} tokens; give [B, D]"
+                )
             longer = self._extended(state, [[t] for t in ids], None, hidden, embeddings)
         return replace(longer, all_logits=None, steps=(), before=None)
 

@@ -12,6 +12,7 @@ from .cache.pool import BlockPool
 from .cache.sequence import Row
 from .cache.transfer import upload
 from .errors import CapabilityError, HandloomError
+from .forward.model import longer_rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,12 +50,12 @@ class State:
     @property
     def lengths(self) -> torch.Tensor:
         """`[B]` int64 tokens of each row, which is the position of its next token."""
-        return torch.tensor([row.length for row in self.rows], device=self.logits.device)
+        return upload([row.length for row in self.rows], self.logits.device)
 
     @property
     def prompt_lengths(self) -> torch.Tensor:
         """`[B]` int64 tokens of each row's prompt."""
-        return torch.tensor([row.prompt_length for row in self.rows], device=self.logits.device)
+        return upload([row.prompt_length for row in self.rows], self.logits.device)
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -111,7 +112,7 @@ class State:
         if wrong:
             raise HandloomError(f"row {wrong[0]} is not in a State of {len(self)} rows")
         numbers = [i % len(self) for i in numbers]
-        where = torch.tensor(numbers, dtype=torch.long, device=self.logits.device)
+        where = upload(numbers, self.logits.device)
 
         def take(tensors):
             return tuple(t.index_select(0, where.to(t.device)) for t in tensors)
@@ -146,7 +147,7 @@ class State:
                 raise HandloomError(
                     f"keep: row {i} was extended by {fed} tokens, count {count} is not in 0..{fed}"
                 )
-        kept = torch.tensor(numbers, dtype=torch.long, device=self.logits.device)
+        kept = upload(numbers, self.logits.device)
         each = torch.arange(len(self), device=self.logits.device)
         logits = self.all_logits[each, (kept - 1).clamp(min=0)]
         if 0 in numbers:
@@ -211,7 +212,7 @@ class State:
             HandloomError: they were not asked for with `hidden=True`, or there is no such layer.
         """
         states = self._layer(layer)
-        fed = torch.tensor(self.counts, device=states.device)[:, None]
+        fed = upload(list(self.counts), states.device)[:, None]
         real = torch.arange(states.shape[1], device=states.device) < fed
         return states.masked_fill(~real[..., None], 0)
 
@@ -222,7 +223,7 @@ class State:
             raise HandloomError(
                 f"row {self.counts.index(0)} keeps nothing of the last extension: its last token came before"
             )
-        last = torch.tensor(self.counts, dtype=torch.long, device=states.device) - 1
+        last = upload([count - 1 for count in self.counts], states.device)
         return states[torch.arange(len(self), device=states.device), last]
 
     def _layer(self, layer: int) -> torch.Tensor:
@@ -255,6 +256,8 @@ def continuations(
         not isinstance(tokens, Iterable) or isinstance(tokens, str | Mapping)
     ):
         raise HandloomError(f"tokens must be [B, n] ids or one list of ids per row, got {tokens!r}")
+    if torch.is_tensor(tokens) and tokens.dim() == 2 and tokens.device.type != "cpu":
+        tokens = tokens.cpu()  # at once, not row by row
     rows = [whole_numbers(row, f"row {i}") for i, row in enumerate(tokens)]
     if counts is not None:
         wanted = whole_numbers(counts, "counts")
@@ -264,19 +267,30 @@ def continuations(
             if not 1 <= n <= len(row):
                 raise HandloomError(f"row {i}: count {n} is not in 1..{len(row)}")
         rows = [row[:n] for row, n in zip(rows, wanted, strict=True)]
-    if len(rows) != len(state):
-        raise HandloomError(f"{len(rows)} rows of tokens for a State of {len(state)} rows")
-    for i, (new, row) in enumerate(zip(rows, state.rows, strict=True)):
-        if not new:
+    check_rows(state, list(map(len, rows)), max_length)
+    check_ids(rows, vocab_size)
+    return rows
+
+
+def check_rows(state: State, counts: list[int], max_length: int) -> None:
+    """Raise unless every row can take as many tokens as it is given."""
+    if len(counts) != len(state):
+        raise HandloomError(f"{len(counts)} rows of tokens for a State of {len(state)} rows")
+    for i, (count, row) in enumerate(zip(counts, state.rows, strict=True)):
+        if not count:
             raise HandloomError(f"row {i} is given no token; select the rows that go on first")
-        wrong = [t for t in new if not 0 <= t < vocab_size]
+        if row.length + count > max_length:
+            raise CapabilityError(
+                f"row {i} would have {row.length + count} tokens, more than max_length={max_length}"
+            )
+
+
+def check_ids(rows: list[list[int]], vocab_size: int) -> None:
+    """Raise HandloomError for the first id that is no token."""
+    for i, row in enumerate(rows):
+        wrong = [t for t in row if not 0 <= t < vocab_size]
         if wrong:
             raise HandloomError(f"row {i}: token id {wrong[0]} is not in 0..{vocab_size - 1}")
-        if row.length + len(new) > max_length:
-            raise CapabilityError(
-                f"row {i} would have {row.length + len(new)} tokens, more than max_length={max_length}"
-            )
-    return rows
 
 
 def whole_numbers(values, what: str) -> list[int]:
@@ -296,6 +310,13 @@ def whole_numbers(values, what: str) -> list[int]:
         shape = list(tensor.shape)
         raise HandloomError(f"{what} must be integer token ids, got {tensor.dtype} of shape {shape}")
     return tensor.reshape(-1).tolist()
+
+
+def unread(tokens, runner) -> bool:
+    """Whether tokens are ids `[B]` where a recorded pass takes them, so that the host need not read them first."""
+    if not torch.is_tensor(tokens) or tokens.dtype != torch.long or tokens.dim() != 1:
+        return False
+    return len(tokens) > 0 and runner.records(len(tokens)) and tokens.device == runner.recorded.device
 
 
 def stacked(parts) -> torch.Tensor:
@@ -342,6 +363,22 @@ def extended(runner, state: State, given: list[list[int]], hidden: bool, embeddi
         states=out.states,
         steps=(state.states, *out.steps) if out.steps else (),
         before=state.logits,
+    )
+
+
+def stepped(engine, state: State, tokens: torch.Tensor, hidden: bool) -> State:
+    """The State after one token a row, `[B]` on the device: the host reads them while the pass runs."""
+    check_owner(state, engine.pool)
+    check_rows(state, [1] * len(tokens), engine.max_length)
+    letter = engine.runner.recorded.mail.send(tokens)
+    tables, out = engine.runner.branch(state.rows, [[0]] * len(tokens), None, hidden=hidden, ids=tokens)
+    given = [[token] for token in letter.read()[0]]
+    check_ids(given, engine.vocab_size)
+    return State(
+        rows=longer_rows(state.rows, tables, given),
+        logits=out.logits[:, 0],
+        counts=(1,) * len(given),
+        hidden_states=out.hidden,
     )
 
 

@@ -255,6 +255,37 @@ def grid_numbers(
     return numbers, shape
 
 
+class Lines:
+    """`grid_numbers` of rows that get one token each, step after step: what stays is not written again.
+
+    Args:
+        rows, blocks: as in the shape of `grid_numbers`.
+        block_size: cells per block.
+    """
+
+    def __init__(self, rows: int, blocks: int, block_size: int):
+        self.block_size, self._held = block_size, []
+        self.numbers, parts = _empty(_grid_sizes(rows, 1, blocks, False))
+        self.ids, self.positions, self.cells, self.lengths, counts, table = parts
+        self.table, self._each = table.reshape(rows, blocks), np.arange(rows)
+        counts[:] = 1
+
+    def fill(self, ids, begins, tables) -> np.ndarray:
+        """The numbers; arguments as there, but for ids `[B]`. The array is written to at the next call."""
+        held, rows = [table.blocks for table in tables], len(begins)
+        if held != self._held:
+            self.table[:], self.positions[:], self.lengths[:] = ZERO, 0, 1
+            self.cells[:] = TRASH * self.block_size
+            for row, blocks in zip(self.table, held, strict=False):
+                row[: len(blocks)] = blocks
+            self._held = held
+        where = np.array(begins)
+        block, place = np.divmod(where, self.block_size)
+        self.ids[:rows], self.positions[:rows], self.lengths[:rows] = ids, where, where + 1
+        self.cells[:rows] = self.table[self._each[:rows], block] * self.block_size + place
+        return self.numbers
+
+
 def _packed_sizes(tokens: int, rows: int, blocks: int) -> tuple[int, ...]:
     return tokens, tokens, tokens, rows + 1, rows, rows, rows * blocks
 

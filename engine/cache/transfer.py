@@ -20,3 +20,9 @@ def upload(values, device: torch.device, dtype: torch.dtype | None = torch.long)
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
+def send(values: np.ndarray, there: torch.Tensor) -> None:
+    """Numbers of the host into a tensor of a device that is there already; the array may be written to afterwards."""
+    here = torch.from_numpy(values)
+    there.copy_(here.pin_memory() if there.device.type == "cuda" else here, non_blocking=True)

@@ -27,6 +27,10 @@ class Model(Pass):
 
     # -- rows
 
+    def records(self, rows: int) -> bool:
+        """Whether a pass over so many rows, a token each, is recorded."""
+        return self.recorded is not None and not self.hooked and rows <= MANY
+
     def prefill(self, tokens, embeddings=None, *, hidden=False, every=False, room=0) -> tuple[Row, Output]:
         """A new row that holds a prompt, computed alone and unpadded.
 
@@ -82,12 +86,15 @@ class Model(Pass):
         tables, out = self.branch(rows, tokens, None, hidden=hidden, embeddings=embeddings)
         return longer_rows(rows, tables, tokens), out
 
-    def branch(self, rows, tokens, parents, *, hidden=False, embeddings=None) -> tuple[list, Output]:
+    def branch(
+        self, rows, tokens, parents, *, hidden=False, embeddings=None, ids=None
+    ) -> tuple[list, Output]:
         """Feed each row a tree of drafts behind what it holds, or with `parents=None` a line.
 
         Args:
             rows, tokens, hidden, embeddings: as for `extend`.
             parents: for each row the place of every token's parent among them, before it; -1 for none.
+            ids: `[B]` single tokens on the device, in place of `tokens`, where passes are recorded.
 
         Returns:
             Tables that hold the drafts in the cells behind each row, and an Output with logits `[B, n, V]`.
@@ -95,9 +102,10 @@ class Model(Pass):
         begins = [row.length for row in rows]
         tables = [self._writable(r.table, r.length, len(t)) for r, t in zip(rows, tokens, strict=True)]
         width = max(map(len, tokens))
-        few = embeddings is None and width <= LONG and width * len(rows) <= MANY
-        if self.recorded is not None and not self.hooked and few:
-            return tables, self.recorded.grid(self, tokens, begins, tables, parents=parents, hidden=hidden)
+        if embeddings is None and width <= LONG and self.records(width * len(rows)):
+            return tables, self.recorded.grid(
+                self, tokens, begins, tables, parents=parents, hidden=hidden, ids=ids
+            )
         size, device = self.pool.block_size, self.device
         return tables, self.forward(
             Feed.build(tokens, begins, tables, size, device, embeddings, parents), hidden=hidden

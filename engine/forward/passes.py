@@ -89,7 +89,7 @@ class Pass:
     # -- one forward pass
 
     def forward(
-        self, feed: Feed, cache: PagedCache | None = None, *, hidden=False, last_only=False
+        self, feed: Feed, cache: PagedCache | None = None, *, hidden=False, last_only=False, into=None
     ) -> Output:
         """Run the model over `feed`, writing its keys and values to the pool.
 
@@ -98,9 +98,19 @@ class Pass:
             cache: a cache that holds recurrent states, updated in place; None for models without.
             hidden: return hidden states as well.
             last_only: logits of each row's last token only, `[B, 1, V]`; of packed rows `[1, R, V]`.
+            into: `[N, V]` float32, receives all N rows of logits; the Output's are then a view of it.
         """
-        if self.path == "rows" and len(feed.tables) > 1:
-            return self._forward_rows(feed, hidden, last_only)
+        alone = self.path == "rows" and len(feed.tables) > 1
+        out = (
+            self._forward_rows(feed, hidden, last_only)
+            if alone
+            else self._through(feed, cache, hidden, last_only)
+        )
+        out.logits = out.logits.float() if into is None else copied(out.logits, into)
+        return out
+
+    def _through(self, feed: Feed, cache: PagedCache | None, hidden, last_only) -> Output:
+        """The pass, with logits in the model's dtype."""
         cache = self.cache if cache is None else cache
         cache.bind(feed)
         self._aim(feed)
@@ -130,7 +140,7 @@ class Pass:
         elif last_only:
             logits = logits[:, -1:] if logits.shape[1] == 1 or not ragged else last_of_rows(logits, feed)
         states = tuple(out.hidden_states) if hidden else None
-        return Output(logits.float(), states, cache.states() if self.recurrent else ())
+        return Output(logits, states, cache.states() if self.recurrent else ())
 
     def _forward_rows(self, feed: Feed, hidden, last_only) -> Output:
         """One forward pass per row, for models that take the position of a whole batch from its first row."""
@@ -253,6 +263,11 @@ def last_of_rows(part, feed):
     """`[B, Q, ...]` -> `[B, 1, ...]`: the last real entry of each row."""
     rows = torch.arange(part.shape[0], device=part.device)
     return part[rows, feed.fresh().to(part.device) - 1][:, None]
+
+
+def copied(logits, into):
+    """Logits `[B, Q, V]` in the memory of `into [B * Q, V]`."""
+    return into.copy_(logits.reshape(into.shape)).view(logits.shape)
 
 
 def padded(part, width):

@@ -46,6 +46,10 @@ class SoloModel:
         self._arguments = accepted(module)
         self._live: Session | None = None
 
+    def records(self, rows: int) -> bool:
+        """See `Model.records`."""
+        return False
+
     @property
     def device(self) -> torch.device:
         """Where input ids go."""

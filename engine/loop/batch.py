@@ -13,13 +13,14 @@ from ..cache.pool import TRASH, ZERO
 from ..cache.sequence import Row
 from ..cache.transfer import upload
 from ..errors import HandloomError, PoolExhausted
+from ..forward.programs.capture import Letter
 from ..pipeline.forms.context import Failures
 from ..pipeline.pipeline import Context
 from .request import Request
 
 IDLE = (TRASH,)
 # Tensors with one entry per slot, which move with their rows when the batch shrinks.
-_PER_SLOT = ("logits", "tokens", "results", "stops", "history", "cells", "table")
+_PER_SLOT = ("logits", "tokens", "stops", "history", "cells", "table")
 
 
 @dataclass
@@ -28,27 +29,20 @@ class Step:
 
     Args:
         requests: who sat in each slot.
-        results: `[S, 3]` token, raw and processed log-probability of each slot.
-        best: ids and log-probabilities `[S, n]` of the most probable tokens, or None.
-        ready: set when `results` has arrived, None where it is there already.
+        results: `[S, 3 + 2 n]` token, raw and processed log-probability of each slot, ids and log-probabilities of
+            the n most probable ones.
+        letter: brings them, where they are on their way.
         failures: why a processor left a slot without a token.
     """
 
     requests: list[Request | None]
     results: torch.Tensor
-    best: tuple[torch.Tensor, torch.Tensor] | None = None
-    ready: torch.cuda.Event | None = None
+    letter: Letter | None = None
     failures: Failures = field(default_factory=Failures)
 
     def read(self) -> list[list[float]]:
         """The results, once they have arrived."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return self.results.tolist()
-
-    def most_probable(self) -> list | None:
-        """(ids, log-probabilities) of each slot, most probable first."""
-        return None if self.best is None else list(zip(*(t.tolist() for t in self.best), strict=True))
+        return self.results.tolist() if self.letter is None else self.letter.read()[0]
 
 
 class Batch:
@@ -63,7 +57,6 @@ class Batch:
     position that token is fed at after it. Idle slots stay at 0 and write to the trash block.
     """
 
-    lag = 0  # steps that the host may look back: it sees each one before the next begins
     shrinks = True  # with few rows left it goes on in fewer slots
 
     def __init__(self, engine, size: int, width: int):
@@ -76,7 +69,6 @@ class Batch:
 
         blocks = -(-width // self.block) + 1
         self.logits = torch.zeros(size, engine.vocab_size, device=device)
-        self.results = torch.zeros(size, 3, dtype=torch.double, device=device)
         self.tokens, self.stops = ints(size), ints(size, 8, fill=-1)
         # One tensor, so that a new row's numbers arrive together; each of its rows begins at a multiple of 16 bytes.
         self.numbers = ints(6, size + size % 2)[:, :size]
@@ -264,23 +256,17 @@ class Batch:
     def draw(self) -> Step:
         """One token for every slot, remembered in `tokens`."""
         context = self.context()
-        drawn = self.sampler.sample(self.logits, context)
+        drawn = self.sampler.sample(self.logits, context, self._top_count())
         self.tokens = drawn.tokens
         self.sampler = self.sampler.accept(drawn.tokens, context, every_row=True)
-        results = torch.stack((drawn.tokens, drawn.raw_logprobs, context.spoiled(drawn.logprobs)), 1)
-        return Step(list(self.requests), results, self._most_probable(), failures=context.failures)
+        columns = drawn.tokens, drawn.raw_logprobs, context.spoiled(drawn.logprobs)
+        results = torch.cat([torch.stack(columns, 1), *(drawn.top or ())], 1)
+        return Step(list(self.requests), results, failures=context.failures)
 
-    def _top_count(self) -> int | None:
-        """How many of the most probable tokens some request wants to see, or None."""
-        wanted = [r.params.logprobs for r in self.requests if r is not None and r.params.logprobs is not None]
-        return min(max(*wanted, 1), self.logits.shape[-1]) if wanted else None
-
-    def _most_probable(self):
-        count = self._top_count()
-        if count is None:
-            return None
-        best = self.logits.log_softmax(-1).topk(count)
-        return best.indices, best.values
+    def _top_count(self) -> int:
+        """How many of the most probable tokens some request wants to see."""
+        wanted = [r.params.logprobs for r in self.requests if r is not None]
+        return min(max((n for n in wanted if n is not None), default=0), self.logits.shape[-1])
 
     @torch.no_grad()
     def feed(self) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..cache.feed import Feed
-from ..forward.programs.capture import Mailbox, recorder_for
+from ..forward.programs.capture import Letter, Mailbox, recorder_for
 from ..forward.programs.programs import Programs
+from ..kernels.append import append
 from ..pipeline.forms.context import Failures
 from ..pipeline.pipeline import Context
 from .batch import IDLE, Batch, Step
@@ -22,12 +23,15 @@ KEPT = 24  # recorded steps that a batch keeps; the one unused longest goes firs
 
 @dataclass
 class Program:
-    """A recorded step: the graph, whether it draws too, and the pipeline's tensors that it then reads."""
+    """A recorded step: graphs of the draw, where it is device work alone, and of the forward pass.
 
-    graph: Any
-    whole: bool
+    live: the pipeline's tensors that the draw reads. results: what it tells the host.
+    """
+
+    sample: Any
+    forward: Any
+    results: torch.Tensor
     live: list = field(default_factory=list)
-    best: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def leaves(self) -> list[torch.Tensor]:
@@ -36,10 +40,10 @@ class Program:
 
 
 class GraphBatch(Batch):
-    """A Batch whose step never asks the host anything; the host looks at it one step late.
+    """A Batch whose step never asks the host anything: it goes on while the host looks at what was drawn.
 
-    Every tensor keeps its address. EOS, stop ids and lengths end a row on the device; stop strings, criteria and
-    time are seen late, and the step drawn meanwhile is dropped. Without CUDA the same program runs unrecorded.
+    Every tensor keeps its address. EOS, stop ids and lengths end a row on the device; where the host ends one, by stop
+    strings, criteria or time, its forward pass is under way and dropped. Without CUDA the same program runs unrecorded.
     """
 
     shrinks = False
@@ -48,13 +52,16 @@ class GraphBatch(Batch):
         super().__init__(engine, size, width)
         device = self.positions.device
         self.recorder = recorder_for(device)
-        self.mail = Mailbox(device, turns=3)
+        self.mail = Mailbox(device, turns=2)
         self.programs = (
             None if self.recorder is None else Programs(self.recorder, self.pool, KEPT, "the decode step")
         )
         self.failures = Failures()
+        # Position and cell of the tokens that are fed, and how many cells their rows then have.
+        self.fed = torch.zeros(3, size + size % 2, dtype=torch.long, device=device)[:, :size]
         self._current: tuple | None = None  # blocks, key and program of the last step, until a row changes
-        self._chosen: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._told: dict[int, torch.Tensor] = {}  # results, by their width
+        self._sent: Letter | None = None
 
     # -- what the host does
 
@@ -68,26 +75,22 @@ class GraphBatch(Batch):
         self._current = None
         super().clear(slot)
 
-    @property
-    def lag(self) -> int:
-        """A step behind; not where the last one is to be recorded, which its results do not wait for."""
-        return 0 if self.programs is not None and self.programs.due else 1
-
     @torch.no_grad()
     def draw(self) -> Step:
-        """Start one whole step, forward pass included; its results are on their way when this returns."""
+        """Draw and start the forward pass behind; the results are on their way before the pass begins."""
         key, program = self._find()
-        best = self._best_buffers() if program is None else program.best
         if program is None:
-            self._run(key, best)
+            self._run(key)
         else:
-            if not program.whole:
-                self._sample(best)
-            program.graph.replay()
-            self.failures = Failures() if program.whole else self.failures
+            if program.sample is None:
+                self._sample()
+            else:
+                self.failures = Failures()
+                program.sample.replay()
+            self._sent = self.mail.send(program.results)
+            program.forward.replay()
         self.lengths += self.occupied
-        sent, ready = self.mail.send(self.results, *(best or ()))
-        return Step(list(self.requests), sent[0], tuple(sent[1:]) or None, ready, self.failures)
+        return Step(list(self.requests), self._sent.tensors[0], self._sent, self.failures)
 
     @torch.no_grad()
     def record(self) -> None:
@@ -106,30 +109,23 @@ class GraphBatch(Batch):
         context.tokens = self.history
         return context
 
-    def _sample(self, best) -> None:
-        """Draw a token for every slot; memory is updated where it lies."""
+    def _sample(self) -> None:
+        """Draw a token for every slot and append it; memory is updated where it lies."""
         context = self.context()
-        drawn = self.sampler.sample(self.logits, context)
+        drawn = self.sampler.sample(self.logits, context, self._top_count())
         advanced = self.sampler.accept(drawn.tokens, context, every_row=True)
         self.failures = context.failures
         for old, new in zip(self.sampler.active(), advanced.active(), strict=True):
             _overwrite(old, new)
-        for column, part in enumerate((drawn.tokens, drawn.raw_logprobs, context.spoiled(drawn.logprobs))):
-            self.results[:, column].copy_(part)
-        self.tokens.copy_(drawn.tokens)
-        if best is not None:
-            top = self.logits.log_softmax(-1).topk(best[0].shape[1])
-            best[0].copy_(top.indices)
-            best[1].copy_(top.values)
+        append(
+            drawn.tokens, (drawn.raw_logprobs, context.spoiled(drawn.logprobs)), drawn.top,
+            results=self._results(), ids=self.tokens, fed=self.fed, history=self.history, cells=self.cells,
+            positions=self.positions, active=self.active, limits=self.limits, stops=self.stops,
+        )  # fmt: skip
 
     def _advance(self) -> None:
-        """Append the tokens, run the model over all slots, and move the rows that go on."""
-        self.history.scatter_(1, self.positions, self.tokens[:, None])
-        self.logits.copy_(self.model.forward(self._feed(), self.cache).logits[:, -1])
-        stopped = (self.tokens[:, None] == self.stops).any(1, keepdim=True)
-        stopped |= self.positions + 1 >= self.limits
-        self.active.masked_fill_(stopped, 0)
-        self.positions.add_(self.active)
+        """Run the model over all slots."""
+        self.model.forward(self._feed(), self.cache, into=self.logits)
 
     def _feed(self) -> Feed:
         # A recorded step may hold nothing that the host knows today: no tables, no lengths.
@@ -141,12 +137,12 @@ class GraphBatch(Batch):
         ]
         return Feed(
             ids=self.tokens[:, None],
-            positions=self.positions,
-            cells=self.cells.gather(1, self.positions),
+            positions=self.fed[0][:, None],
+            cells=self.fed[1][:, None],
             tables=rows if known else (),
             lengths=lengths if known else (),
             block_table=self.table[:, : self._blocks()],
-            cell_counts=self.positions[:, 0] + 1,
+            cell_counts=self.fed[2],
         )
 
     def _blocks(self) -> int:
@@ -174,33 +170,38 @@ class GraphBatch(Batch):
             self._current = self._blocks(), key, program
         return key, program
 
-    def _run(self, key, best) -> None:
+    def _run(self, key) -> None:
         """A step that is not recorded, or not yet."""
         if not self._whole():
-            self._sample(best)
-        step = self._step(best)
+            self._sample()
         if self.programs is None:
-            step()
+            self._step()
         else:
-            self.programs.run(key, step, lambda: self._record(key, best))
+            self.programs.run(key, self._step, lambda: self._record(key))
 
-    def _step(self, best):
-        """What a recording of the step holds now."""
-        whole = self._whole()
+    def _results(self) -> torch.Tensor:
+        """What the host is told: `[S, 3 + 2 n]`, as in `Step`."""
+        width = 3 + 2 * self._top_count()
+        if width not in self._told:
+            self._told[width] = torch.zeros(self.size, width, dtype=torch.double, device=self.logits.device)
+        return self._told[width]
 
-        def step():
-            if whole:
-                self._sample(best)
-            self._advance()
+    def _step(self) -> None:
+        """The whole step."""
+        if self._whole():
+            self._sample()
+        self._sent = self.mail.send(self._results())
+        self._advance()
 
-        return step
-
-    def _record(self, key, best) -> Program | None:
+    def _record(self, key) -> Program | None:
         """The recorded step, unless the rows have changed and with them what it would hold."""
-        live = self._live() if self._whole() else []
+        whole = self._whole()
+        live = self._live() if whole else []
         if self._key(live) != key:
             return None
-        return Program(self.recorder.record(self._step(best)), self._whole(), live, best)
+        results = self._results()  # made here, not in the memory of graphs
+        graphs = self.recorder.record(*([self._sample] if whole else []), self._advance)
+        return Program(graphs[0] if whole else None, graphs[-1], results, live)
 
     def _whole(self) -> bool:
         """Whether the pipeline is device work alone; a Python processor splits the step at its place."""
@@ -213,8 +214,7 @@ class GraphBatch(Batch):
         """Everything of the pipeline that a step reads, in a fixed order."""
         members = self.sampler.active()
         values = [(m.processor.name, m.ready(self.sampler.site), m.memory) for m in members]
-        plan = None if all(self.sampler.greedy) else self.sampler.plan()
-        return [values, plan, self.sampler.greedy_rows()]
+        return [values, self.sampler.plan(), self.sampler.greedy_rows()]
 
     def _key(self, live) -> tuple:
         shape = (
@@ -225,15 +225,6 @@ class GraphBatch(Batch):
             self.cache is None,
         )
         return (*shape, *(_describe(leaf) for leaf in _flatten(live)))
-
-    def _best_buffers(self):
-        count = self._top_count()
-        if count is None:
-            return None
-        if self._chosen is None or self._chosen[0].shape[1] != count:
-            ids = torch.zeros(self.size, count, dtype=torch.long, device=self.logits.device)
-            self._chosen = ids, torch.zeros(self.size, count, device=self.logits.device)
-        return self._chosen
 
     def _adopt(self, program: Program, live) -> None:
         """Bring the tensors that a recorded step reads up to date, and make them the pipeline's own."""

@@ -24,7 +24,7 @@ def run(engine, requests: list[Request] | Arrivals) -> Iterator[Event]:
     own prompt, seed and parameters alone.
     """
     arrivals = requests if isinstance(requests, Arrivals) else None
-    waiting, steps = deque(() if arrivals else requests), deque()
+    waiting = deque(() if arrivals else requests)
     # A step that is recorded keeps its shape, so it is made for all that may come.
     most, width = (engine.slots, engine.max_length) if arrivals and engine.graphs else (len(waiting), 1)
     width = max((min(r.room, engine.max_length) for r in waiting), default=width)
@@ -40,12 +40,9 @@ def run(engine, requests: list[Request] | Arrivals) -> Iterator[Event]:
             yield from admit(engine, batch, prompts, waiting)
             yield from prepare(batch)
             if not batch.running:
-                steps.clear()
                 continue
             try:
-                steps.append(batch.draw())
-                while len(steps) > batch.lag:
-                    yield from collect(batch, steps.popleft())
+                yield from collect(batch, batch.draw())
                 fewer = engine.bucket(len(batch.running))
                 if batch.shrinks and not (waiting or prompts) and fewer < batch.size:
                     batch = batch.resized(engine, fewer)
@@ -53,8 +50,6 @@ def run(engine, requests: list[Request] | Arrivals) -> Iterator[Event]:
                     batch.feed()
                 record(engine, batch)
             except torch.OutOfMemoryError as error:
-                while steps:  # what was drawn before it is complete
-                    yield from collect(batch, steps.popleft())
                 yield from abandon(batch, error)
                 most, width = max(1, batch.size // 2), batch.history.shape[1] - 1
                 batch = engine.batch(most, width)
@@ -147,16 +142,17 @@ def abandon(batch: Batch, error: Exception) -> Iterator[Event]:
 
 def collect(batch: Batch, step: Step) -> Iterator[Event]:
     """Hand each drawn token to its request; those that finish leave their slot."""
-    results, best = step.read(), step.most_probable()
-    for slot, request in enumerate(step.requests):
-        if request is None or batch.requests[slot] is not request:
+    for slot, (request, (token, raw, processed, *top)) in enumerate(
+        zip(step.requests, step.read(), strict=True)
+    ):
+        if request is None:
             continue
-        token, raw, processed = results[slot]
         if math.isnan(raw) or math.isnan(processed):
             reason = blame(raw) if math.isnan(raw) else step.failures.get(slot, blame(raw))
             event = request.end("error", f"request {request.index}: {reason}")
         else:
-            event = request.push(int(token), raw, processed, best and best[slot])
+            best = [int(i) for i in top[: len(top) // 2]], top[len(top) // 2 :]
+            event = request.push(int(token), raw, processed, best)
         if event.finish:
             batch.clear(slot)
         yield event

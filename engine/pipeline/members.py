@@ -68,8 +68,8 @@ class Plan:
     edits: members that edit there. remembering: truncation rules there that have memory. rules: the truncation
     rules in order, a member's index where its parameter is in memory, and made in every step. temperature: [B]
     float32, 0 for greedy rows; None: no row needs one. untouched: [B] bool, greedy rows for which no member is on;
-    None: none. Where all rows are greedy, the last three are not needed: what the sampler truncates by keeps the
-    most probable token.
+    None: none. Where all rows are greedy, no rule is needed: what the sampler truncates by keeps the most probable
+    token.
     """
 
     unfused: list[int]
@@ -78,6 +78,11 @@ class Plan:
     rules: list[Rule | int] = dataclasses.field(default_factory=list)
     temperature: Tensor | None = None
     untouched: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether greedy rows are drawn from what the model gave."""
+        return not self.unfused and not self.edits
 
 
 def reasons(

@@ -32,12 +32,14 @@ class Drawn:
     logprobs: [B] float32, the same after all processors (greedy rows: without temperature and truncation).
     processed: [B, V] float32, or None where it was never written. A row whose logits are NaN, or which has no
     token left, has NaN in a log-probability (and an arbitrary valid token).
+    top: ids int64 and raw log-probabilities float32 [B, n] of the most probable tokens, or None.
     """
 
     tokens: Tensor
     raw_logprobs: Tensor
     logprobs: Tensor
     processed: Tensor | None
+    top: tuple[Tensor, Tensor] | None = None
 
 
 class Rows:
@@ -169,9 +171,10 @@ class Rows:
                 edits=[i for i in fused if i not in keeps and not self._is_temperature(i)],
                 remembering=[i for i in keeps if remembers(self.members[i].processor)],
             )
+            self._plan.temperature = self._temperature([i for i in fused if self._is_temperature(i)])
             if not all(self.greedy):
-                self._plan.temperature = self._temperature([i for i in fused if self._is_temperature(i)])
                 self._plan.rules = [i if i in self._plan.remembering else self._rule(i) for i in keeps]
+            if not self._plan.plain or not all(self.greedy):
                 self._plan.untouched = self._untouched()
         return self._plan
 
@@ -311,27 +314,23 @@ class Rows:
         other.greedy, other._greedy_tensor, other._plan = pick(self.greedy), None, None
         return other
 
-    def sample(self, logits: Tensor, context: Context) -> Drawn:
-        """Process raw `logits` [B, V] float32 and draw one token a row.
+    def sample(self, logits: Tensor, context: Context, n_top: int = 0) -> Drawn:
+        """Process raw `logits` [B, V] float32 and draw one token a row; n_top: how many alternatives to tell.
 
         Edits, temperature and truncation rules at the end of the pipeline run inside `kernels.sample` together
-        with the draw, with the tokens that `apply` and `kernels.draw` would give. On a CPU, and where all rows
-        are greedy, the edits are made in one copy of the logits instead, which is cheaper there.
+        with the draw, with the tokens that `apply` and `kernels.draw` would give. On a CPU the edits are made in one
+        copy of the logits instead, which is cheaper there, and where all rows are greedy nothing is drawn.
         """
         plan, kernels = self.plan(), implementation(logits.device)
-        if all(self.greedy):
-            processed = self._run([*plan.unfused, *plan.edits], logits, context)
-            tokens = processed.argmax(-1)
-            raw = logprob_of(logits, tokens)
-            final = raw if processed is logits else logprob_of(processed, tokens)
-            self._note(plan, context, tokens, final, processed)
-            return Drawn(tokens, raw, final, processed)
         if kernels == "torch":
             processed, edits = self._run([*plan.unfused, *plan.edits], logits, context), None
+            if all(self.greedy):
+                return self._best(plan, logits, processed, context, n_top)
         else:
             processed = self._run(plan.unfused, logits, context)
             edits = self.edits(processed, context)
         rules = (self._rule(rule, context) if isinstance(rule, int) else rule for rule in plan.rules)
+        seen = kernels != "torch" and processed is logits  # whether the sampler sees what the model gave
         drawn = sample(
             processed,
             seeds=context.seeds,
@@ -340,21 +339,32 @@ class Rows:
             temperature=plan.temperature,
             rules=tuple(rules),
             logprobs="chosen",
+            n_top=n_top if seen else 0,
             kernels=kernels,
             **({} if edits is None else edits.arguments()),
         )
         # -1 marks a row without a drawable token; its log-probabilities are NaN
         tokens = drawn.tokens.clamp(min=0)
         self._note(plan, context, tokens, drawn.logprob, processed if edits is None else edits)
-        raw, final = drawn.raw_logprob, drawn.logprob
-        if raw is None or processed is not logits:  # the sampler has not seen what the model gave
-            raw = logprob_of(logits, tokens)
-        if edits is None and any(self.greedy):
+        raw, final, top = drawn.raw_logprob, drawn.logprob, (drawn.top_ids, drawn.top_logprobs)
+        if raw is None or not seen:
+            raw, top = told(logits, tokens, n_top)
+        if kernels == "torch" and any(self.greedy):
             # by the formula of a batch without sampling rows, to the last bit
-            final = torch.where(self.greedy_rows(), logprob_of(processed, tokens), final)
+            final = torch.where(self.greedy_rows(), told(processed, tokens)[0], final)
+        elif plan.plain and all(self.greedy):
+            final = raw
         elif plan.untouched is not None:
             final = torch.where(plan.untouched, raw, final)
-        return Drawn(tokens, raw, final, None)
+        return Drawn(tokens, raw, final, None, top if n_top else None)
+
+    def _best(self, plan: Plan, logits: Tensor, processed: Tensor, context: Context, n_top: int) -> Drawn:
+        """The highest token of every row."""
+        tokens = processed.argmax(-1)
+        raw, top = told(logits, tokens, n_top)
+        final = raw if processed is logits else told(processed, tokens)[0]
+        self._note(plan, context, tokens, final, processed)
+        return Drawn(tokens, raw, final, processed, top)
 
     def _note(
         self, plan: Plan, context: Context, tokens: Tensor, logprobs: Tensor, edited: Tensor | Edits
@@ -386,13 +396,19 @@ class Rows:
 
 
 def implementation(device: torch.device) -> str | None:
-    """Which kernels `sample` is asked for: on a CPU the interpreter of Triton runs only for those
-    who name it.
+    """Which kernels `sample` is asked for: "torch" where Triton's cannot run, or only in its interpreter and nobody
+    names it.
     """
-    choice = dispatch.requested()
-    return "torch" if choice == "torch" or (device.type == "cpu" and choice == "auto") else None
+    return "torch" if dispatch.select("sample", device) == "torch" else None
 
 
 def logprob_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """log_softmax(logits [B, V]) at tokens [B], [B] float32; NaN for rows of NaN or of -inf alone."""
-    return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    return told(logits, tokens)[0]
+
+
+def told(logits: Tensor, tokens: Tensor, n_top: int = 0) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Log-probabilities [B] of tokens [B] under logits [B, V], and ids and log-probabilities [B, n] of the highest."""
+    shares = logits.log_softmax(-1)
+    best = shares.topk(n_top) if n_top else None
+    return shares.gather(-1, tokens[:, None])[:, 0], best and (best.indices, best.values)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, prompts_of
 from helpers import assert_nothing_leaked, tiny_llama
-from recorded_graph import Recorder, install
+from recorded_graph import Recorder, Recording, install
 
-from handloom import Engine, SamplingParams
+from handloom import Engine, HandloomError, SamplingParams
 from handloom.cache.feed import Feed, grid_numbers, packed_numbers
 from handloom.cache.pool import TRASH, ZERO
+from handloom.forward.programs.capture import Letter
 from handloom.forward.programs.programs import bucket
 
 ON_CUDA = torch.cuda.is_available()
@@ -71,6 +72,36 @@ def test_states_as_programs_equal_eager_ones_while_rows_fork_rewind_and_go(name,
     kept = program.runner.recorded.programs
     assert (len(kept) >= 3, kept.refused) == (True, {})
     del want, have
+    assert_nothing_leaked(program)
+
+
+def test_the_host_reads_the_tokens_of_a_step_while_its_pass_runs(recorders, monkeypatch):
+    """They go from the device to the pass; what is wrong with them is told afterwards, and harms nobody."""
+    if ON_CUDA:
+        pytest.skip("follows the calls of the stand-in")
+    eager, program = engines("llama")
+    told = []
+    for kind, name in ((Recording, "replay"), (Letter, "read")):
+        original = getattr(kind, name)
+        monkeypatch.setattr(
+            kind, name, lambda self, name=name, original=original: (told.append(name), original(self))[1]
+        )
+    state, other = program.prefill(prompts_of([5, 9])), eager.prefill(prompts_of([5, 9]))
+    for _ in range(9):  # over the ends of blocks
+        told.clear()
+        tokens = state.logits.argmax(-1)
+        state, other = program.step(state, tokens), eager.step(other, tokens)
+        torch.testing.assert_close(state.logits, other.logits, **CLOSE)
+    assert (state.tokens, told) == (other.tokens, ["replay", "read"])
+    with pytest.raises(HandloomError, match=r"row 1: token id 100000 is not in 0\.\."):
+        program.step(state, torch.tensor([3, 100000]))
+    with pytest.raises(HandloomError, match="1 rows of tokens for a State of 2 rows"):
+        program.step(state, torch.tensor([3]))
+    again, want = program.step(state, torch.tensor([3, 4])), eager.step(other, torch.tensor([3, 4]))
+    torch.testing.assert_close(again.logits, want.logits, **CLOSE)
+    picked = program.step(again.select([1]), torch.tensor([7]))  # fewer rows in another shape
+    torch.testing.assert_close(picked.logits, eager.step(want.select([1]), torch.tensor([7])).logits, **CLOSE)
+    del state, other, again, want, picked
     assert_nothing_leaked(program)
 
 
@@ -142,7 +173,7 @@ def test_the_first_token_does_not_wait_for_a_recording(recorders, monkeypatch):
     _, program = engines("llama", slots=1)
     told, original = [], Recorder.record
     monkeypatch.setattr(
-        Recorder, "record", lambda self, step: (told.append("recorded"), original(self, step))[1]
+        Recorder, "record", lambda self, *steps: (told.append("recorded"), original(self, *steps))[1]
     )
     told.extend(event.token_id for event in program.stream(prompts_of([9]), max_new_tokens=4))
     assert told[0] != "recorded"

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from handloom import Engine, SamplingParams
 from handloom.cache import transfer
+from handloom.forward.programs.capture import Letter
 from handloom.loop import batch
 from handloom.loop.batch import Step
 from handloom.loop.loop import run
@@ -51,12 +52,12 @@ def waits(monkeypatch):
 
         return call
 
-    upload = transfer.upload
-    for module in [m for n, m in sys.modules.items() if n.startswith("handloom")]:
-        if getattr(module, "upload", None) is upload:
-            monkeypatch.setattr(module, "upload", uncounted(upload))
+    for name, original in (("upload", transfer.upload), ("send", transfer.send)):
+        for module in [m for n, m in sys.modules.items() if n.startswith("handloom")]:
+            if getattr(module, name, None) is original:
+                monkeypatch.setattr(module, name, uncounted(original))
+    counting.uncounted = uncounted
     monkeypatch.setattr(Step, "read", uncounted(Step.read))
-    monkeypatch.setattr(Step, "most_probable", uncounted(Step.most_probable))
     for name, method in HOST.items():
 
         def read(tensor, *args, name=name, method=method, **kwargs):
@@ -96,3 +97,17 @@ def test_the_count_itself(waits):
         torch.ones(3).tolist()
         batch.upload([1, 2], torch.device("cpu"))
     assert waits.seen == ["aten::_local_scalar_dense", "Tensor.tolist"]
+
+
+def test_a_step_of_a_state_waits_for_nothing_but_its_tokens(waits, monkeypatch):
+    engine = Engine(ARCHITECTURES["llama"](), graph=True, slots=3, block_size=4, max_length=128)
+    monkeypatch.setattr(Letter, "read", waits.uncounted(Letter.read))
+    state = engine.prefill(prompts_of([5, 9]))
+    for _ in range(7):
+        tokens, before = state.logits.argmax(-1), len(engine.runner.recorded.programs)
+        with waits:
+            state = engine.step(state, tokens)
+            assert state.lengths.shape == state.prompt_lengths.shape == (2,)
+        if len(engine.runner.recorded.programs) > before:
+            waits.seen.clear()  # it was recorded
+    assert waits.seen == []

@@ -123,7 +123,12 @@ class Recorder:
         self.warm_ups += 1
         program()
 
-    def record(self, program):
+    def record(self, *programs):
+        """Recordings of programs that follow each other; they count as one."""
+        self.recordings.append([self._record(program) for program in programs])
+        return self.recordings[-1]
+
+    def _record(self, program):
         recording = Recording()
         try:
             with pytest.MonkeyPatch.context() as patch, recording:
@@ -134,7 +139,6 @@ class Recorder:
                 program()
         finally:
             recording.undo()
-        self.recordings.append(recording)
         return recording
 
     def settle(self):
@@ -143,7 +147,7 @@ class Recorder:
     @property
     def replays(self) -> int:
         """Replays of all recordings."""
-        return sum(recording.replays for recording in self.recordings)
+        return sum(parts[-1].replays for parts in self.recordings)
 
 
 def record_launches(patch, recording):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -28,22 +29,23 @@ class CudaRecorder:
             program()
         here.wait_stream(self.stream)
 
-    def record(self, program: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The graph of a program, which is not run.
+    def record(self, *programs: Callable[[], None]) -> list[torch.cuda.CUDAGraph]:
+        """The graphs of programs that follow each other, which are not run.
 
         Raises:
             RuntimeError: it does something that a graph cannot hold.
         """
-        graph = torch.cuda.CUDAGraph()
+        graphs = [torch.cuda.CUDAGraph() for _ in programs]
         # What other threads do (the watchdog of collectives, a user's own copies) must not spoil the capture.
         mode = "thread_local"
         try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
-                program()
+            for graph, program in zip(graphs, programs, strict=True):
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
+                    program()
         except RuntimeError:
             self.pool = torch.cuda.graph_pool_handle()  # the allocator may hold the old one for still in use
             raise
-        return graph
+        return graphs
 
     def settle(self) -> None:
         """Wait until nothing that was recorded runs, so that it may be thrown away."""
@@ -53,6 +55,22 @@ class CudaRecorder:
 def recorder_for(device: torch.device) -> CudaRecorder | None:
     """What records steps on a device; None where steps run as they are."""
     return CudaRecorder(device) if device.type == "cuda" else None
+
+
+class Letter(NamedTuple):
+    """What a device has sent to the host.
+
+    tensors: on the host; they hold it once it has arrived. event: after which it has; None where it is there already.
+    """
+
+    tensors: list[torch.Tensor]
+    event: torch.cuda.Event | None
+
+    def read(self) -> list[list]:
+        """The numbers of every tensor, once they have arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+        return [tensor.tolist() for tensor in self.tensors]
 
 
 @dataclass
@@ -76,8 +94,8 @@ class Mailbox:
         self._turns = [_Turn() for _ in range(turns)]
         self._next = 0
 
-    def send(self, *tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
-        """Host tensors that will hold copies of `tensors`, and the event after which they do (None: they do now)."""
+    def send(self, *tensors: torch.Tensor) -> Letter:
+        """Copies of `tensors` on their way to the host."""
         turn = self._turns[self._next]
         self._next = (self._next + 1) % len(self._turns)
         arrived = []
@@ -89,4 +107,4 @@ class Mailbox:
         if self.pinned:
             turn.event = turn.event or torch.cuda.Event()
             turn.event.record()
-        return arrived, turn.event
+        return Letter(arrived, turn.event)

@@ -1,0 +1,55 @@
+"""Launcher and kernel of `append`: one program a row; importing this file needs triton."""
+
+import triton
+import triton.language as tl
+
+from .launching import on_its_device
+
+
+@triton.jit
+def append_kernel(
+    drawn, raw, processed, top_ids, top_logprobs, results, ids, positions_fed, cells_fed, counts_fed,
+    history, cells, positions, active, limits, stops,
+    top, stop_count, result_stride, history_stride, cell_stride, stop_stride,
+    TOP: tl.constexpr, STOPS: tl.constexpr,
+):  # fmt: skip
+    """See `append`; results are float64 [B, 3 + 2 top]."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.maximum(tl.load(drawn + row), 0)
+    position = tl.load(positions + row)
+    goes_on = tl.load(active + row)
+    slot = tl.arange(0, STOPS)
+    ends = tl.load(stops + row * stop_stride + slot, mask=slot < stop_count, other=-1)
+    stopped = (tl.max((ends == token).to(tl.int32), axis=0) > 0) | (position + 1 >= tl.load(limits + row))
+    cell = tl.load(cells + row * cell_stride + position)
+    line = results + row * result_stride
+    tl.store(line, token.to(tl.float64))
+    tl.store(line + 1, tl.load(raw + row).to(tl.float64))
+    tl.store(line + 2, tl.load(processed + row).to(tl.float64))
+    if TOP > 0:
+        place = tl.arange(0, TOP)
+        there = place < top
+        named = tl.load(top_ids + row * top + place, mask=there, other=0)
+        weight = tl.load(top_logprobs + row * top + place, mask=there, other=0.0)
+        tl.store(line + 3 + place, named.to(tl.float64), mask=there)
+        tl.store(line + 3 + top + place, weight.to(tl.float64), mask=there)
+    tl.store(ids + row, token)
+    tl.store(history + row * history_stride + position, token)
+    tl.store(positions_fed + row, position)
+    tl.store(cells_fed + row, cell)
+    tl.store(counts_fed + row, position + 1)
+    goes_on = tl.where(stopped, 0, goes_on)
+    tl.store(active + row, goes_on)
+    tl.store(positions + row, position + goes_on)
+
+
+@on_its_device
+def launch(tokens, logprobs, top, results, ids, fed, history, cells, positions, active, limits, stops):
+    """`append` by the kernel."""
+    count = 0 if top is None else top[0].shape[1]
+    named = (tokens, logprobs[0]) if top is None else [part.contiguous() for part in top]
+    append_kernel[(len(tokens),)](
+        tokens, *logprobs, *named, results, ids, *fed, history, cells, positions, active, limits, stops,
+        count, stops.shape[1], results.stride(0), history.stride(0), cells.stride(0), stops.stride(0),
+        TOP=triton.next_power_of_2(count) if count else 0, STOPS=triton.next_power_of_2(stops.shape[1]), num_warps=1,
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""What one step of the loop launches beside the layers, with the kernels that CUDA runs in Triton's interpreter."""
+
+import pytest
+import torch
+from helpers import tiny_llama
+from launches import launches
+
+from handloom import Engine, SamplingParams
+from handloom.kernels import dispatch
+from handloom.loop.graph import GraphBatch
+from handloom.loop.prefill import Prompts
+from handloom.loop.request import Prefilled, Request
+from handloom.text.prompts import Prompt
+
+WHOLE_ROWS = {"_log_softmax", "_softmax", "argmax", "topk", "sort", "max", "amax", "logsumexp"}
+ASKED = {
+    "greedy": {},
+    "alternatives": {"logprobs": 3},
+    "sampling": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.05, "logprobs": 1},
+    "penalties": {
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "logprobs": 1,
+    },
+}
+MOST = {
+    "greedy": 10,
+    "alternatives": 11,
+    "sampling": 20,
+    "penalties": 64,
+}  # launches of the draw and its append
+
+
+def batch_of(engine, params: SamplingParams) -> GraphBatch:
+    """A batch with one request, ready to draw."""
+    batch, prompts = GraphBatch(engine, 1, 64), Prompts(engine.runner, 512)
+    request = Request(0, 0, Prompt([3, 5, 7, 9]), params, 7, Prefilled())
+    request.start(engine)
+    prompts.add(request)
+    assert not prompts.compute()
+    assert not batch.place(prompts.done(1))
+    assert not batch.prepare()
+    return batch
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_nothing_is_computed_over_the_vocabulary_beside_the_sampler(name):
+    params = SamplingParams(max_new_tokens=20, seed=3, **ASKED[name])
+    engine = Engine(tiny_llama(num_hidden_layers=1), graph=True, slots=1, fuse=False)
+    batch = batch_of(engine, params)
+    with dispatch.use("triton"), torch.no_grad():
+        batch._sample()  # what is made once
+        with launches() as names:
+            batch._sample()
+    assert WHOLE_ROWS.isdisjoint(names)
+    assert names[-1] == "append_kernel"
+    assert len(names) <= MOST[name], names
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_greedy_rows_and_alternatives_through_the_sampler_are_those_of_torch(logprobs):
+    engine = Engine(tiny_llama(num_hidden_layers=1), slots=2)
+    wanted = [
+        SamplingParams(max_new_tokens=3, logprobs=logprobs, repetition_penalty=penalty)
+        for penalty in (1.0, 1.5)
+    ]
+    want = engine.generate([[3, 5, 7], [9, 1]], wanted)
+    with dispatch.use("triton"):
+        have = engine.generate([[3, 5, 7], [9, 1]], wanted)
+    for ours, theirs in zip(have, want, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.raw_logprobs == pytest.approx(theirs.raw_logprobs, abs=1e-5)
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+        if logprobs:
+            for mine, other in zip(ours.top_logprobs, theirs.top_logprobs, strict=True):
+                assert list(mine) == list(other)
+                assert list(mine.values()) == pytest.approx(list(other.values()), abs=1e-5)
+    assert have[0].logprobs == have[0].raw_logprobs  # nothing was changed: not even the last bit
