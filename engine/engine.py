@@ -497,9 +497,8 @@ class Engine:
                 return stepped(self, state, tokens, hidden)
             ids = whole_numbers(tokens, "tokens")
             if embeddings is not None and embeddings.shape[:1] != (len(ids),):
-                raise HandloomError(
-                    f"embeddings of shape {list(embeddings.shape)} for {len(ids)} tokens; give [B, D]"
-                )
+                given = list(embeddings.shape)
+                raise HandloomError(f"embeddings of shape {given} for {len(ids)} tokens; give [B, D]")
             longer = self._extended(state, [[t] for t in ids], None, hidden, embeddings)
         return replace(longer, all_logits=None, steps=(), before=None)
 

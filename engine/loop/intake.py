@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..errors import HandloomError, ParameterError
+from ..kernels import dispatch
 from ..loading.parallel import fresh_seed, is_split
 from ..params.sampling_params import SamplingParams
 from ..pipeline.foreign.huggingface import for_row
@@ -190,6 +191,7 @@ def one_params(engine, item, model_defaults: bool, overrides) -> SamplingParams:
 def rehearsals(engine, params, rows, tokens) -> Iterator[list[Request]]:
     """Requests that use what these parameters, numbers of rows and prompt lengths will use; a few tokens tell."""
     kinds = params if isinstance(params, list | tuple) else [params]
+    compile_sampler(engine, [one_params(engine, kind, False, {}) for kind in kinds])
     counts = {1, engine.slots} if rows is None else {rows} if isinstance(rows, int) else set(rows)
     # The most rows first: a pool that grows afterwards would drop what was recorded.
     for count, length, kind in itertools.product(sorted(counts)[::-1], sorted(set(tokens))[::-1], kinds):
@@ -201,3 +203,14 @@ def rehearsals(engine, params, rows, tokens) -> Iterator[list[Request]]:
             [(row + place * place) % engine.vocab_size for place in range(length)] for row in range(count)
         ]
         yield requests_of(engine, prompts, asked, "none", {})[0]
+
+
+def compile_sampler(engine, kinds: Sequence[SamplingParams]) -> None:
+    """Compile the kernels of the sampler side by side, with and without edits, for requests like these."""
+    if dispatch.select("sample", engine.device) != "triton" or dispatch.interpreting():
+        return
+    from ..kernels.sampling.fused import warm_up
+
+    for n_top in {0, *(min(asked.logprobs or 0, engine.vocab_size) for asked in kinds)}:
+        for edits in (False, True):
+            warm_up(engine.device, engine.vocab_size, logprobs="chosen", edits=edits, n_top=n_top)

@@ -7,7 +7,9 @@ from launches import launches
 
 from handloom import Engine, SamplingParams
 from handloom.kernels import dispatch
+from handloom.kernels.sampling import fused
 from handloom.loop.graph import GraphBatch
+from handloom.loop.intake import compile_sampler
 from handloom.loop.prefill import Prompts
 from handloom.loop.request import Prefilled, Request
 from handloom.text.prompts import Prompt
@@ -77,3 +79,14 @@ def test_greedy_rows_and_alternatives_through_the_sampler_are_those_of_torch(log
                 assert list(mine) == list(other)
                 assert list(mine.values()) == pytest.approx(list(other.values()), abs=1e-5)
     assert have[0].logprobs == have[0].raw_logprobs  # nothing was changed: not even the last bit
+
+
+def test_a_warm_up_compiles_the_sampler_for_what_is_announced(monkeypatch):
+    engine, built = Engine(tiny_llama(num_hidden_layers=1), slots=1), []
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "select", lambda *about: "triton")
+    monkeypatch.setattr(fused, "warm_up", lambda *about, **settings: built.append((about, settings)))
+    compile_sampler(engine, [SamplingParams(), SamplingParams(logprobs=3)])
+    assert {about for about, _ in built} == {(engine.device, engine.vocab_size)}
+    settings = {(s["logprobs"], s["edits"], s["n_top"]) for _, s in built}
+    assert settings == {("chosen", edits, top) for edits in (False, True) for top in (0, 3)}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
+from ...kernels.samples import Samples
 from .twin import INSTALLED, TABLES, listens
 
 SAMPLED = 64  # elements of every tensor that are compared: an edit through `.data` leaves no other trace
@@ -70,16 +71,15 @@ class Fingerprint:
         found.modules = _values(self._part_tables) != self._parts  # modules are equal where they are the same
         found.modules |= any(vars(config) != seen for config, seen in self._configs)
         found.hooks = self._hooks != self._listening()
-        tensors = self._tensors()
-        found.values = len(tensors) != len(self._seen) or not all(map(operator.is_, tensors, self._seen))
-        if not found.values:
-            found.moved = self._places != _places(tensors)
-            found.values = self._versions != _versions(tensors)
-            found.values |= found.moved or any(not torch.equal(torch.cat(v), s) for v, s in self._samples)
+        held = _values(self._tables)
+        if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
+            found.moved = self._places != _places(self._tensors)
+            found.values = found.moved or self._versions != _versions(self._counted)
+            found.values = found.values or any(not torch.equal(v.read(), seen) for v, seen in self._samples)
         else:
-            found.moved = True
+            found.values = found.moved = True
         if found.moved:
-            found.modules |= [_kind(t) for t in tensors] != self._kinds
+            found.modules |= [_kind(t) for t in _tensors(held)] != self._kinds
         found.attributes = [*self._attribute_changes()]
         if found:
             self._look()
@@ -101,17 +101,16 @@ class Fingerprint:
         self._hooks = self._listening()
         tables = [m._parameters for m in modules] + [m._buffers for m in modules]
         self._tables = [table for table in tables if table]
-        self._seen = tensors = self._tensors()
+        self._held = _values(self._tables)
+        self._tensors = tensors = _tensors(self._held)
+        self._counted = [t for t in tensors if not t.is_inference()]
         self._kinds = [_kind(t) for t in tensors]
-        self._places, self._versions = _places(tensors), _versions(tensors)
-        self._samples = [(views, torch.cat(views)) for views in _sample_views(tensors)]
+        self._places, self._versions = _places(tensors), _versions(self._counted)
+        self._samples = [(samples, samples.read()) for samples in map(Samples, _sample_views(tensors))]
 
     def _listening(self) -> list[int]:
         """Numbers of all hooks that may act in any pass; no number is given twice."""
         return [key for table in filter(None, self._hook_tables) for key in table if listens(table[key])]
-
-    def _tensors(self) -> list[torch.Tensor]:
-        return [_local(t) for t in _values(self._tables) if t is not None]
 
     def _attribute_changes(self) -> Iterator[tuple[nn.Module, list[str]]]:
         try:  # lists compare by identity first: a tenth of the time that a look at each module takes
@@ -152,6 +151,10 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
+def _tensors(held: list) -> list[torch.Tensor]:
+    return [_local(t) for t in held if t is not None]
+
+
 def _kind(tensor: torch.Tensor) -> tuple:
     return tensor.dtype, tensor.device
 
@@ -161,7 +164,7 @@ def _places(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def _versions(tensors: list[torch.Tensor]) -> list[int]:
-    return [0 if t.is_inference() else t._version for t in tensors]
+    return [t._version for t in tensors]
 
 
 def _sample_views(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
