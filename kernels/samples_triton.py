@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .launching import on_its_device
 
+
 @triton.jit
 def samples_kernel(first, where, out, WIDTH: tl.constexpr):
     """One view a program; where: int64 [n, 3], distance from the first view in elements, stride and length of each."""
