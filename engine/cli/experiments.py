@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import HandloomError, ParameterError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+ANY = "any"  # `--ray` without an address
 Files = Annotated[list[Path], typer.Argument(help="Results of `handloom sweep`.")]
 Metrics = Annotated[
     list[str] | None, typer.Option("--metric", "-m", help="May be repeated; default: the plan's.")
@@ -34,6 +35,15 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be drawn, and stop.")] = False,
     shard: Annotated[str, typer.Option(help="i/n: one of n parts, for job arrays.")] = "0/1",
     gpus: Annotated[str | None, typer.Option(help="0,1,...: a process for each, merged at the end.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]", help="On a Ray cluster; without an address a running one, or a new one."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Engines on the cluster; default: one a GPU.")
+    ] = None,
 ) -> None:
     """Draw every sample of a plan; run again to resume. Exit code 1 if some failed."""
     from ..experiments.plan import Plan
@@ -46,16 +56,30 @@ def sweep(
         return
     if gpus is not None:
         raise typer.Exit(_spread(plan, output, [name.strip() for name in gpus.split(",")]))
+    if workers is not None and ray is None:
+        raise ParameterError("--workers is for --ray")
     note = Console(file=sys.stderr, highlight=False)
     columns = (TextColumn("samples"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _told(output, note), Progress(*columns, console=note, disable=not note.is_terminal) as bar:
+    shown = Progress(*columns, console=note, disable=not note.is_terminal)
+    with _told(output, note), _where(ray, workers) as draw, shown as bar:
         task = bar.add_task("samples", total=None)
-        failed = run(
-            read, output, shard=part, progress=lambda done, n, _: bar.update(task, completed=done, total=n)
-        )
+
+        def progress(done: int, total: int, _: float) -> None:
+            bar.update(task, completed=done, total=total)
+
+        failed = run(read, output, shard=part, draw=draw, progress=progress)
     if failed:
         note.print(f"{failed} samples failed; their records say why", style="red")
         raise typer.Exit(1)
+
+
+def _where(ray: str | None, workers: int | None):
+    """Where to draw: None stands for this process."""
+    if ray is None:
+        return nullcontext()
+    from ..experiments.ray import on_ray
+
+    return on_ray(None if ray == ANY else ray, workers)
 
 
 @contextmanager
@@ -225,10 +249,15 @@ COMMANDS = frozenset(command.callback.__name__ for command in app.registered_com
 
 def main() -> None:
     """Run one of the commands, with every error as one line on stderr."""
+    given = sys.argv[1:]
+    for place in [at for at, word in enumerate(given) if word == "--ray"]:
+        if place + 1 == len(given) or given[place + 1].startswith("-"):
+            given.insert(place + 1, ANY)
     try:
-        app()
+        app(given)
     except ModuleNotFoundError as error:
-        raise SystemExit(f'this needs {error.name!r}: pip install "handloom[experiments]"') from error
+        extra = "ray" if error.name == "ray" else "experiments"
+        raise SystemExit(f'this needs {error.name!r}: pip install "handloom[{extra}]"') from error
     except (HandloomError, OSError) as error:
         Console(file=sys.stderr, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
         raise SystemExit(2 if isinstance(error, ParameterError) else 1) from None

@@ -8,8 +8,9 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .records import ResultFile
 log = logging.getLogger("handloom")
 CHUNK = 256  # units that are handed to an engine at once; what is finished is written meanwhile
 EVERY = 30.0  # seconds between two lines of the log
+Draw = Callable[[Plan, str, Iterator[Unit]], Iterator[dict[str, Any]]]
 PACKAGES = ("handloom", "torch", "transformers", "triton", "numpy")
 
 
@@ -33,24 +35,26 @@ def run(
     *,
     shard: tuple[int, int] = (0, 1),
     load: Callable[..., Engine] | None = None,
+    draw: Draw | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> int:
     """Draw every sample of a plan that `output` does not hold yet; returns how many of them failed.
 
     A run that was stopped in any way, `kill -9` included, goes on where it was: nothing is lost or drawn twice. A unit
     that fails is a record with `finish_reason` "error" and its message. Tokens depend on nothing but their unit; the
-    last bits of log-probabilities may depend on what shared a pass, unless the model's arguments have `fixed_slots`.
+    last bits of log-probabilities may depend on what shared a pass, unless the model's arguments have `slots: 1`.
 
     Args:
         plan: what to draw. output: JSONL file, a header and then one line a sample, appended to.
         shard: (i, n) for one of n parts, which may run at the same time into files of their own; see `merge`.
         load: makes an engine of a model's arguments; None is `load_engine`.
+        draw: where to draw: (plan, model, units) -> the header's facts, then records as they come; None is `draw_here`.
         progress: called with (done, all, seconds since the start) after each sample.
 
     Raises:
         HandloomError: the file belongs to another plan, or is in use.
     """
-    load, started, failed = load or load_engine, time.monotonic(), 0
+    draw, started, failed = draw or partial(draw_here, load=load or load_engine), time.monotonic(), 0
     alike = {digest([s.strategy, s.values]): s.name for s in plan.settings}
     if len(alike) < len(plan.settings):
         twice = next(s.name for s in plan.settings if s.name not in alike.values())
@@ -68,16 +72,12 @@ def run(
             first = next(pending, None)
             if first is None:
                 continue
-            engine = load(**plan.models[model])
-            results.begin(header_of(plan, engine) | {"same": same})
-            chunk = [first, *islice(pending, CHUNK - 1)]
-            while chunk:
-                for unit, outcome in outcomes(engine, chunk, plan.chat):
-                    results.write(record_of(unit, outcome))
-                    failed += isinstance(outcome, HandloomError) or outcome.finish_reason == "error"
-                    clock.tick()
-                chunk = list(islice(pending, CHUNK))
-            del engine
+            drawn = draw(plan, model, chain([first], pending))
+            results.begin(next(drawn) | {"same": same})
+            for record in drawn:
+                results.write(record)
+                failed += record["finish_reason"] == "error"
+                clock.tick()
         clock.end(failed)
     return failed
 
@@ -87,6 +87,17 @@ def load_engine(name_or_path: str, **arguments: Any) -> Engine:
     from ..loading import demo
 
     return Engine.from_pretrained(demo.locate() if name_or_path == "demo" else name_or_path, **arguments)
+
+
+def draw_here(
+    plan: Plan, model: str, units: Iterator[Unit], load: Callable[..., Engine] = load_engine
+) -> Iterator[dict[str, Any]]:
+    """The header's facts and then a record of each unit, drawn by one engine in this process."""
+    engine = load(**plan.models[model])
+    yield header_of(plan, engine)
+    while chunk := list(islice(units, CHUNK)):
+        for unit, outcome in outcomes(engine, chunk, plan.chat):
+            yield record_of(unit, outcome)
 
 
 class _Clock:
