@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import dispatch
+from ..kernels.penalties import Penalty, penalised
 from ..kernels.sampling.rules import Pointwise, Replaced, touched_bits
 from .forms import NEG_INF, Context, Edit
+
+PENALTIES = ("repetition", "presence", "frequency")  # in the order in which `penalised` makes them
 
 
 class Edits:
@@ -26,6 +30,13 @@ class Edits:
         self.logits, self.vocab = logits, logits.shape[1]
         self.points: list[Pointwise] = []
         self.buffer = self.bitmask = self.sparse = None
+        steps = list(steps)
+        rules = penalties_of(steps)
+        if rules and dispatch.select("penalised", logits.device) == "triton":
+            context = steps[0][1]
+            where = context.history, context.lengths, context.prompt_lengths
+            self.sparse = penalised(logits, *where, **rules)
+            return
         steps = [(edit, view, None if edit.listed is None else edit.listed(view)) for edit, view in steps]
         cells = self._cells([ids for _, _, ids in steps if ids is not None])
         for edit, view, ids in steps:
@@ -75,7 +86,11 @@ class Edits:
         """Edited logits [B] of tokens [B]."""
         ids = tokens[:, None]
         values = self.logits.gather(1, ids)
-        if self.sparse is not None:
+        if self.sparse is not None and self.buffer is None:
+            same = self.sparse.ids == ids
+            listed = self.sparse.values.masked_fill(~same, NEG_INF).amax(1, keepdim=True)
+            values = torch.where(same.any(1, keepdim=True), listed, values)
+        elif self.sparse is not None:
             values = torch.where(bit_of(self.sparse.touched, ids), self.buffer.gather(1, ids), values)
         if self.bitmask is not None:
             values = values.masked_fill(~bit_of(self.bitmask, ids), NEG_INF)
@@ -83,6 +98,17 @@ class Edits:
             edited = point.edit(values, ids, point.parameter[:, None])
             values = torch.where(values == NEG_INF, values, edited)
         return values[:, 0]
+
+
+def penalties_of(steps: list[tuple[Edit, Context]]) -> dict[str, Penalty] | None:
+    """The edits of a step as penalties on its text; None where there are others, or another order."""
+    found = {}
+    for edit, view in steps:
+        kind, values = type(edit).__dict__.get("penalty"), view.values
+        if kind is None or any(PENALTIES.index(kind) <= PENALTIES.index(other) for other in found):
+            return None
+        found[kind] = Penalty(values.strength, values.skip_prompt, values.skip_output, values.window)
+    return found
 
 
 def bit_of(words: Tensor, ids: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Edit(Processor):
     identity_when_off = False
     listed = mask = point = None
     device: Any = None
+    penalty: str | None = None  # which one of `kernels.penalties` this class is
 
     @functools.cached_property
     def form(self) -> str:

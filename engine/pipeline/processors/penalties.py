@@ -90,7 +90,7 @@ class RepetitionPenalty(Penalty):
     Each token once, however often it occurred. "auto" scope: prompt and output. Off at 1.
     """
 
-    name = "repetition_penalty"
+    name, penalty = "repetition_penalty", "repetition"
     defaults = {"repetition_penalty": 1.0, "penalty_scope": "auto", "penalty_window": 0}
     auto_scope = "all"
 
@@ -104,7 +104,7 @@ class PresencePenalty(Penalty):
     Off at 0.
     """
 
-    name = "presence_penalty"
+    name, penalty = "presence_penalty", "presence"
     defaults = {"presence_penalty": 0.0, "penalty_scope": "auto", "penalty_window": 0}
 
     def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
@@ -116,7 +116,7 @@ class FrequencyPenalty(Penalty):
     Off at 0.
     """
 
-    name = "frequency_penalty"
+    name, penalty = "frequency_penalty", "frequency"
     defaults = {"frequency_penalty": 0.0, "penalty_scope": "auto", "penalty_window": 0}
 
     def change(self, values: Tensor, ids: Tensor, context: Context) -> Tensor:
