@@ -58,6 +58,7 @@ DEV = [
     *RAY,
     *MAUVE,
     *SERVE,
+    "axe-playwright-python>=0.1.4",
     "build>=1.2",
     "httpx>=0.27",
     "hypothesis>=6.100",
@@ -124,7 +125,7 @@ setup(
         *("handloom" + room for room in rooms("engine")),
         *("handloom.kernels" + room for room in rooms("kernels")),
     ],
-    package_data={"handloom": ["py.typed"], "handloom.serve": ["page/*"]},
+    package_data={"handloom": ["py.typed"], "handloom.experiments.analysis": ["page/*"]},
     cmdclass={"build_py": LinkRooms},
     options={"editable_wheel": {"mode": "strict"}},
     install_requires=[

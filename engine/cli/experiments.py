@@ -217,6 +217,9 @@ def trace(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Hub id or folder; default: the demo.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the inspector's page, which opens offline.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", "-c", help="Through the chat template.")] = False,
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", help="name=value; may be repeated.")
@@ -226,6 +229,7 @@ def trace(
     import yaml
 
     from ..engine import Engine
+    from ..experiments.analysis.trace import page
     from ..experiments.analysis.trace import trace as follow
     from ..loading import demo
     from ..params.sampling_params import SamplingParams
@@ -242,6 +246,8 @@ def trace(
     Console(highlight=False, soft_wrap=True).print(str(found), markup=False)
     if output is not None:
         found.save(output)
+    if html is not None:
+        html.write_text(page(found), encoding="utf-8")
 
 
 COMMANDS = frozenset(command.callback.__name__ for command in app.registered_commands if command.callback)

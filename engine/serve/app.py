@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,7 +15,9 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 
 from ..engine import Engine
 from ..errors import HandloomError
+from ..experiments.analysis.trace import PAGE
 from ..loop.generation import Generation
+from . import aside, inspector
 from .gate import Gate, too_large
 from .metrics import Metrics
 from .protocol import reading
@@ -25,7 +26,6 @@ from .protocol.reading import Asked, Limits
 from .protocol.refusals import Refusal, as_json, decoded, encoded, refusal_of, refusal_of_result
 from .worker import Worker
 
-PAGE = Path(__file__).parent / "page"
 GONE = 499  # the status of a request whose caller has left; nobody reads it
 
 
@@ -54,6 +54,7 @@ class Server:
             "/v1/chat/completions": partial(self.generate, reading.chat, ChatAnswer),
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
+            "/inspect": self.inspect,
         }
         gets = {
             "/v1/models": self.models,
@@ -100,8 +101,6 @@ class Server:
         return answer.whole(found)
 
     async def _beside(self, asked: Asked, answer: Answer) -> dict[str, Any]:
-        from . import aside
-
         run = aside.traced if asked.trace else aside.strategic
         results, extras = await self.worker.beside(run, self.engine, asked, samples=len(asked.requests))
         self._count(results)
@@ -179,6 +178,11 @@ class Server:
         return as_json(
             {"prompt": await self.worker.read(reading.text, self.engine, await self.body(request))}
         )
+
+    async def inspect(self, request: Request) -> Response:
+        body = await self.body(request)
+        work = self.worker.beside(inspector.inspect, self.engine, body, self.limits)
+        return as_json(await self.unless_gone(request, work))
 
     async def models(self, request: Request) -> Response:
         entry = {"id": self.name, "object": "model", "created": self.started, "owned_by": "handloom",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,17 @@ from ...loop.generation import Generation
 from ...strategies.kit.decode import Now, decode
 
 RAW = "model"  # name of the distribution before the first member
+PAGE = Path(__file__).parent / "page"  # the inspector's, which a server shows as it is
+MODULES = (
+    "model.js",
+    "server.js",
+    "tokens.js",
+    "step.js",
+    "controls.js",
+    "main.js",
+)  # each after those it imports
+CLOSED = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"  # no request leaves
+DIGITS = 5  # significant ones of a number on a page
 
 
 @dataclass(frozen=True)
@@ -43,8 +54,9 @@ class Step:
     """One step of a sample.
 
     Args:
-        token: that was drawn. greedy: the model's most probable token. killed_by: the member that excluded it, or None.
+        token: of the text. greedy: the model's most probable token. killed_by: the member that excluded it, or None.
         candidates: ids of the model's most probable tokens, and the drawn one. stages: before and after each member.
+        drawn: what the noise takes here, where a token was chosen by hand; None where that is `token`.
     """
 
     token: int
@@ -52,6 +64,7 @@ class Step:
     killed_by: str | None
     candidates: Sequence[int]
     stages: Sequence[Stage]
+    drawn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,7 @@ class Trace:
             "finish": self.generation.finish_reason,
             "seed": self.generation.seed,
             "texts": texts,
-            "steps": [asdict(step) for step in self.steps],
+            "steps": [rounded(asdict(step)) for step in self.steps],
         }
 
     def save(self, path: str | Path) -> None:
@@ -147,14 +160,14 @@ def trace(
     """
     if candidates < 1:
         raise ParameterError(f"candidates={candidates} must be at least 1")
-    seen: list[tuple[list[tuple[str, Tensor]], Tensor]] = []
+    seen: list[list[tuple[str, Tensor]]] = []
 
     def watch(now: Now) -> None:
         left = [(RAW, now.raw[0].clone())]
         left += [
             (rule.name, logits[0].clone()) for rule, logits in now.requests.rows.stages(now.raw, now.context)
         ]
-        seen.append((left, now.raw[0].topk(min(candidates, now.raw.shape[1])).indices))
+        seen.append(left)
 
     results = decode(engine, [prompt], params, step=watch, **overrides)
     if len(results) != 1:
@@ -162,15 +175,26 @@ def trace(
     (generation,) = results
     if generation.error is not None:
         raise HandloomError(generation.error)
-    steps = [_step(token, *at) for token, at in zip(generation.token_ids, seen, strict=False)]
-    ids = {token for step in steps for token in step.candidates}
-    texts = {} if engine.tokenizer is None else {i: engine.decode([i]) for i in sorted(ids)}
+    steps = [
+        followed(token, left, candidates) for token, left in zip(generation.token_ids, seen, strict=False)
+    ]
+    ids = {token for step in steps for token in step.candidates} | {
+        i for i in generation.prompt_token_ids if i >= 0
+    }
+    texts = (
+        {}
+        if engine.tokenizer is None
+        else {i: engine.decode([i], skip_special_tokens=False) for i in sorted(ids)}
+    )
     return Trace(generation, steps, texts)
 
 
-def _step(token: int, left: list[tuple[str, Tensor]], best: Tensor) -> Step:
-    """A step from logits [V] at every place and the ids of the model's best tokens."""
-    ids = [*best.tolist(), *([token] if token not in best else [])]
+def followed(
+    token: int, left: Sequence[tuple[str, Tensor]], candidates: int, drawn: int | None = None
+) -> Step:
+    """A step from logits [V] at every place of the pipeline, the model's first."""
+    best = left[0][1].topk(min(candidates, len(left[0][1]))).indices
+    ids = list(dict.fromkeys([*best.tolist(), token, *([] if drawn is None else [drawn])]))
     stages, killed, before = [], None, None
     for name, logits in left:
         logp = logits.log_softmax(-1)
@@ -181,70 +205,33 @@ def _step(token: int, left: list[tuple[str, Tensor]], best: Tensor) -> Step:
         if killed is None and not possible[best[0]]:
             killed = name
         before = p
-    return Step(token, int(best[0]), killed, ids, stages)
+    return Step(token, int(best[0]), killed, ids, stages, None if drawn == token else drawn)
 
 
 def page(found: Trace) -> str:
-    """A page of a trace: tokens coloured by probability; a click shows the candidates at every place."""
-    steps = [
-        {
-            "text": found.text(s.token), "p": s.stages[-1].probabilities[s.candidates.index(s.token)],
-            "raw": s.stages[0].probabilities[s.candidates.index(s.token)], "killed": s.killed_by,
-            "names": [found.text(i) for i in s.candidates], "drawn": s.candidates.index(s.token),
-            "stages": [[g.name, g.kept, g.removed, g.entropy, list(g.probabilities)] for g in s.stages],
-        }
-        for s in found.steps
-    ]  # fmt: skip
-    data = json.dumps(steps).replace("</", "<\\/")
-    title = html.escape(found.generation._summary())
-    return PAGE.replace("@TITLE@", title).replace("@DATA@", data)
+    """A page of a trace that needs no server: the inspector's, with its parts and the trace inside."""
+    parts = {
+        name: (PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "style.css", *MODULES)
+    }
+    script = "".join(re.sub(r"^import .*\n|^export (?=\w)", "", parts[name], flags=re.M) for name in MODULES)
+    data = json.dumps(found.data(), ensure_ascii=False).replace("<", "\\u003c")
+    whole = parts["index.html"]
+    for mark, content in (
+        ("<title>", f'<meta http-equiv="Content-Security-Policy" content="{CLOSED}">\n<title>'),
+        ('<link rel="stylesheet" href="page/style.css">', f"<style>\n{parts['style.css']}</style>"),
+        ('type="application/json" id="data">null<', f'type="application/json" id="data">{data}<'),
+        (' src="page/main.js"></script>', f">\n{script}</script>"),
+    ):
+        before, found_mark, after = whole.partition(mark)
+        assert found_mark, mark
+        whole = before + content + after
+    return whole
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>handloom trace</title>
-<style>
-body{font:15px system-ui;max-width:70em;margin:1.5em auto;padding:0 1em;background:#fff;color:#111}
-#text{white-space:pre-wrap;font:16px/1.7 ui-monospace,monospace}
-#text button{font:inherit;color:inherit;border:0;padding:0;cursor:pointer;white-space:pre-wrap;border-radius:2px}
-#text button[aria-pressed=true]{outline:2px solid #06c}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .6em;border-bottom:1px solid #8884;text-align:right}
-th:first-child,td:first-child{text-align:left;white-space:pre}.gone{opacity:.35}.drawn{font-weight:700}
-svg{width:100%;height:70px}#steps{overflow-x:auto}
-@media(prefers-color-scheme:dark){body{background:#161616;color:#eee}}
-</style>
-<h1>Trace</h1><p>@TITLE@</p>
-<svg id="line" role="img" aria-label="entropy of the model over the text" preserveAspectRatio="none"></svg>
-<div id="text"></div><div id="steps" aria-live="polite"></div>
-<script>
-const steps=@DATA@,text=document.getElementById('text'),out=document.getElementById('steps');
-const percent=p=>p==null?'':p===0?'-':(100*p).toPrecision(3)+'%';
-function cell(row,kind,value,name){
-  const c=document.createElement(kind);c.textContent=value;if(name)c.className=name;row.append(c)}
-function show(i){
-  text.querySelectorAll('button').forEach((b,j)=>b.setAttribute('aria-pressed',i===j));
-  const s=steps[i],table=document.createElement('table'),head=table.insertRow();
-  cell(head,'th','candidate');s.stages.forEach(g=>cell(head,'th',g[0]));
-  s.names.forEach((name,c)=>{const row=table.insertRow();cell(row,'td',JSON.stringify(name),c===s.drawn?'drawn':'');
-    s.stages.forEach(g=>cell(row,'td',percent(g[4][c]),g[4][c]===0?'gone':''))});
-  [['kept',g=>g[1]],['removed',g=>percent(g[2])],['entropy',g=>g[3].toFixed(3)]].forEach(([name,f])=>{
-    const row=table.insertRow();cell(row,'th',name);s.stages.forEach(g=>cell(row,'td',f(g)))});
-  out.replaceChildren(table);
-  if(s.killed){const p=document.createElement('p');out.append(p);
-    p.textContent='the most probable token was excluded by '+s.killed}
-}
-steps.forEach((s,i)=>{const b=document.createElement('button');b.textContent=s.text;b.type='button';
-  b.style.background=`hsl(${Math.round(120*s.raw)} 80% 50% / .35)`;
-  b.title=percent(s.raw)+' (model), '+percent(s.p)+' (as drawn)';
-  b.onclick=()=>show(i);text.append(b)});
-document.onkeydown=e=>{
-  const all=[...text.children],at=all.findIndex(b=>b.getAttribute('aria-pressed')==='true');
-  const to=at+(e.key==='ArrowRight')-(e.key==='ArrowLeft');if(to!==at&&all[to]){show(to);all[to].focus()}};
-const line=document.getElementById('line'),n=Math.max(steps.length-1,1);
-const most=Math.max(...steps.map(s=>s.stages[0][3]),1e-9);
-line.setAttribute('viewBox',`0 0 ${n} 1`);
-line.innerHTML='<polyline fill="none" stroke="#06c" vector-effect="non-scaling-stroke" points="'+
-  steps.map((s,i)=>i+','+(1-.95*s.stages[0][3]/most)).join(' ')+'"/>';
-if(steps.length)show(0);
-</script></html>
-"""
+def rounded(value: Any) -> Any:
+    """Floats with few digits, in nested containers."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value

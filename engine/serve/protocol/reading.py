@@ -120,7 +120,7 @@ def chat(engine: Engine, body: Mapping[str, Any], limits: Limits) -> Asked:
         raise fields.refused(
             "logprobs", fields.left["logprobs"], "true or false, with the count in top_logprobs"
         )
-    return _asked(engine, fields, [_conversation(engine, fields)], limits, None, None, False)
+    return _asked(engine, fields, [conversation(engine, fields)], limits, None, None, False)
 
 
 def tokens(engine: Engine, body: Mapping[str, Any]) -> list[int]:
@@ -129,7 +129,7 @@ def tokens(engine: Engine, body: Mapping[str, Any]) -> list[int]:
     fields.take("model", str)
     special = fields.take("add_special_tokens", bool, True)
     if "messages" in fields.left:
-        ids = _conversation(engine, fields)
+        ids = conversation(engine, fields)
     else:
         text = fields.take("prompt", str)
         if text is None or engine.tokenizer is None:
@@ -182,7 +182,7 @@ def _prompts(given: Any) -> list:
     return given
 
 
-def _conversation(engine: Engine, fields: Fields) -> list[int]:
+def conversation(engine: Engine, fields: Fields) -> list[int]:
     """The ids of a body's messages in the chat template."""
     messages, tools = fields.take("messages", list), fields.take("tools", list)
     extra = dict(fields.take("chat_template_kwargs", dict, {}))

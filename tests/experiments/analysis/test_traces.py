@@ -74,9 +74,11 @@ def test_arrays_and_pages_hold_every_step(engine, tmp_path):
     assert arrays["stages"].tolist() == ["model", "repetition_penalty", "temperature", "top_k", "min_p"]
     found.save(tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
-    steps = json.loads(re.search(r"const steps=(.*),text=", text).group(1))
-    assert [step["text"] for step in steps] == [found.text(token) for token in found.generation.token_ids]
-    assert "http" not in text
+    data = json.loads(re.search(r'id="data">(.*)</script>', text).group(1))
+    texts = [data["texts"][str(step["token"])] for step in data["steps"]]
+    assert texts == [found.text(token) for token in found.generation.token_ids]
+    assert "http" not in text.replace("http-equiv", "")
+    assert not re.search(r"^(import|export) |page/", text, re.M)  # all parts are inside
     with pytest.raises(ParameterError, match=r"written as \.npz or \.html"):
         found.save(tmp_path / "a.txt")
 
