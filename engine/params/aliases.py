@@ -230,3 +230,9 @@ ELSEWHERE: dict[str, tuple[tuple, str]] = {
     "truncate_prompt_tokens": ((-1,), "cut the prompt before it is passed"),
     "extra_args": (({},), _OTHER_TEXT),
 }
+
+# Spellings in that table for which `Engine.generate` runs a strategy instead: see `strategies.modes`.
+MODES = (
+    *("num_beams", "num_beam_groups", "constraints", "force_words_ids", "penalty_alpha", "dola_layers"),
+    *("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "guidance_scale"),
+)

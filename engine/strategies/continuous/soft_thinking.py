@@ -60,7 +60,7 @@ def soft_thinking(
     return results
 
 
-def mixture_of_inputs(engine, prompts, params=None, *, beta=1.0, **options) -> list[Generation]:
+def mixture_of_inputs(engine, prompts, params=None, *, beta=1.0, stream=False, **options) -> list[Generation]:
     """Draw tokens as usual, and feed sum_v w(v) e(v) with w = (H p + (beta + 1 - H) y) / (beta + 1).
 
     H is the entropy of p, what the pipeline leaves, as a share of its largest; y is 1 at the token that was drawn. A
@@ -81,7 +81,7 @@ def mixture_of_inputs(engine, prompts, params=None, *, beta=1.0, **options) -> l
         mixture = (share * p + (beta + 1 - share) * drawn) / (beta + 1)
         return tokens, fed(now, tokens, mixture, torch.ones_like(tokens, dtype=torch.bool))
 
-    return decode(engine, prompts, params, step=step, **options)
+    return decode(engine, prompts, params, step=step, stream=stream, **options)
 
 
 def fed(now, tokens: Tensor, weights: Tensor, mixed: Tensor):

@@ -16,7 +16,9 @@ from .contrastive import Contrast
 MOST, LEAST = 15, 5  # candidates of the paper
 
 
-def adaptive_contrastive_search(engine, prompts, params=None, *, q=1.0, **options) -> list[Generation]:
+def adaptive_contrastive_search(
+    engine, prompts, params=None, *, q=1.0, stream=False, **options
+) -> list[Generation]:
     """Contrastive search with k_t = 10 sigmoid(d_t) + 5 and alpha_t = sigmoid(d'_t).
 
     d_t = q artanh((H_t - median of H before t) / ln V) with H_t the entropy of the pipeline's distribution; d'_t is
@@ -48,7 +50,8 @@ def adaptive_contrastive_search(engine, prompts, params=None, *, q=1.0, **option
             :, None
         ]
 
-    return decode(engine, prompts, params, step=Contrast(MOST, settings), hidden=True, **options)
+    search = Contrast(MOST, settings)
+    return decode(engine, prompts, params, step=search, hidden=True, stream=stream, **options)
 
 
 def entropy(logprobs: Tensor) -> float:

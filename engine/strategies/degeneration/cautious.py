@@ -19,7 +19,7 @@ MARKS = ".,;:!?\n。，；：！？"
 
 def cautious(
     engine, prompts, params=None, *, most_trials=10, low=0.01, high=1.5, marks: Collection[int] | None = None,
-    longest=64, **options,
+    longest=64, stream=False, **options,
 ) -> list[Generation]:  # fmt: skip
     """At entropy H of the pipeline's distribution, the most probable of N trials is taken up to its mark.
 
@@ -67,7 +67,7 @@ def cautious(
         given = torch.tensor(queued, device=tokens.device)
         return torch.where(given >= 0, given, tokens)
 
-    return decode(engine, prompts, params, step=step, **options)
+    return decode(engine, prompts, params, step=step, stream=stream, **options)
 
 
 def punctuation(engine) -> frozenset[int]:

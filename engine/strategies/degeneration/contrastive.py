@@ -10,7 +10,9 @@ from ...loop.generation import Generation
 from ..kit.decode import decode
 
 
-def contrastive_search(engine, prompts, params=None, *, k=4, alpha=0.6, **options) -> list[Generation]:
+def contrastive_search(
+    engine, prompts, params=None, *, k=4, alpha=0.6, stream=False, **options
+) -> list[Generation]:
     """Take the v of the k most probable tokens that maximises (1 - alpha) p(v) - alpha max_j cos(h_v, h_j).
 
     h_v is the last layer's hidden state at v when v is appended, h_j that of every token before it, prompt
@@ -27,7 +29,7 @@ def contrastive_search(engine, prompts, params=None, *, k=4, alpha=0.6, **option
     if k < 1 or not 0 <= alpha <= 1:
         raise ParameterError(f"contrastive search takes k >= 1 and alpha in [0, 1], got k={k}, alpha={alpha}")
     search = Contrast(k, lambda now, best: (k, alpha))
-    return decode(engine, prompts, params, step=search, hidden=True, **options)
+    return decode(engine, prompts, params, step=search, hidden=True, stream=stream, **options)
 
 
 class Contrast:

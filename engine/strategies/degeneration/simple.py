@@ -12,7 +12,7 @@ from ..kit.decode import decode
 
 
 def frustratingly_simple(
-    engine, prompts, params=None, *, k=6, alpha=0.6, n=3, beta=0.9, **options
+    engine, prompts, params=None, *, k=6, alpha=0.6, n=3, beta=0.9, stream=False, **options
 ) -> list[Generation]:
     """Take the v of the k most probable tokens that maximises (1 - alpha) p(v) - alpha p_w(v).
 
@@ -42,7 +42,7 @@ def frustratingly_simple(
         choice = score.masked_fill(best == -torch.inf, -torch.inf).argmax(-1, keepdim=True)
         return ids.gather(1, choice)[:, 0]
 
-    return decode(engine, prompts, params, step=step, **options)
+    return decode(engine, prompts, params, step=step, stream=stream, **options)
 
 
 class NGrams:

@@ -8,7 +8,7 @@ from ..kit.decode import decode
 
 
 def classifier_free_guidance(
-    engine, prompts, params=None, *, negative_prompts=None, guidance_scale=1.5, **options
+    engine, prompts, params=None, *, negative_prompts=None, guidance_scale=1.5, stream=False, **options
 ) -> list[Generation]:
     """log p = log p(w | negative) + gamma (log p(w | prompt) - log p(w | negative)), before the pipeline.
 
@@ -29,10 +29,12 @@ def classifier_free_guidance(
         return unconditional + guidance_scale * (conditional - unconditional)
 
     given = opposites(engine, prompts, negative_prompts)
-    return decode(engine, prompts, params, logits=logits, beside=[(engine, given)], **options)
+    return decode(engine, prompts, params, logits=logits, beside=[(engine, given)], stream=stream, **options)
 
 
-def context_aware(engine, prompts, params=None, *, questions, alpha=0.5, **options) -> list[Generation]:
+def context_aware(
+    engine, prompts, params=None, *, questions, alpha=0.5, stream=False, **options
+) -> list[Generation]:
     """(1 + alpha) logits(w | context, question) - alpha logits(w | question), before the pipeline.
 
     A token costs two forward passes of one row for each prompt.
@@ -49,7 +51,8 @@ def context_aware(engine, prompts, params=None, *, questions, alpha=0.5, **optio
         informed, prior = now.joint.logits
         return (1 + alpha) * informed - alpha * prior
 
-    return decode(engine, prompts, params, logits=logits, beside=[(engine, questions)], **options)
+    beside = [(engine, questions)]
+    return decode(engine, prompts, params, logits=logits, beside=beside, stream=stream, **options)
 
 
 def opposites(engine, prompts, negative) -> list:

@@ -13,7 +13,7 @@ from ..kit.decode import decode
 
 def contrastive_decoding(
     engine, prompts, params=None, *, amateur, amateur_prompts=None, alpha=0.1, beta=0.5, amateur_temperature=1.0,
-    original=False, **options,
+    original=False, stream=False, **options,
 ) -> list[Generation]:  # fmt: skip
     """(1 + beta) s_e - beta s_a over tokens with p_e >= alpha max p_e, -inf elsewhere; s are logits.
 
@@ -43,7 +43,7 @@ def contrastive_decoding(
         return contrast.masked_fill(~plausible(expert, alpha), -torch.inf)
 
     given = prompts if amateur_prompts is None else amateur_prompts
-    return decode(engine, prompts, params, logits=logits, beside=[(amateur, given)], **options)
+    return decode(engine, prompts, params, logits=logits, beside=[(amateur, given)], stream=stream, **options)
 
 
 def plausible(logits, alpha: float):

@@ -14,7 +14,7 @@ from .contrastive_decoding import plausible
 
 
 def dola(
-    engine, prompts, params=None, *, layers="low", alpha=0.1, rule="paper", **options
+    engine, prompts, params=None, *, layers="low", alpha=0.1, rule="paper", stream=False, **options
 ) -> list[Generation]:
     """log q_N - log q_M over tokens with q_N >= alpha max q_N; M is the premature layer of the largest JSD to N.
 
@@ -44,7 +44,7 @@ def dola(
         early = early[divergence(final, early, turned=rule == "code").argmax(0), rows]
         return (final - early).masked_fill(~plausible(now.logits, alpha), -torch.inf)
 
-    return decode(engine, prompts, params, logits=logits, hidden=True, **options)
+    return decode(engine, prompts, params, logits=logits, hidden=True, stream=stream, **options)
 
 
 def divergence(p: Tensor, q: Tensor, turned: bool) -> Tensor:

@@ -10,7 +10,7 @@ from ..kit.decode import decode
 
 
 def ensemble(
-    engine, prompts, params=None, *, others, weights=None, kind="product", **options
+    engine, prompts, params=None, *, others, weights=None, kind="product", stream=False, **options
 ) -> list[Generation]:
     """sum_i w_i log p_i (product of experts, Hinton 2002), or log sum_i w_i p_i (mixture), before the pipeline.
 
@@ -41,4 +41,4 @@ def ensemble(
         # 0 times -inf is nothing: a member without weight excludes nothing
         return torch.where(share == 0, 0.0, laws * share).sum(0)
 
-    return decode(engine, prompts, params, logits=logits, beside=members, **options)
+    return decode(engine, prompts, params, logits=logits, beside=members, stream=stream, **options)

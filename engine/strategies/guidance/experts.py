@@ -7,7 +7,7 @@ from ..kit.decode import decode
 
 
 def experts(
-    engine, prompts, params=None, *, expert=None, anti_expert=None, alpha=1.0, **options
+    engine, prompts, params=None, *, expert=None, anti_expert=None, alpha=1.0, stream=False, **options
 ) -> list[Generation]:
     """logits + alpha (logits of the expert - logits of the anti-expert), before the pipeline.
 
@@ -25,6 +25,5 @@ def experts(
         added = zip(now.beside, steering, strict=True)
         return now.logits + alpha * sum(sign * other for other, (_, sign) in added)
 
-    return decode(
-        engine, prompts, params, logits=logits, beside=[(each, prompts) for each, _ in steering], **options
-    )
+    beside = [(each, prompts) for each, _ in steering]
+    return decode(engine, prompts, params, logits=logits, beside=beside, stream=stream, **options)

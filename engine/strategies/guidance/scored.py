@@ -14,7 +14,7 @@ from ..kit.decode import decode
 
 def scored(
     engine, prompts, params=None, *, scorer: Callable[[Sequence[list[int]]], Sequence[float] | Tensor], k=200,
-    weight=1.0, **options,
+    weight=1.0, stream=False, **options,
 ) -> list[Generation]:  # fmt: skip
     """logit(v) + weight scorer(tokens, v) over the k most probable v, -inf elsewhere, before the pipeline.
 
@@ -39,7 +39,7 @@ def scored(
             raise ParameterError(f"the scorer gave {list(scores.shape)} numbers for {len(texts)} texts")
         return torch.full_like(now.logits, -torch.inf).scatter(1, ids, best + weight * scores.view_as(best))
 
-    return decode(engine, prompts, params, logits=logits, **options)
+    return decode(engine, prompts, params, logits=logits, stream=stream, **options)
 
 
 def of_text(engine, score: Callable[[str], float]) -> Callable[[Sequence[list[int]]], list[float]]:

@@ -38,7 +38,7 @@ class Node:
 
 def tree_search(
     engine, prompts, params=None, *, value: Callable[[Sequence[list[int]]], Sequence[float]], simulations=50, c=3.0,
-    temperature=2.0, k=None, **options,
+    temperature=2.0, k=None, stream=False, **options,
 ) -> list[Generation]:  # fmt: skip
     """Before every token, `simulations` walks down a tree of continuations; the most visited token is taken.
 
@@ -107,4 +107,4 @@ def tree_search(
             tokens.append(token)
         return torch.tensor(tokens, device=now.logits.device)
 
-    return decode(engine, prompts, params, step=step, **options)
+    return decode(engine, prompts, params, step=step, stream=stream, **options)

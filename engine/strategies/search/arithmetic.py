@@ -13,7 +13,7 @@ CODE = 2**29  # noise stream of the codes
 FRESH = 2.0**-30  # a code this much spent is drawn anew: its digits are at an end
 
 
-def arithmetic_sampling(engine, prompts, params=None, *, n=8, **options) -> list[Generation]:
+def arithmetic_sampling(engine, prompts, params=None, *, n=8, stream=False, **options) -> list[Generation]:
     """Sample i of a prompt decodes the code i / n + u mod 1, u uniform and common: it takes the token in whose share
     of [0, 1) the code lies, and goes on with the code's place in that share.
 
@@ -54,4 +54,4 @@ def arithmetic_sampling(engine, prompts, params=None, *, n=8, **options) -> list
             codes[request] = place, codes[request][1] * mass
         return tokens
 
-    return decode(engine, prompts, params, step=step, n=n, **options)
+    return decode(engine, prompts, params, step=step, n=n, stream=stream, **options)

@@ -13,7 +13,7 @@ from ..kit.decode import decode
 
 def lookahead(
     engine, prompts, params=None, *, heuristic: Callable[[Sequence[list[int]]], Sequence[float]], k=5, depth=8,
-    weight=1.0, **options,
+    weight=1.0, stream=False, **options,
 ) -> list[Generation]:  # fmt: skip
     """logit(v) + weight h(v and its greedy continuation) over the k most probable v, -inf elsewhere.
 
@@ -42,4 +42,4 @@ def lookahead(
         scores = torch.tensor(list(heuristic(texts)), device=best.device).view_as(best)
         return torch.full_like(now.logits, -torch.inf).scatter(1, ids, best + weight * scores)
 
-    return decode(engine, prompts, params, logits=logits, **options)
+    return decode(engine, prompts, params, logits=logits, stream=stream, **options)

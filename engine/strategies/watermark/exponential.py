@@ -17,7 +17,9 @@ from .detection import Detection, windows
 MARK, MULTIPLIER = 2**23, 6364136223846793005
 
 
-def exponential_watermark(engine, prompts, params=None, *, key=42, width=4, **options) -> list[Generation]:
+def exponential_watermark(
+    engine, prompts, params=None, *, key=42, width=4, stream=False, **options
+) -> list[Generation]:
     """Draw argmax_v log p(v) + g(v), p the pipeline's distribution, g Gumbel noise of the key and the last tokens.
 
     Over keys, every text has the pipeline's law; for one key, a context always goes on in the same way. Contexts that
@@ -41,7 +43,7 @@ def exponential_watermark(engine, prompts, params=None, *, key=42, width=4, **op
             tokens[fresh] = draw(now.processed[fresh], *noise_keys(key, contexts, now.logits.device))
         return tokens
 
-    return decode(engine, prompts, params, step=step, **options)
+    return decode(engine, prompts, params, step=step, stream=stream, **options)
 
 
 def unused(text: list[int], width: int) -> bool:

@@ -99,7 +99,7 @@ def test_typical_acceptance_by_hand():
     class Keys:
         seeds, positions, streams = keys
 
-    accepted = [bool(typical(logits, torch.tensor([v]), None, Keys, None)[1]) for v in (0, 1, 2, 3, -1)]
+    accepted = [int(typical(logits, torch.tensor([[v]]), None, Keys, None)[1]) == 0 for v in (0, 1, 2, 3, -1)]
     assert accepted == [True, True, True, False, False]
     assert EPSILON == 0.09
 

@@ -161,7 +161,7 @@ def test_a_wrong_rule_is_caught(monkeypatch):
 
     def always(processed, proposed, q, context, greedy):
         chosen, _ = acceptance.ratio(processed, proposed, q, context, greedy)
-        return torch.where(proposed < 0, chosen, proposed), proposed >= 0
+        return torch.where(proposed < 0, chosen[:, None], proposed)[:, 0], -(proposed < 0).long()[:, 0]
 
     monkeypatch.setitem(acceptance.RULES, "ratio", always)
     target, other = pair()
