@@ -17,11 +17,15 @@ from .loop.generation import Event, Generation
 from .loop.stopping import HFCriterion
 from .params.sampling_params import SamplingParams
 from .pipeline.foreign.huggingface import HFProcessor
+from .strategies import named
+from .strategies.modes import Mode, mode
 
 __all__ = ["HFCriterion", "HFProcessor", "as_custom_generate", "stream_to"]
 
 RUN_AS_CRITERIA = ("max_time", "stop_strings")  # fields for which `generate` has prepared a criterion
 WATERMARKS = ("WatermarkLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+GUIDANCE = "UnbatchedClassifierFreeGuidanceLogitsProcessor"
+ROWS = ("attention_mask", "inputs_embeds")  # what `unpadded` reads beside the ids
 UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -43,6 +47,8 @@ def stream_to(
                 raise CapabilityError("a streamer takes one text; stream one prompt with n=1")
             if event.token_id is not None:
                 streamer.put(torch.tensor([event.token_id]))
+            elif event.generation is not None and event.text:  # a strategy that tells its result as a whole
+                streamer.put(torch.tensor(event.generation.token_ids))
             found = event.generation or found
     finally:
         streamer.end()
@@ -50,26 +56,35 @@ def stream_to(
 
 
 def as_custom_generate(
-    strategy: Callable[..., Any] | None = None,
+    strategy: Callable[..., Any] | str | None = None,
     *,
     tokenizer: Any = None,
     streamer: Any = None,
+    assistant_model: Any = None,
     **engine_options: Any,
 ) -> Callable[..., Any]:
     """A function for `model.generate(..., custom_generate=...)` that decodes on handloom's loop.
 
-    strategy: called as `strategy(engine, prompts, params)`; None is `Engine.generate`. tokenizer, streamer:
-    given here, because transformers 5.23 hands neither to a function. engine_options: arguments of `Engine`,
-    such as slots.
+    strategy: called as `strategy(engine, prompts, params)`, or the name of one of `handloom.strategies`; None is the
+    one that the generation config asks for (beams of every kind, contrastive search, DoLa, guidance, drafts), else
+    `Engine.generate`. tokenizer, streamer, assistant_model: given here, because transformers 5.23 hands none of them
+    to a function. engine_options: arguments of `Engine`, such as slots.
 
     The generation config is read onto the `hf` profile; the logits processors and stopping criteria that were
     passed to `generate` run at their place, called with one row without padding at a time. Sampling seeds come
     from torch's global generator, so `set_seed` makes runs repeatable; the draws differ from
     `torch.multinomial`'s. What runs is in evaluation mode, the model stays in the mode it is in. Raises
-    ParameterError for what the loop does in another way (beams, guidance), CapabilityError for outputs it does
-    not keep, and HandloomError where rows ended in error; its `results` holds all that was generated.
+    ParameterError for two strategies at once, CapabilityError for outputs that the loop does not keep, and
+    HandloomError where rows ended in error; its `results` holds all that was generated.
     """
-    held: list[Engine] = []  # the engine of the last model
+    strategy = named(strategy) if isinstance(strategy, str) else strategy
+    held: list[Engine] = []  # the engine of the last model, and that of its assistant
+
+    def engine_of(model) -> Engine:
+        if not held or held[0].model is not model:
+            held[:] = [Engine(model, tokenizer, **engine_options)]
+            held.extend([Engine(assistant_model)] if assistant_model is not None else [])
+        return held[0]
 
     def custom_generate(
         model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **kwargs
@@ -79,21 +94,51 @@ def as_custom_generate(
             raise CapabilityError(
                 f"{', '.join(wanted)}: this loop keeps no such tensors; use SamplingParams(logprobs=n)"
             )
-        if not held or held[0].model is not model:
-            held[:] = [Engine(model, tokenizer, **engine_options)]
-        own = own_processors(model, generation_config, logits_processor or [], input_ids, kwargs)
-        params = params_of(generation_config, input_ids.shape[1], own, stopping_criteria or [])
+        engine = engine_of(model)
+        prepared, config, negative = without_guidance(logits_processor or [], generation_config)
+        settings = {name: value for name, value in vars(generation_config).items() if name[0] != "_"}
+        settings |= {"assistant_model": held[1] if held[1:] else None, "negative_prompt_ids": negative}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        asked, options, settings = mode(engine, settings)
+        if strategy not in (None, asked) and asked is not Engine.generate:
+            raise ParameterError(
+                f"the config asks for {asked.__name__}, and strategy={strategy.__name__}: set one of them"
+            )
+        if "num_beams" in options:  # `generate` has repeated the rows for beams, which fork here
+            input_ids = input_ids[:: options["num_beams"]]
+            kwargs = kwargs | {
+                name: kwargs[name][:: options["num_beams"]] for name in ROWS if kwargs.get(name) is not None
+            }
+        own = own_processors(model, config, prepared, input_ids, kwargs)
+        params = params_of(settings, input_ids.shape[1], own, stopping_criteria or [])
         prompts = unpadded(input_ids, kwargs)
+        if options.get("negative_prompts"):  # one for each prompt, whose samples are rows already
+            samples = len(prompts) // len(options["negative_prompts"])
+            options["negative_prompts"] = [n for n in options["negative_prompts"] for _ in range(samples)]
         seeds = torch.randint(2**62, (len(prompts),)).tolist()
-        requests = [params.replace(seed=seed) for seed in seeds]
+        run = Mode(engine, strategy or asked, [params.replace(seed=seed) for seed in seeds], options)
         if streamer is not None:
-            results = [stream_to(streamer, held[0].stream(prompts, requests), input_ids[0].tolist())]
+            results = [stream_to(streamer, run.events(prompts), input_ids[0].tolist())]
         else:
-            results = (strategy or Engine.generate)(held[0], prompts, requests)
-        results = results if isinstance(results, list) else [results]
+            results = list(run.strategy(engine, prompts, run.params, **options))
+        input_ids = input_ids.repeat_interleave(len(results) // len(input_ids), 0)
         return padded_output(input_ids, whole(results), generation_config)
 
     return custom_generate
+
+
+def without_guidance(prepared: Iterable[Any], config: Any) -> tuple[list[Any], Any, list[list[int]] | None]:
+    """The processors and the config without classifier-free guidance, which is a strategy here, and its prompts."""
+    prepared, negative = list(prepared), None
+    if config.guidance_scale in (None, 1):
+        return prepared, config, None
+    config = copy.copy(config)
+    config.guidance_scale = None
+    place = next(i for i, rule in enumerate(prepared) if type(rule).__name__ == GUIDANCE)
+    context = prepared.pop(place).unconditional_context
+    if (ids := context["input_ids"]) is not None:
+        negative = unpadded(ids, context)
+    return prepared, config, negative
 
 
 def whole(results: list[Generation]) -> list[Generation]:
@@ -148,15 +193,16 @@ def same_processor(one: Any, other: Any) -> bool:
     )
 
 
-def params_of(config: Any, prompt_length: int, own: list[Any], criteria: Iterable[Any]) -> SamplingParams:
-    """Parameters of one row, from transformers' prepared generation config, processors and criteria."""
-    settings = {name: value for name, value in vars(config).items() if value is not None and name[0] != "_"}
+def params_of(
+    settings: dict[str, Any], prompt_length: int, own: list[Any], criteria: Iterable[Any]
+) -> SamplingParams:
+    """Parameters of one row, from transformers' prepared settings, processors and criteria."""
     for name in (*RUN_AS_CRITERIA, "num_return_sequences"):  # the rows have been repeated already
         settings.pop(name, None)
     ends = [token for token in iter_ids(settings.pop("eos_token_id", None)) if token >= 0]
     lengths, criteria, replaced = split_criteria(criteria, ends)
-    last = settings.pop("max_length") - prompt_length
-    most = max(1, min(lengths, default=config.max_length) - prompt_length)
+    longest = settings.pop("max_length")
+    most, last = max(1, min(lengths, default=longest) - prompt_length), longest - prompt_length
     least = max(settings.pop("min_length", 0) - prompt_length, settings.get("min_new_tokens", 0))
     settings |= {"max_new_tokens": most, "min_new_tokens": min(least, most)}
     forced = forced_tokens(settings, prompt_length, last - 1)

@@ -28,7 +28,7 @@ from .loading import limits
 from .loop.batch import Batch
 from .loop.generation import Event, Generation, Results
 from .loop.graph import GraphBatch
-from .loop.intake import Arrivals, encoded, rehearsals, requests_of
+from .loop.intake import Arrivals, another_strategy, encoded, rehearsals, requests_of
 from .loop.loop import run
 from .loop.request import Request
 from .params.settings import Settings, Single
@@ -336,7 +336,8 @@ class Engine:
             prompts: a string, a list of ids, a list of messages, a tokenizer's output, an `[T, D]` embedding
                 tensor, or a list of any of these; arrays, columns of `datasets`, maps and generators are lists.
             params: SamplingParams, a Hugging Face GenerationConfig or a dict for all prompts, or a list of one
-                per prompt; None is greedy, 256 new tokens.
+                per prompt; None is greedy, 256 new tokens. What asks for beams, contrastive search, DoLa, guidance or
+                drafts, as transformers' fields do (num_beams ...), runs that strategy (`strategies.generate`).
             defaults: `none`, or `model` to start from the model's `generation_config.json`.
             progress: show a progress bar; None shows it for several prompts in a terminal.
             overrides: single parameters, under any of their known names.
@@ -348,6 +349,8 @@ class Engine:
         Raises:
             PromptError, ParameterError: before anything is decoded.
         """
+        if other := another_strategy(self, params, defaults, overrides):
+            return other.results(prompts)
         requests, single = requests_of(self, prompts, params, defaults, overrides)
         results: dict[tuple[int, int], Generation] = {}
         with (
@@ -365,9 +368,7 @@ class Engine:
                 log.warning("interrupted: %d of %d results are complete", len(results), len(requests))
         for request in requests:
             if (request.index, request.sample) not in results:
-                if request.stopper is None:
-                    request.start(self)
-                results[request.index, request.sample] = request.end("cancelled").generation
+                results[request.index, request.sample] = request.cancelled(self)
         ordered = Results(results[r.index, r.sample] for r in requests)
         return ordered[0] if single and len(ordered) == 1 else ordered
 
@@ -381,6 +382,8 @@ class Engine:
         """
         if isinstance(prompts, Arrivals):
             return self._in_turns(prompts)
+        if other := another_strategy(self, params, defaults, overrides):
+            return other.events(prompts)
         return self._in_turns(self.requests(prompts, params, defaults=defaults, **overrides))
 
     @overload
@@ -497,8 +500,7 @@ class Engine:
                 return stepped(self, state, tokens, hidden)
             ids = whole_numbers(tokens, "tokens")
             if embeddings is not None and embeddings.shape[:1] != (len(ids),):
-                given = list(embeddings.shape)
-                raise HandloomError(f"embeddings of shape {given} for {len(ids)} tokens; give [B, D]")
+                raise HandloomError(f"embeddings {[*embeddings.shape]} for {len(ids)} tokens; give [B, D]")
             longer = self._extended(state, [[t] for t in ids], None, hidden, embeddings)
         return replace(longer, all_logits=None, steps=(), before=None)
 
@@ -520,9 +522,7 @@ class Engine:
 
     def _extended(self, state: State, tokens, counts, hidden: bool, embeddings=None) -> State:
         given = self._continuations(state, tokens, counts)
-        return extended(
-            self.runner, state, given, hidden, None if embeddings is None else embeddings[:, None]
-        )
+        return extended(self.runner, state, given, hidden, embeddings)
 
     @torch.no_grad()
     def tree_step(self, state: State, tokens, parents, *, hidden: bool = False) -> State:

@@ -345,9 +345,10 @@ def prefilled(runner, prompts, hidden: bool) -> State:
 
 
 def extended(runner, state: State, given: list[list[int]], hidden: bool, embeddings=None) -> State:
-    """The State after the given ids of each row."""
+    """The State after the given ids of each row; embeddings [B, D] are fed in place of one id's own."""
     if not given:
         return replace(state, all_logits=state.logits[:, None], before=state.logits, drafts=None)
+    embeddings = None if embeddings is None else embeddings[:, None]
     rows, out = runner.extend(state.rows, given, state.states, hidden=hidden, embeddings=embeddings)
     fed = tuple(map(len, given))
     logits = out.logits[:, -1]

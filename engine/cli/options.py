@@ -58,8 +58,7 @@ def read_parameters(given: Mapping[str, Any]) -> SamplingParams:
 
 
 def strategy_events(name: str | None, given: tuple[str, ...]) -> Callable[..., Iterator[Any]]:
-    """What yields the Events of (engine, prompts, params): the engine's own loop, or a strategy, which tells each
-    result when all are there.
+    """What yields the Events of (engine, prompts, params): the engine's own loop, or a strategy.
 
     Raises:
         ParameterError: an unknown strategy or option, or options without a strategy.
@@ -68,23 +67,17 @@ def strategy_events(name: str | None, given: tuple[str, ...]) -> Callable[..., I
         if given:
             raise ParameterError(f"--option {given[0]} is an option of a strategy: name one with --strategy")
         return lambda engine, prompts, params: engine.stream(prompts, params)
-    from ..loop.generation import Event
     from ..strategies import named
+    from ..strategies.modes import Mode
 
     strategy, chosen = named(name), {}
-    known = list(inspect.signature(strategy).parameters)[3:-1]
+    known = [each for each in list(inspect.signature(strategy).parameters)[3:-1] if each != "stream"]
     for each in given:
         key, equals, value = each.partition("=")
         if not equals or key not in known:
             raise ParameterError(f"--option {each}: {name} takes name=value of {', '.join(known) or 'none'}")
         chosen[key] = _json(key, value)
-
-    def events(engine, prompts, params):
-        for result in strategy(engine, prompts, params, **chosen):
-            end = {"finish": result.finish_reason, "generation": result}
-            yield Event(result.request, result.sample, None, result.text, **end)
-
-    return events
+    return lambda engine, prompts, params: Mode(engine, strategy, params, chosen).events(prompts)
 
 
 def described() -> dict[str, tuple[str, str]]:

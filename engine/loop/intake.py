@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 
 from ..errors import HandloomError, ParameterError
 from ..kernels import dispatch
 from ..loading.parallel import fresh_seed, is_split
+from ..params.aliases import MODES
+from ..params.reading import asks
 from ..params.sampling_params import SamplingParams
 from ..pipeline.foreign.huggingface import for_row
 from ..text.detokenizer import special_tokens
@@ -108,6 +111,23 @@ def requests_of(engine, prompts, params, defaults, overrides) -> tuple[list[Requ
     for number, request in enumerate(requests):
         request.params = for_row(request.params, number, len(requests))
     return requests, single
+
+
+def another_strategy(engine, params, defaults, overrides):
+    """The strategy that arguments of `Engine.generate` ask for, as num_beams=4 does, ready to run; None for the loop.
+
+    Strategies lie above the engine: what leads to them is looked up by name, and only when one is asked for.
+    """
+    given = [overrides, *(params if isinstance(params, list | tuple) else [params])]
+    given += [engine.model.generation_config] if defaults == "model" else []
+    mappings = [
+        g if isinstance(g, Mapping) else vars(g)
+        for g in given
+        if hasattr(g, "to_diff_dict") or isinstance(g, Mapping)
+    ]
+    if not any(asks(name, each.get(name)) for each in mappings for name in MODES):
+        return None
+    return import_module("...strategies.modes", __name__).routed(engine, params, defaults, overrides)
 
 
 def seed_of(engine, asked: int | str | None, number: int) -> int:

@@ -119,6 +119,12 @@ class Request:
         self.error = error or self.error
         return self._event(self.stopper.finish(reason), None, None, None)
 
+    def cancelled(self, engine) -> Generation:
+        """What there is of an unfinished request, begun or not."""
+        if self.stopper is None:
+            self.start(engine)
+        return self.end("cancelled").generation
+
     def _event(self, emission: Emission, token, processed, raw) -> Event:
         result = self._generation() if emission.finish else None
         return Event(

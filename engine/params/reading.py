@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ParameterError
-from .aliases import ALIASES, ELSEWHERE, MODES, SPECIAL, Values
+from .aliases import ALIASES, ELSEWHERE, SPECIAL, Values
 from .checks import Check, is_number, scalar, to_list
 from .dialects import DIALECTS, Dialect
 
@@ -75,12 +75,6 @@ def asks(spelling: str, value: Any) -> bool:
     neutral = ELSEWHERE[spelling][0]
     same = any(type(value) is type(n) and value == n for n in neutral)
     return not (value is None or same or _same(value, neutral))
-
-
-def asks_for_a_mode(settings: Any) -> bool:
-    """Whether a mapping, or an object with attributes, asks for another strategy, as num_beams=4 does."""
-    values = settings.get if isinstance(settings, Mapping) else lambda name: getattr(settings, name, None)
-    return any(asks(name, values(name)) for name in MODES)
 
 
 def _same(value: Any, neutral: tuple) -> bool:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..engine import Engine
 from ..errors import ParameterError
-from ..loop.generation import Generation
+from ..loop.generation import Event, Generation, Results
+from ..loop.intake import encoded, one_params
+from ..params.aliases import MODES
+from ..params.reading import asks
 from ..params.sampling_params import SamplingParams
 from .acceleration.drafting import prompt_lookup
 from .acceleration.early_exit import early_exit
@@ -20,6 +27,7 @@ from .search.constrained import constrained_beam_search
 from .search.diverse import diverse_beam_search
 
 BEAMS = ("num_beams", "length_penalty", "early_stopping", "num_return_sequences")
+GROUPS = ("num_beam_groups", "diversity_penalty")
 
 
 def generate(engine: Engine, prompts, config=None, **settings) -> Generation | list[Generation]:
@@ -28,7 +36,7 @@ def generate(engine: Engine, prompts, config=None, **settings) -> Generation | l
     penalty_alpha with top_k: contrastive search. dola_layers: DoLa. num_beams: beam search; with num_beam_groups
     diverse, with constraints or force_words_ids constrained. guidance_scale, negative_prompt_ids: classifier-free
     guidance. assistant_model (an Engine or a model), assistant_early_exit, prompt_lookup_num_tokens: speculative
-    decoding. None of them: `Engine.generate`.
+    decoding. None of them: `Engine.generate`, which leads here where it is given one of them.
 
     Args:
         engine, prompts: as for `Engine.generate`.
@@ -46,34 +54,97 @@ def generate(engine: Engine, prompts, config=None, **settings) -> Generation | l
     return strategy(engine, prompts, params, **options)
 
 
+@dataclass(frozen=True)
+class Mode:
+    """A strategy with what it is to be called with."""
+
+    engine: Engine
+    strategy: Callable
+    params: Any
+    options: Mapping[str, Any]
+
+    def results(self, prompts) -> Generation | Results:
+        """As `Engine.generate` returns them."""
+        given, single = encoded(self.engine, prompts)
+        found = Results(self.strategy(self.engine, given, self.params, **self.options))
+        return found[0] if single and len(found) == 1 else found
+
+    def events(self, prompts) -> Iterator[Event]:
+        """Every token as it comes, where the strategy can stream; else each result when all are there."""
+        call = partial(self.strategy, self.engine, prompts, self.params, **self.options)
+        if "stream" in inspect.signature(self.strategy).parameters:
+            return iter(call(stream=True))
+        return (
+            Event(r.request, r.sample, None, r.text, finish=r.finish_reason, generation=r) for r in call()
+        )
+
+
+def routed(engine: Engine, params, defaults: str, overrides: Mapping[str, Any]) -> Mode:
+    """What arguments of `Engine.generate` ask for.
+
+    Raises:
+        ParameterError: fields of two modes, one that nobody knows, or prompts that ask for different ones.
+    """
+    several = isinstance(params, list | tuple)
+    asked = [spoken(engine, item, defaults, overrides) for item in (params if several else [params])]
+    given = [{**fields(base), **named} for base, named in asked]
+    strategy, options, rest = mode(engine, given[0])
+    own = {*MODES, *given[0]} - set(rest)
+    for other in given[1:]:
+        if any(other.get(name) != given[0].get(name) for name in own):
+            raise ParameterError(
+                f"params: one asks for {strategy.__name__}, another for something else; one call runs one strategy"
+            )
+    found = []
+    for base, named in asked:
+        named = {name: value for name, value in named.items() if name not in own}
+        if hasattr(base, "to_diff_dict"):
+            base = copy.copy(base)
+            vars(base).update(dict.fromkeys(own & vars(base).keys()))
+        found.append(one_params(engine, base, False, named))
+    return Mode(engine, strategy, found if several else found[0], options)
+
+
+def spoken(engine: Engine, item, defaults: str, overrides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What the parameters of a prompt start from, and what is said beside it; `one_params` takes both."""
+    if item is not None and not isinstance(item, Mapping):
+        return item, {**overrides}
+    named = {**(item or {}), **overrides}
+    if defaults != "model":
+        return None, named
+    return engine.model.generation_config, {"eos_token_ids": None, **named}
+
+
 def fields(config) -> dict[str, Any]:
-    """The fields of a config that say something."""
-    given = config if isinstance(config, Mapping) else {} if config is None else config.to_diff_dict()
+    """The fields of a GenerationConfig or a mapping that say something."""
+    if not isinstance(config, Mapping) and not hasattr(config, "to_diff_dict"):
+        return {}
+    given = config if isinstance(config, Mapping) else config.to_diff_dict()
     return {name: value for name, value in given.items() if value is not None}
 
 
 def mode(engine: Engine, given: Mapping[str, Any]) -> tuple[Callable, dict, dict]:
     """The strategy of some fields, its options, and the fields that are for every strategy."""
-    rest = dict(given)
+    rest = {name: value for name, value in given.items() if name not in MODES or asks(name, value)}
     take = rest.pop
     found: list[tuple[Callable, dict]] = []
     if take("penalty_alpha", 0) and not rest.get("do_sample"):
         found.append((contrastive_search, {"alpha": given["penalty_alpha"], "k": take("top_k", 50)}))
     if (layers := take("dola_layers", None)) is not None:
         found.append((dola, {"layers": layers, "rule": "code"}))
-    beams = {name: take(name) for name in BEAMS if name in rest} if rest.get("num_beams", 1) > 1 else {}
-    groups = {name: take(name) for name in ("num_beam_groups", "diversity_penalty") if name in rest}
-    words = [take(name) for name in ("constraints", "force_words_ids") if rest.get(name)]
-    if groups.get("num_beam_groups", 1) > 1:
+    beams = {name: take(name) for name in BEAMS if name in rest} if "num_beams" in rest else {}
+    groups = {name: take(name) for name in GROUPS if name in rest} if "num_beam_groups" in rest else {}
+    words = [take(name) for name in ("constraints", "force_words_ids") if name in rest]
+    if groups:
         found.append((diverse_beam_search, beams | groups))
     elif words:
         found.append(
             (constrained_beam_search, beams | {"constraints": [phrases(c) for each in words for c in each]})
         )
     elif beams:
-        found.append((beam_search, beams))
-    scale, negative = take("guidance_scale", 1) or 1, take("negative_prompt_ids", None)
-    if scale != 1:
+        found.append((beam_search, beams | {"renormalize_logits": take("renormalize_logits", None)}))
+    if (scale := take("guidance_scale", None)) is not None:
+        negative = take("negative_prompt_ids", rest.pop("negative_prompt", None))
         negative = negative.tolist() if hasattr(negative, "tolist") else negative
         found.append((classifier_free_guidance, {"guidance_scale": scale, "negative_prompts": negative}))
     found += speculation(engine, rest)

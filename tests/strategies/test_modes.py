@@ -1,5 +1,7 @@
 """Modes: what a GenerationConfig or a name asks for is the strategy, with the tokens of transformers."""
 
+import copy
+
 import pytest
 import torch
 from helpers import tiny_llama
@@ -51,6 +53,37 @@ def test_a_config_leads_to_its_strategy(engine, config, name, options):
     assert ids(generate(engine, PROMPTS, max_new_tokens=7, **config)) == ids(direct)
 
 
+@pytest.mark.parametrize(("config", "name", "options"), CASES, ids=[name for _, name, _ in CASES])
+def test_engine_generate_leads_to_it(engine, config, name, options):
+    """From a dict, single arguments or a GenerationConfig; one prompt gives one result."""
+    direct = ids(named(name)(engine, PROMPTS, max_new_tokens=7, **options))
+    assert ids(engine.generate(PROMPTS, {"max_new_tokens": 7, **config})) == direct
+    assert engine.generate(PROMPTS[0], SamplingParams(max_new_tokens=7), **config).token_ids == direct[0]
+    if "assistant_model" not in config:
+        given = GenerationConfig(max_new_tokens=7, **config)
+        events = engine.stream(PROMPTS, [given] * 3)
+        assert ids(sorted((e.generation for e in events if e.generation), key=lambda g: g.request)) == direct
+
+
+def test_defaults_of_the_model_lead_to_it_too(engine):
+    other = copy.copy(engine)
+    other.model = copy.copy(engine.model)
+    other.model.generation_config = GenerationConfig(num_beams=3, repetition_penalty=1.5, max_new_tokens=3)
+    direct = strategies.beam_search(engine, PROMPTS, num_beams=3, repetition_penalty=1.5, max_new_tokens=6)
+    assert ids(other.generate(PROMPTS, defaults="model", max_new_tokens=6)) == ids(direct)
+
+
+def test_what_is_for_every_strategy_stays_with_its_prompt(engine):
+    params = [{"max_new_tokens": count, "num_beams": 2} for count in (3, 5, 4)]
+    assert [r.n_new for r in engine.generate(PROMPTS, params)] == [3, 5, 4]
+    with pytest.raises(ParameterError, match="one asks for beam_search, another"):
+        engine.generate(PROMPTS, [*params[:2], {"num_beams": 3}])
+    with pytest.raises(ParameterError, match="did you mean 'temperature'"):
+        engine.generate(PROMPTS, num_beams=2, temprature=1)
+    with pytest.raises(ParameterError, match=r"params=3\.5 is not SamplingParams"):
+        engine.generate(PROMPTS, 3.5, num_beams=2)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -91,12 +124,18 @@ def test_what_says_nothing_is_plain_decoding(engine):
 
 
 def test_a_strategy_from_the_command_line(engine):
-    """What `handloom --strategy contrastive_search -O alpha=0.3` runs; the result comes as one Event."""
+    """What `handloom --strategy contrastive_search -O alpha=0.3` runs: an Event a token; of beams, one a result."""
     run = strategy_events("contrastive_search", ("alpha=0.3", "k=3"))
     events = list(run(engine, PROMPTS[:1], SamplingParams(max_new_tokens=5)))
     direct = strategies.contrastive_search(engine, PROMPTS[:1], alpha=0.3, k=3, max_new_tokens=5)
+    assert [event.token_id for event in events] == direct[0].token_ids
+    assert [events[-1].generation.token_ids] == ids(direct)
+    assert [event.finish for event in events] == [None] * 4 + ["length"]
+    run = strategy_events("beam_search", ("num_beams=3", "num_return_sequences=2"))
+    events = list(run(engine, PROMPTS, SamplingParams(max_new_tokens=5)))
+    direct = strategies.beam_search(engine, PROMPTS, num_beams=3, num_return_sequences=2, max_new_tokens=5)
     assert [event.generation.token_ids for event in events] == ids(direct)
-    assert events[0].finish == "length"
+    assert [(event.request, event.sample) for event in events] == [(i, j) for i in range(3) for j in range(2)]
     for name, options, message in (
         ("contrastive_search", ("beta=1",), "takes name=value of k, alpha"),
         (None, ("k=1",), "name one with --strategy"),

@@ -77,7 +77,11 @@ def rounds(engine, state, requests, draft, model, widths, rule) -> Iterator[Even
     """Draft, check and commit until all rows have ended; an Event for every token."""
     live = [requests.open(i, engine) for i in range(len(state))]
     tallies = [{"drafted": 0, "accepted": 0, "passes": 1} for _ in live]
-    tokens, drafts, logits = state.tokens, Drafts.certain([[]] * len(live), [0] * len(live)), state.logits[:, None]
+    tokens, drafts, logits = (
+        state.tokens,
+        Drafts.certain([[]] * len(live), [0] * len(live)),
+        state.logits[:, None],
+    )
     while True:
         planned = block(requests, tokens, drafts, logits) if rule == "block" else RULES[rule]
         requests, new, paths, events = verify(requests, live, tokens, drafts, logits, planned)

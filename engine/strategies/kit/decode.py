@@ -200,9 +200,7 @@ class Decoding(Iterator[Event]):
             log.warning("interrupted: %d of %d results are complete", len(found), len(self.asked))
         for request in self.asked:
             if (request.index, request.sample) not in found:
-                if request.stopper is None:
-                    request.start(self.members[0][0])
-                found[request.index, request.sample] = request.end("cancelled").generation
+                found[request.index, request.sample] = request.cancelled(self.members[0][0])
         return Results(found[request.index, request.sample] for request in self.asked)
 
     # -- the loop
