@@ -39,7 +39,7 @@ def stream_to(
     """
     if prompt_token_ids is not None:
         streamer.put(torch.tensor([list(prompt_token_ids)]))
-    found, owner = None, None
+    found, owner, begun = None, None, False
     try:
         for event in events:
             owner = owner or (event.request, event.sample)
@@ -47,7 +47,8 @@ def stream_to(
                 raise CapabilityError("a streamer takes one text; stream one prompt with n=1")
             if event.token_id is not None:
                 streamer.put(torch.tensor([event.token_id]))
-            elif event.generation is not None and event.text:  # a strategy that tells its result as a whole
+                begun = True
+            elif event.generation is not None and not begun:  # a strategy that tells it whole
                 streamer.put(torch.tensor(event.generation.token_ids))
             found = event.generation or found
     finally:
@@ -120,7 +121,8 @@ def as_custom_generate(
         if streamer is not None:
             results = [stream_to(streamer, run.events(prompts), input_ids[0].tolist())]
         else:
-            results = list(run.strategy(engine, prompts, run.params, **options))
+            results = run.strategy(engine, prompts, run.params, **options)
+        results = results if isinstance(results, list) else [results]
         input_ids = input_ids.repeat_interleave(len(results) // len(input_ids), 0)
         return padded_output(input_ids, whole(results), generation_config)
 

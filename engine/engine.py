@@ -336,8 +336,7 @@ class Engine:
             prompts: a string, a list of ids, a list of messages, a tokenizer's output, an `[T, D]` embedding
                 tensor, or a list of any of these; arrays, columns of `datasets`, maps and generators are lists.
             params: SamplingParams, a Hugging Face GenerationConfig or a dict for all prompts, or a list of one
-                per prompt; None is greedy, 256 new tokens. What asks for beams, contrastive search, DoLa, guidance or
-                drafts, as transformers' fields do (num_beams ...), runs that strategy (`strategies.generate`).
+                per prompt; None is greedy, 256 new tokens. Fields such as num_beams lead to `strategies.generate`.
             defaults: `none`, or `model` to start from the model's `generation_config.json`.
             progress: show a progress bar; None shows it for several prompts in a terminal.
             overrides: single parameters, under any of their known names.

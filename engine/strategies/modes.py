@@ -71,6 +71,8 @@ class Mode:
 
     def events(self, prompts) -> Iterator[Event]:
         """Every token as it comes, where the strategy can stream; else each result when all are there."""
+        if self.strategy is Engine.generate:
+            return self.engine.stream(prompts, self.params, **self.options)
         call = partial(self.strategy, self.engine, prompts, self.params, **self.options)
         if "stream" in inspect.signature(self.strategy).parameters:
             return iter(call(stream=True))

@@ -28,7 +28,7 @@ from transformers import (
 from handloom.compat import as_custom_generate
 from handloom.engine import Engine
 from handloom.errors import HandloomError, ParameterError
-from handloom.strategies import beam_search
+from handloom.strategies import beam_search, named
 
 TOKENIZER = byte_level()
 PROMPTS = ["the quick brown fox", "Stop here, then", "lazy dog. new lines and spaces"]
@@ -155,6 +155,83 @@ def test_custom_generate_equals_generate(model, name):
     assert (ours.tolist() == plain.tolist()) == (name == "forced BOS behind many tokens")
 
 
+MODES = {
+    "beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5, "eos_token_id": ENDS},
+    "beams of what a row may say": {"num_beams": 2, "prefix_allowed_tokens_fn": own_of_each_row},
+    "guidance": {"guidance_scale": 2.5, "repetition_penalty": 1.5},
+    "guidance from texts": {
+        "guidance_scale": 2.5,
+        "negative_prompt_ids": torch.tensor([[40, 41], [50, 51], [60, 61]]),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_of_the_config_equals_generate(model, name):
+    settings = {"max_new_tokens": 8, "do_sample": False, **MODES[name]}
+    theirs = model.generate(**padded(), **copy.copy(settings))
+    ours = model.generate(**padded(), **settings, custom_generate=as_custom_generate(slots=2))
+    assert ours.tolist() == theirs.tolist()
+    assert ours.tolist() != model.generate(**padded(), max_new_tokens=8, do_sample=False).tolist()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {}], ids=str
+)
+def test_drafts_for_a_batch_which_generate_takes_one_by_one(model, settings):
+    """Greedy tokens stay; transformers refuses a batch here."""
+    plain = model.generate(**padded(), max_new_tokens=8, do_sample=False)
+    assistant = None if settings else copy.deepcopy(model)
+    run = as_custom_generate(assistant_model=assistant)
+    ours = model.generate(**padded(), max_new_tokens=8, do_sample=False, **settings, custom_generate=run)
+    assert ours.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "options"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search", {"alpha": 0.6, "k": 4}),
+        ({"dola_layers": [0, 1]}, "dola", {"layers": [0, 1], "rule": "code"}),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, "diverse_beam_search",
+         {"num_beams": 4, "diversity_penalty": 1.0}),
+        ({"num_beams": 3, "force_words_ids": [[30, 31]]}, "constrained_beam_search",
+         {"num_beams": 3, "constraints": [[30, 31]]}),
+        ({}, "frustratingly_simple", {}),
+    ],
+)  # fmt: skip
+def test_modes_that_transformers_left_run_by_their_fields_or_by_name(engine, model, settings, name, options):
+    direct = named(name)(engine, PROMPTS, max_new_tokens=6, **options)
+    for run in (as_custom_generate(None if settings else name), as_custom_generate(name)):
+        ours = model.generate(**padded(), max_new_tokens=6, do_sample=False, **settings, custom_generate=run)
+        assert [
+            row[:end] for row, end in zip(ours[:, WIDTH:].tolist(), (r.n_new for r in direct), strict=True)
+        ] == [r.token_ids for r in direct]
+
+
+def test_a_streamer_gets_a_strategys_tokens(model):
+    """Token by token where the strategy streams, else together when they are there."""
+    ids = padded(PROMPTS[:1])["input_ids"]
+    for settings, puts in (({"guidance_scale": 2.0}, 6), ({"num_beams": 2}, 2)):
+        told = Puts()
+        run = as_custom_generate(streamer=told)
+        out = model.generate(ids, max_new_tokens=5, do_sample=False, **settings, custom_generate=run)
+        assert [token for each in told.values for token in each] == out[0].tolist()
+        assert len(told.values) == puts
+
+
+class Puts:
+    """A streamer that remembers."""
+
+    def __init__(self):
+        self.values = []
+
+    def put(self, value):
+        self.values.append(value.flatten().tolist())
+
+    def end(self):
+        pass
+
+
 def test_guidance_with_a_text_for_each_row(model):
     settings = {"max_new_tokens": 8, "do_sample": False}
     theirs = model.generate(**padded(), **processors(guidance(model)), **settings)
@@ -257,7 +334,7 @@ def test_custom_generate_leaves_the_model_in_its_mode(model, training):
         other.generate(**padded(), max_new_tokens=2, do_sample=False, custom_generate=run)
         assert [module.training for module in other.modules()] == before
     with pytest.raises(ParameterError):
-        other.generate(**padded(), max_new_tokens=2, num_beams=2, custom_generate=run)
+        other.generate(**padded(), max_new_tokens=2, num_beams=2, guidance_scale=2.0, custom_generate=run)
     assert [module.training for module in other.modules()] == before
 
 

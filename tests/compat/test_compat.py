@@ -375,8 +375,11 @@ def test_custom_generate_says_what_it_cannot_do(model, tokenizer):
         model.generate(
             **inputs, max_new_tokens=2, output_scores=True, return_dict_in_generate=True, custom_generate=run
         )
-    with pytest.raises(ParameterError, match="num_beams"):
-        model.generate(**inputs, max_new_tokens=2, num_beams=2, custom_generate=run)
+    with pytest.raises(ParameterError, match="asks for beam_search, classifier_free_guidance"):
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, guidance_scale=2.0, custom_generate=run)
+    other = compat.as_custom_generate("dola")
+    with pytest.raises(ParameterError, match="asks for beam_search, and strategy=dola"):
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, custom_generate=other)
     twice = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)])
     with pytest.raises(ParameterError, match="RepetitionPenalty"):
         model.generate(
