@@ -290,6 +290,9 @@ class BlockPool:
         size = self.block_size
         whole, offset = divmod(length, size)
         blocks = table.blocks
+        if count == 1 and offset and len(blocks) > whole and self.filled[blocks[whole]] == offset:
+            self.filled[blocks[whole]] = offset + 1  # a step in a block that nobody has written to
+            return table if len(blocks) == whole + 1 else self.table(blocks[: whole + 1])
         kept = blocks[: whole + (offset > 0)]
         copy = offset > 0 and self.filled[kept[-1]] > offset
         needed = -(-(length + count) // size)

@@ -12,6 +12,7 @@ from recorded_graph import Recorder, Recording, install
 from handloom import Engine, HandloomError, SamplingParams
 from handloom.cache.feed import Feed, grid_numbers, packed_numbers
 from handloom.cache.pool import TRASH, ZERO
+from handloom.forward.programs import recorded as programs_module
 from handloom.forward.programs.capture import Letter
 from handloom.forward.programs.programs import bucket
 
@@ -81,10 +82,10 @@ def test_the_host_reads_the_tokens_of_a_step_while_its_pass_runs(recorders, monk
         pytest.skip("follows the calls of the stand-in")
     eager, program = engines("llama")
     told = []
-    for kind, name in ((Recording, "replay"), (Letter, "read")):
+    for kind, name in ((Recording, "replay"), (Letter, "read"), (programs_module, "send")):
         original = getattr(kind, name)
         monkeypatch.setattr(
-            kind, name, lambda self, name=name, original=original: (told.append(name), original(self))[1]
+            kind, name, lambda *given, name=name, original=original: (told.append(name), original(*given))[1]
         )
     state, other = program.prefill(prompts_of([5, 9])), eager.prefill(prompts_of([5, 9]))
     for _ in range(9):  # over the ends of blocks
@@ -92,7 +93,10 @@ def test_the_host_reads_the_tokens_of_a_step_while_its_pass_runs(recorders, monk
         tokens = state.logits.argmax(-1)
         state, other = program.step(state, tokens), eager.step(other, tokens)
         torch.testing.assert_close(state.logits, other.logits, **CLOSE)
-    assert (state.tokens, told) == (other.tokens, ["replay", "read"])
+    assert (state.tokens, told) == (
+        other.tokens,
+        ["replay", "send", "read"],
+    )  # what is sent is of the next step
     with pytest.raises(HandloomError, match=r"row 1: token id 100000 is not in 0\.\."):
         program.step(state, torch.tensor([3, 100000]))
     with pytest.raises(HandloomError, match="1 rows of tokens for a State of 2 rows"):

@@ -33,11 +33,15 @@ def record_passes(model, rows: int, vocab_size: int) -> None:
 
 @dataclass
 class Recorded:
-    """A pass of one shape: its numbers on the device, what replays it, and its hidden states."""
+    """A pass of one shape: its numbers on the device, what replays it, and its hidden states.
+
+    ahead: (begins, blocks) of the rows that the numbers are already those of, where a step was made ready.
+    """
 
     numbers: torch.Tensor
     graph: Any = None
     hidden: tuple[torch.Tensor, ...] | None = None
+    ahead: tuple[list, list] | None = None
 
 
 class RecordedPasses:
@@ -56,7 +60,7 @@ class RecordedPasses:
         self.programs = Programs(recorder, pool, KEPT, "a pass over prompts or a State")
         self.device = pool.stores[0].keys.device
         self._logits = torch.empty(rows, vocab_size, device=self.device)
-        self._lines: dict[tuple, Lines] = {}
+        self._lines: dict[tuple, Lines] = {}  # of steps, by their key
         self.mail = Mailbox(self.device, turns=1)
 
     def packed(self, model, tokens, begins, tables) -> torch.Tensor:
@@ -65,11 +69,10 @@ class RecordedPasses:
         shape = bucket(count, 8), bucket(rows, 1, 1), bucket(max(map(len, tables)), 1, 32)
         numbers, _ = packed_numbers(tokens, begins, tables, model.pool.block_size, shape)
 
-        def feed(there):
-            return Feed.unpacked(there, *shape)
-
-        key = ("packed", *shape)
-        self._pass(model, key, numbers, feed, shape[1], {"last_only": True}, worth=1 if count <= SMALL else 2)
+        self._pass(
+            model, ("packed", *shape), lambda: numbers, lambda there: Feed.unpacked(there, *shape), shape[1],
+            {"last_only": True}, worth=1 if count <= SMALL else 2,
+        )  # fmt: skip
         return self._logits[:rows].clone()
 
     def grid(self, model, tokens, begins, tables, *, parents=None, hidden=False, ids=None) -> Output:
@@ -83,39 +86,68 @@ class RecordedPasses:
         rows, width, tree = len(tokens), max(map(len, tokens)), parents is not None
         narrow = 32 if model.path == "attention" else 1  # elsewhere all cells of the table are gathered
         shape = bucket(rows, 1, 1), bucket(width, 1, 1), bucket(max(map(len, tables)), 1, narrow)
+        key = ("grid", *shape, tree, hidden)
         if width == 1 and not tree:
-            if shape not in self._lines:
-                self._lines[shape] = Lines(shape[0], shape[2], model.pool.block_size)
-            numbers = self._lines[shape].fill([row[0] for row in tokens], begins, tables)
+            found = self._step(model, key, tokens, begins, tables, ids)
         else:
             numbers, _ = grid_numbers(tokens, begins, tables, model.pool.block_size, shape, parents)
-
-        def feed(there):
-            return Feed.grid(there, *shape, tree=tree)
-
-        key = ("grid", *shape, tree, hidden)
-        layers = self._pass(model, key, numbers, feed, shape[0] * shape[1], {"hidden": hidden}, ids=ids)
+            found = self._pass(
+                model, key, lambda: numbers, lambda there: Feed.grid(there, *shape, tree=tree),
+                shape[0] * shape[1], {"hidden": hidden},
+            )  # fmt: skip
         logits = self._logits[: shape[0] * shape[1]].view(*shape[:2], -1)[:rows, :width].clone()
-        layers = None if layers is None else tuple(h[:rows, :width].clone() for h in layers)
+        layers = None if found.hidden is None else tuple(h[:rows, :width].clone() for h in found.hidden)
+        if ids is not None:
+            self._make_ready(model, found, key, begins, tables)
         if self.programs.due:
             self.programs.catch_up()
         return Output(logits, layers)
 
-    @torch.no_grad()
+    def _step(self, model, key, tokens, begins, tables, ids) -> Recorded:
+        """A pass over one token a row."""
+        _, rows, _, blocks, _, hidden = key
+        if key not in self._lines:
+            self._lines[key] = Lines(rows, blocks, model.pool.block_size)
+
+        def numbers():
+            return self._lines[key].fill([row[0] for row in tokens], begins, tables)
+
+        def feed(there):
+            return Feed.grid(there, rows, 1, blocks)
+
+        ready = begins, [table.blocks for table in tables]
+        return self._pass(model, key, numbers, feed, rows, {"hidden": hidden}, ids=ids, ready=ready)
+
+    def _make_ready(self, model, found: Recorded, key, begins, tables) -> None:
+        """Send the numbers of the next step while this one runs, where its rows need no other blocks."""
+        begins = [begin + 1 for begin in begins]
+        if all(begin % model.pool.block_size for begin in begins):
+            send(self._lines[key].fill(0, begins, tables), found.numbers)
+            found.ahead = begins, [table.blocks for table in tables]
+
     def _pass(
-        self, model, key, numbers, feed: Callable[[torch.Tensor], Feed], rows: int, options, worth=1, ids=None
-    ):
-        """Run a pass, its `rows` of logits to `_logits`; its hidden states, which the next pass overwrites."""
+        self, model, key, numbers, feed: Callable[[torch.Tensor], Feed], rows: int, options, *, worth=1, ids=None,
+        ready=None,
+    ) -> Recorded:  # fmt: skip
+        """Run a pass, its `rows` of logits to `_logits`; its hidden states are overwritten by the next pass.
+
+        Args:
+            numbers: makes what the pass needs to know, unless the device has it: `ready`, as in `Recorded.ahead`.
+        """
         self._make_room(rows)
         model.pool.clean()
         found = self.programs.find(key)
-        fresh = found or Recorded(torch.empty(len(numbers), dtype=torch.long, device=self.device))
-        send(numbers, fresh.numbers)
+        fresh = found
+        if ready is None or found is None or found.ahead != ready:
+            given = numbers()
+            fresh = found or Recorded(torch.empty(len(given), dtype=torch.long, device=self.device))
+            send(given, fresh.numbers)
+        fresh.ahead = None
         if ids is not None:
             torch.clamp(ids, 0, self._logits.shape[1] - 1, out=fresh.numbers[: len(ids)])
         if found is not None:
             found.graph.replay()
-            return found.hidden
+            return found
 
         def program():
             fresh.hidden = model.forward(feed(fresh.numbers), into=self._logits[:rows], **options).hidden
@@ -125,7 +157,7 @@ class RecordedPasses:
             return fresh
 
         self.programs.run(key, program, make, worth)
-        return fresh.hidden
+        return fresh
 
     def _make_room(self, rows: int) -> None:
         if rows > len(self._logits):

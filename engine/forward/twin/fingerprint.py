@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from ...kernels.samples import Samples
 from .twin import INSTALLED, TABLES, listens
 
 SAMPLED = 64  # elements of every tensor that are compared: an edit through `.data` leaves no other trace
@@ -75,7 +74,7 @@ class Fingerprint:
         if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
             found.moved = self._places != _places(self._tensors)
             found.values = found.moved or self._versions != _versions(self._counted)
-            found.values = found.values or any(not torch.equal(v.read(), seen) for v, seen in self._samples)
+            found.values = found.values or any(not torch.equal(torch.cat(v), s) for v, s in self._samples)
         else:
             found.values = found.moved = True
         if found.moved:
@@ -106,7 +105,7 @@ class Fingerprint:
         self._counted = [t for t in tensors if not t.is_inference()]
         self._kinds = [_kind(t) for t in tensors]
         self._places, self._versions = _places(tensors), _versions(self._counted)
-        self._samples = [(samples, samples.read()) for samples in map(Samples, _sample_views(tensors))]
+        self._samples = [(views, torch.cat(views)) for views in _sample_views(tensors)]
 
     def _listening(self) -> list[int]:
         """Numbers of all hooks that may act in any pass; no number is given twice."""
