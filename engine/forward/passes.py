@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import weakref
@@ -81,7 +82,7 @@ class Pass:
         plain = self.path == "attention" and self.shares_prefixes and not self.restart
         return plain and "position_ids" in self._arguments
 
-    @property
+    @functools.cached_property
     def device(self) -> torch.device:
         """Where input ids go."""
         return self.module.get_input_embeddings().weight.device
