@@ -1,4 +1,4 @@
-"""A guide to handloom in seven pages. The code of each page, and every file in `docs/recipes/`, is run by the tests.
+"""A guide to handloom in eight pages. The code of each page, and every file in `docs/recipes/`, is run by the tests.
 
 .. include:: 1_first_run.md
 .. include:: 2_parameters.md
@@ -7,4 +7,5 @@
 .. include:: 5_seeds.md
 .. include:: 6_your_strategy.md
 .. include:: 7_experiments.md
+.. include:: 8_server.md
 """

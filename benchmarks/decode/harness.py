@@ -13,8 +13,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.support.common import RESULTS, in_turn, median_ratio, record, show
-from handloom import demo
 from handloom.experiments.lm_eval.model import HandloomLM
+from handloom.loading import demo
 
 BATCH = 8
 COLUMNS = {

@@ -23,6 +23,7 @@ SAYS = {  # what a recipe or a page must print
     "value_head": r"weight 0.0: (.|\n)*weight 40.0: ",
     "refine": r"( +-\d+\.\d+ .*\n){3}",
     "7_experiments": r"min-p against top-p, 3 samples in pairs(.|\n)*removed by each member",
+    "8_server": r"Paris(.|\n)*1 '.*\n(.|\n)*0 '",
     "1_first_run": r"Paris(.|\n)*did you mean 'temperature'",
     "6_your_strategy": r"a = 1.0:.*Lyon(.|\n)*the law holds: p = 0\.\d(.|\n)*FSD ",
     "2_parameters": r"llamacpp (.|\n)*top_p(.|\n)*temperature(.|\n)*min_p",
@@ -64,7 +65,7 @@ def test_a_recipe_runs_and_says_what_it_promises(recipe, one_engine, capsys):
 def test_every_page_of_the_guide_is_in_the_book():
     included = re.findall(r"^\.\. include:: (.*)$", (DOCS / "__init__.py").read_text(encoding="utf-8"), re.M)
     assert included == [page.name for page in PAGES]
-    assert [page.name[0] for page in PAGES] == list("1234567")
+    assert [page.name[0] for page in PAGES] == list("12345678")
 
 
 @pytest.mark.slow
