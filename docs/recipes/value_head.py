@@ -6,11 +6,9 @@ from handloom import Engine, demo
 from handloom.strategies import decode
 
 engine = Engine.from_pretrained(demo.locate())
-good, bad = (
-    engine.prefill(["great, happy, kind"], hidden=True),
-    engine.prefill(["awful, sad, cruel"], hidden=True),
-)
-probe = torch.nn.functional.normalize(good.hidden().mean((0, 1)) - bad.hidden().mean((0, 1)), dim=0)  # [D]
+words = ("great, happy, kind", "awful, sad, cruel")
+good, bad = (engine.prefill([text], hidden=True).hidden().mean((0, 1)) for text in words)
+probe = torch.nn.functional.normalize(good - bad, dim=0)  # [D]
 
 
 def valued(engine, prompts, params=None, *, k=4, weight=2.0, **options):

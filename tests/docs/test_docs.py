@@ -21,6 +21,7 @@ SAYS = {  # what a recipe or a page must print
     "token_healing": r"as it is: (.|\n)*healed: '://",
     "two_prompts_vote": r"product: '.*\n(.|\n)*mixture: '",
     "value_head": r"weight 0.0: (.|\n)*weight 40.0: ",
+    "rewind_where_it_matches": r"as it is: .*(town|city)(.|\n)*rewound: (?!.*(town|city))",
     "refine": r"( +-\d+\.\d+ .*\n){3}",
     "7_experiments": r"min-p against top-p, 3 samples in pairs(.|\n)*removed by each member",
     "8_server": r"Paris(.|\n)*1 '.*\n(.|\n)*0 '",
@@ -60,6 +61,11 @@ def test_the_code_of_a_page_runs(page, one_engine, capsys):
 def test_a_recipe_runs_and_says_what_it_promises(recipe, one_engine, capsys):
     runpy.run_path(str(recipe))
     assert re.search(SAYS[recipe.stem], capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_is_at_most_thirty_lines(recipe):
+    assert recipe.read_text(encoding="utf-8").count("\n") <= 30
 
 
 def test_every_page_of_the_guide_is_in_the_book():

@@ -104,6 +104,21 @@ def test_the_object_of_transformers_gives_its_tokens(engine, options):
     assert ids(generate(engine, PROMPTS, config)) == theirs
 
 
+def test_an_assistant_gives_the_tokens_of_transformers(engine):
+    """Greedy, with a repetition penalty; there one prompt at a time. A tree of drafts gives them too."""
+    assistant = tiny_llama(num_hidden_layers=1)
+    settings = {"max_new_tokens": 8, "repetition_penalty": 1.5}
+    theirs = []
+    for prompt in PROMPTS:
+        found = engine.model.generate(
+            torch.tensor([prompt]), assistant_model=assistant, do_sample=False, pad_token_id=0, **settings
+        )
+        theirs += found[:, len(prompt) :].tolist()
+    assert ids(engine.generate(PROMPTS, assistant_model=assistant, **settings)) == theirs
+    tree = {"draft": Engine(assistant), "num_draft": (2, 2)}
+    assert ids(strategies.speculative(engine, PROMPTS, **tree, **settings)) == theirs
+
+
 def test_two_modes_are_refused(engine):
     with pytest.raises(ParameterError, match="contrastive_search, dola"):
         generate(engine, PROMPTS, penalty_alpha=0.6, top_k=4, dola_layers="low")

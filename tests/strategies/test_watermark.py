@@ -3,12 +3,18 @@
 import copy
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import tiny_llama
 from transformers import SynthIDTextWatermarkingConfig, WatermarkDetector, WatermarkingConfig
-from transformers.generation import SynthIDTextWatermarkLogitsProcessor
+from transformers.generation import (
+    BayesianDetectorConfig,
+    BayesianDetectorModel,
+    SynthIDTextWatermarkDetector,
+    SynthIDTextWatermarkLogitsProcessor,
+)
 
 from handloom import Context, Engine, ParameterError, SamplingParams, laws
 from handloom.strategies import (
@@ -97,6 +103,26 @@ def test_tournaments_are_those_of_transformers():
         wanted = theirs(torch.tensor([text]), before.clone())
         torch.testing.assert_close(after.softmax(-1), wanted.softmax(-1), rtol=1e-4, atol=1e-6)
         text.append(token)
+
+
+def test_the_detector_of_transformers_finds_the_tournament(engine, plain):
+    """Its Bayesian posterior, with equal chances before and a likelihood set by hand: P(g = 1 | marked) = 0.625."""
+    keys = list(range(100, 130))
+    marked = engine.generate(PROMPTS, processors=[Tournament(keys, ngram_len=3)], **WARM)
+    module = BayesianDetectorModel(BayesianDetectorConfig(watermarking_depth=len(keys)))
+    with torch.no_grad():
+        for name, value in (("beta", 0.0), ("delta", 0.0)):
+            getattr(module.likelihood_model_watermarked, name).fill_(value)
+        module.prior.fill_(0.5)
+    bits = SynthIDTextWatermarkLogitsProcessor(
+        ngram_len=3, keys=keys, sampling_table_size=2**16, sampling_table_seed=0, context_history_size=1024,
+        device="cpu",
+    )  # fmt: skip
+    detector = SynthIDTextWatermarkDetector(module, bits, SimpleNamespace(eos_token_id=-1))
+    with torch.no_grad():
+        posterior = [float(detector(torch.tensor([text.token_ids]))[0]) for text in (*marked, *plain[:5])]
+    assert min(posterior[:3]) > 0.999
+    assert max(posterior[3:]) < 0.001
 
 
 # -- laws

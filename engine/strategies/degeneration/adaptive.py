@@ -22,8 +22,8 @@ def adaptive_contrastive_search(
     """Contrastive search with k_t = 10 sigmoid(d_t) + 5 and alpha_t = sigmoid(d'_t).
 
     d_t = q artanh((H_t - median of H before t) / ln V) with H_t the entropy of the pipeline's distribution; d'_t is
-    the same for its k_t best tokens, renormalised, and ln k_t. At the first token both are 0. A token costs one pass
-    of 15 rows for each prompt.
+    the same for its k_t best tokens, renormalised, and ln k_t. At the first token both are 0. (The authors' code, which
+    is this otherwise, rounds alpha_t to two decimals.) A token costs one pass of 15 rows for each prompt.
 
     Args:
         prompts, params, options: as for `decode`.

@@ -14,7 +14,7 @@ from ..kit.requests import limit
 from ..kit.rollout import rollout
 
 TRIAL = 2**28  # noise streams of the trials beyond the first, which has the row's own
-MARKS = ".,;:!?\n。，；：！？"
+MARKS = ".,;:!?)]}\n。，；：！？）】"
 
 
 def cautious(
@@ -23,9 +23,9 @@ def cautious(
 ) -> list[Generation]:  # fmt: skip
     """At entropy H of the pipeline's distribution, the most probable of N trials is taken up to its mark.
 
-    N grows from 1 at H <= low to most_trials at H >= high, linearly. A trial is drawn by the pipeline until a token
-    with a punctuation mark; the one with the lowest perplexity wins. A token costs one pass; a trial of t tokens, t
-    rows in passes that all trials share.
+    N grows from 1 at H <= low to most_trials at H >= high, linearly and rounded down, as in the authors' code. A trial
+    is drawn by the pipeline until a token with a punctuation mark; the one with the lowest perplexity wins. A token
+    costs one pass; a trial of t tokens, t rows in passes that all trials share.
 
     Args:
         prompts, params, options: as for `decode`, with temperature > 0.
@@ -47,7 +47,7 @@ def cautious(
     def step(now):
         tokens = now.draw()
         share = ((now.entropy - low) / (high - low)).clamp(0, 1)
-        counts = (1 + (most_trials - 1) * share).round().long().tolist()
+        counts = (1 + (most_trials - 1) * share).long().tolist()
         free = [row for row, request in enumerate(now.live) if not chosen.get(request) and counts[row] > 1]
         fan = [(row, trial) for row in free for trial in range(counts[row])]
         if fan:

@@ -131,6 +131,19 @@ def test_cautious_takes_the_most_probable_trial(engine):
     assert len({tuple(walk.tokens) for walk in walks}) > 1
 
 
+def test_the_number_of_trials_follows_the_entropy(engine):
+    """N = floor(1 + 9 (H - 1.5) / 2.0) from 1 to 10, H in nats of the pipeline's law: the authors' code."""
+    asked = {"temperature": 0.7, "seed": 4, "max_new_tokens": 8}
+    (result,) = cautious(engine, [[5, 9, 17]], marks=range(101), low=1.5, high=3.5, **asked)
+    told, text = dict(result.extra["trials"]), [5, 9, 17]
+    for position, token in enumerate(result.token_ids):
+        law = (naive.next_logits(engine.model, [text])[0] / 0.7).softmax(-1)
+        share = (float(-(law * law.log()).sum()) - 1.5) / 2.0
+        assert told.get(position, 1) == int(1 + 9 * min(max(share, 0.0), 1.0))
+        text.append(token)
+    assert len(set(told.values())) > 2
+
+
 def test_a_rollout_is_generate(engine):
     params = SamplingParams(temperature=1.0, seed=9, max_new_tokens=20, stop_token_ids=list(range(0, 101, 5)))
     state, requests = Requests.start(engine, PROMPTS, params)
