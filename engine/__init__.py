@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         PoolExhausted,
         PromptError,
     )
+    from .experiments.analysis.compare import compare
+    from .experiments.analysis.trace import trace
     from .kernels.sampling.draw import draw
     from .loop.generation import Event, Generation, Results, Timings
     from .params.sampling_params import SamplingParams
@@ -52,8 +54,10 @@ _HOME = {  # public name -> the module that defines it
     "SamplingParams": "params.sampling_params",
     "State": "state",
     "Timings": "loop.generation",
+    "compare": "experiments.analysis.compare",
     "draw": "kernels.sampling.draw",
     "join": "strategies.kit.joint",
+    "trace": "experiments.analysis.trace",
 }
 _MODULES = {  # public name -> the module that it is
     "compat": "compat",
@@ -86,8 +90,10 @@ __all__ = [
     "SamplingParams",
     "State",
     "Timings",
+    "compare",
     "draw",
     "join",
+    "trace",
 ]
 
 

@@ -54,8 +54,10 @@ def sweep(
     if dry_run:
         _describe(read, part)
         return
+    if gpus is not None and ray is not None:
+        raise ParameterError("--gpus spreads a run over this machine, --ray over a cluster; one of them")
     if gpus is not None:
-        raise typer.Exit(_spread(plan, output, [name.strip() for name in gpus.split(",")]))
+        raise typer.Exit(_spread(plan, output, [name.strip() for name in gpus.split(",")], part))
     if workers is not None and ray is None:
         raise ParameterError("--workers is for --ray")
     note = Console(file=sys.stderr, highlight=False)
@@ -122,27 +124,20 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def _spread(plan: Path, output: Path, gpus: list[str]) -> int:
-    """One process a device, each with its shard; what they wrote becomes one file."""
+def _spread(plan: Path, output: Path, gpus: list[str], shard: tuple[int, int]) -> int:
+    """One process a device, each with a part of the shard; what they wrote becomes one file."""
     from ..experiments.records import merge
 
-    parts = [output.with_suffix(f".{i}.jsonl") for i in range(len(gpus))]
+    if not all(gpus):
+        raise ParameterError(f"--gpus {','.join(gpus)!r}: expected names of devices, such as 0,1")
+    parts = [output.with_suffix(f".{place}.jsonl") for place in range(len(gpus))]
     children = []
-    for i, (gpu, part) in enumerate(zip(gpus, parts, strict=True)):
-        command = [
-            sys.executable,
-            "-m",
-            "handloom",
-            "sweep",
-            str(plan),
-            "-o",
-            str(part),
-            "--shard",
-            f"{i}/{len(gpus)}",
-        ]
+    for place, (gpu, part) in enumerate(zip(gpus, parts, strict=True)):
+        own = f"{shard[0] + place * shard[1]}/{shard[1] * len(gpus)}"
+        command = [sys.executable, "-m", "handloom", "sweep", str(plan), "-o", str(part), "--shard", own]
         children.append(subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu}))
     codes = [child.wait() for child in children]
-    merge([part for part in parts if part.exists()], output)
+    merge([path for path in (output, *parts) if path.exists()], output)
     return max(codes)
 
 

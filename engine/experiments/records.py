@@ -87,7 +87,7 @@ class ResultFile:
         path: the file; made if it does not exist.
 
     Attributes:
-        done: {(id, sample): key} of the records in the file, `key` naming the settings that made them.
+        done: {(id, sample): key} of the records that were in the file, `key` naming the settings that made them.
         header: what the last header line says of the records behind it (model, versions, defaults), or None.
 
     Raises:
@@ -154,7 +154,6 @@ class ResultFile:
         """Append one record; it needs `id`, `sample` and `key`, and must be JSON."""
         self._append([*self._opening, entry])
         self._opening = []
-        self.done[entry["id"], entry["sample"]] = entry["key"]
 
     def _append(self, entries: Iterable[dict[str, Any]]) -> None:
         text = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)

@@ -11,10 +11,10 @@ import tracemalloc
 import pytest
 from helpers import text_engine
 
-from handloom import HandloomError
+from handloom import HandloomError, cli
 from handloom.experiments.plan import Plan
 from handloom.experiments.records import export, merge, read_results
-from handloom.experiments.run import run
+from handloom.experiments.run import header_of, record_of, run
 
 SOURCE = {
     "model": "tiny",
@@ -125,7 +125,7 @@ import os, sys, time
 sys.path[:0] = sys.argv[1].split(os.pathsep)
 from helpers import text_engine
 from handloom.experiments.plan import Plan
-from handloom.experiments.run import run
+from handloom.experiments.run import header_of, record_of, run
 import handloom.experiments.run as module
 module.CHUNK = 4
 run(Plan.read(sys.argv[2]), sys.argv[3], load=lambda **arguments: text_engine(slots=3, fixed_slots=True))
@@ -185,3 +185,61 @@ def test_records_in_forms_that_others_read(tmp_path, load):
     parquet = pytest.importorskip("pyarrow.parquet")
     export(records, tmp_path / "a.parquet", "parquet")
     assert parquet.read_table(tmp_path / "a.parquet").column("id").to_pylist() == [r["id"] for r in records]
+
+
+def test_memory_does_not_grow_with_the_units(tmp_path, engine):
+    """What ten times the units need at their peak is within a tenth of it, the plan itself aside."""
+    generation = engine.generate("the cat", max_new_tokens=5, ignore_eos=True)
+
+    def draw(plan, model, units):
+        yield header_of(plan, engine)
+        for unit in units:
+            yield record_of(unit, generation)
+
+    def peak(samples):
+        plan = Plan.of(SOURCE | {"samples": samples})
+        run(plan, tmp_path / f"{samples}.jsonl", draw=draw)  # imports and caches
+        (tmp_path / f"{samples}.jsonl").unlink()
+        tracemalloc.start()
+        try:
+            run(plan, tmp_path / f"{samples}.jsonl", draw=draw)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(6), peak(60)
+    assert many < 1.1 * few
+
+
+def test_a_process_for_each_device_draws_its_part(tmp_path, load, monkeypatch):
+    source = SOURCE | {"samples": 1, "prompts": [f"prompt {i}" for i in range(8)]}
+    (tmp_path / "plan.yaml").write_text(json.dumps(source))
+    started = []
+
+    class Child:
+        """Stands for a process: runs the command here."""
+
+        def __init__(self, command, env):
+            plan, _, output, _, shard = command[command.index("sweep") + 1 :]
+            started.append((env["CUDA_VISIBLE_DEVICES"], shard))
+            part, parts = map(int, shard.split("/"))
+            self.failed = run(Plan.read(plan), output, shard=(part, parts), load=load)
+
+        def wait(self):
+            return self.failed
+
+    def sweep(*options):
+        arguments = ["sweep", str(tmp_path / "plan.yaml"), "-o", str(tmp_path / "all.jsonl"), *options]
+        monkeypatch.setattr(sys, "argv", ["handloom", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code
+
+    monkeypatch.setattr("handloom.cli.experiments.subprocess.Popen", Child)
+    assert sweep("--gpus", "0, 3", "--shard", "1/2") == 0
+    assert started == [("0", "1/4"), ("3", "3/4")]
+    records = read_results([tmp_path / "all.jsonl"])[1]
+    assert {r["id"] for r in records} == {u.id for u in Plan.of(source).units((1, 2))}
+    assert sweep("--gpus", "5", "--shard", "0/2") == 0  # what was there stays
+    assert len(read_results([tmp_path / "all.jsonl"])[1]) == len(Plan.of(source))
+    assert sweep("--gpus", "0,,1") == sweep("--gpus", "0", "--ray") == 2
