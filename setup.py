@@ -74,6 +74,7 @@ DEV = [
     "scipy>=1.11",
     "sentencepiece>=0.2",
     "setuptools>=77",
+    "tenacity>=8",  # lm_eval's models for servers
 ]
 
 

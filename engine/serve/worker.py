@@ -75,6 +75,7 @@ class Worker:
         self.pending = 0  # samples that have not ended
         self._tickets: dict[int, Ticket] = {}
         self._told: deque[Event] = deque()
+        self._ended: set[tuple[int, int]] = set()  # samples of this run whose end was told
         self._awake, self._aside = False, 0
         # Tokenizers are not for several threads at once, and strategies run one at a time.
         self._reader = ThreadPoolExecutor(1, "handloom-reader")
@@ -163,6 +164,7 @@ class Worker:
             except Exception as error:  # whatever ended the run, its callers are told
                 log.exception("the run ended with an error")
                 self._fail(error)
+            self._ended.clear()
 
     def _decode(self) -> None:
         stepped = time.monotonic()
@@ -176,6 +178,8 @@ class Worker:
 
     def _tell(self, event: Event) -> None:
         self._told.append(event)
+        if event.generation is not None:
+            self._ended.add((event.request, event.sample))
         if not self._awake:  # one call for all that comes until it is heard
             self._awake = True
             self._loop.call_soon_threadsafe(self._deliver)
@@ -185,7 +189,8 @@ class Worker:
         come, _ = self.arrivals.take()
         lost = [request for ticket in list(self._tickets.values()) for request in ticket.requests]
         for request in dict.fromkeys([*lost, *come]):
+            if (request.index, request.sample) in self._ended:
+                continue
             if request.stopper is None:
                 request.start(self.engine)
-            if request.stopper.finish_reason is None:
-                self._tell(request.end("error", f"request {request.index}: the run ended: {error!r}"))
+            self._tell(request.end("error", f"request {request.index}: the run ended: {error!r}"))

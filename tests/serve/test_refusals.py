@@ -1,5 +1,6 @@
 """What the server does not do: wrong bodies, strangers, too much at once; always an answer in OpenAI's shape."""
 
+import itertools
 import json
 import threading
 
@@ -129,6 +130,36 @@ def test_a_key_is_needed_where_one_is_set():
             )
         assert httpx.get(server.url + "/health").status_code == 200
         error_of(httpx.get(server.url + "/metrics"), 401)
+
+
+def test_a_run_that_breaks_is_told_to_all_and_the_next_one_works(server, monkeypatch):
+    broken = RuntimeError("the device is gone")
+
+    def stream(arrivals):
+        yield from itertools.islice(plain(arrivals), 3)
+        raise broken
+
+    plain = server.engine.stream
+    monkeypatch.setattr(server.engine, "stream", stream)
+    body = {"prompt": ["the", "a"], "max_tokens": 5, "temperature": 0}
+    assert "the device is gone" in error_of(server.http.post("/v1/completions", json=body), 500)["message"]
+    with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    assert "the device is gone" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+    assert lines[-1] == "data: [DONE]"
+    monkeypatch.undo()
+    assert server.http.post("/v1/completions", json=body).status_code == 200
+    assert server.worker.pending == 0
+
+
+def test_what_takes_too_long_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(server.limits, "seconds", 0.05)
+    error = error_of(server.http.post("/v1/completions", json=LONG), 408)
+    assert (error["code"], error["type"]) == ("timeout", "timeout_error")
+    with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+        told = [line for line in answer.iter_lines() if "timeout_error" in line]
+    assert len(told) == 1
+    until(lambda: server.worker.pending == 0)
 
 
 def test_too_many_wait_and_shutdown_answers_those_who_were_taken(server):
