@@ -182,6 +182,25 @@ def report(
 
 
 @app.command()
+def check(
+    files: Files,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The records with what the tests said.")],
+    *,
+    execute: Annotated[bool, typer.Option("--execute", help="Run programs that a model wrote.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="For each of them.")] = 10.0,
+) -> None:
+    """Run the programs of HumanEval's prompts against their tests, in processes with limits: for pass_1 and others."""
+    from ..experiments.analysis.checking import checked
+    from ..experiments.records import read_results, write_results
+
+    header, records = read_results(files)
+    made = checked(records, execute=execute, seconds=seconds)
+    write_results(output, header, made)
+    passed = sum(record["correct"] for record in made)
+    Console(highlight=False).print(f"{passed} of {len(made)} programs pass", markup=False)
+
+
+@app.command()
 def merge(
     files: Files, output: Annotated[Path, typer.Option("--output", "-o", help="The file of all.")]
 ) -> None:

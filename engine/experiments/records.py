@@ -216,15 +216,20 @@ def merge(paths: Iterable[Path], output: Path) -> int:
     """Write the records of several files into one, each once; returns their number.
 
     Args:
-        paths: results of the shards of one plan. output: replaced as a whole when all is written.
+        paths: results of the shards of one plan. output: see `write_results`.
     """
     header, records = read_results(paths)
+    write_results(output, header, records)
+    return len(records)
+
+
+def write_results(output: Path, header: dict[str, Any], records: Iterable[dict[str, Any]]) -> None:
+    """A file of results, replaced as a whole when all is written."""
     fresh = output.with_name(f".{output.name}.new")
     with fresh.open("w", encoding="utf-8") as file:
         for entry in [{"header": header}, *records]:
             file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
     os.replace(fresh, output)
-    return len(records)
 
 
 def export(records: Iterable[dict[str, Any]], path: Path, form: str) -> None:

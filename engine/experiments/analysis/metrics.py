@@ -94,6 +94,27 @@ def perplexity(record: Record) -> float | None:
     return None if mean is None else math.exp(-mean)
 
 
+def judge_perplexity(record: Record) -> float | None:
+    """exp of the mean surprisal under another model; see `judged.with_judge`."""
+    mean = mean_logprob(record, "judge_logprobs")
+    return None if mean is None else math.exp(-mean)
+
+
+def watermark_p(record: Record) -> float | None:
+    """p-value of the mark that `exponential_watermark` leaves, by the record's own key and width, or the defaults."""
+    from ...strategies import detect_exponential
+
+    params = record.get("params") or {}
+    return detect_exponential(
+        record["token_ids"], **{k: params[k] for k in ("key", "width") if k in params}
+    ).p_value
+
+
+def watermark(detect: Callable[[Sequence[int]], Any], name: str = "watermark_p") -> Metric:
+    """p-values of any detector, such as `GreenList(...).detect`, as a metric."""
+    return Metric(name, lambda record: detect(record["token_ids"]).p_value)
+
+
 def self_bleu(records: Sequence[Record]) -> float | None:
     """Mean BLEU of each sample with the others as references, 0 to 100 (arXiv 1802.01886), by sacrebleu."""
     from sacrebleu.metrics import BLEU
@@ -107,7 +128,7 @@ def self_bleu(records: Sequence[Record]) -> float | None:
 
 
 def embedding_diversity(records: Sequence[Record]) -> float | None:
-    """Mean cosine distance between the `embedding`s of a prompt's samples, 0 to 2; see `with_embeddings`."""
+    """Mean cosine distance between the `embedding`s of a prompt's samples, 0 to 2; see `judged.with_embeddings`."""
     vectors = [
         np.asarray(record["embedding"], float) for record in records if record.get("embedding") is not None
     ]
@@ -160,7 +181,7 @@ def extra(name: str) -> Callable[[Record], float | None]:
 
 
 def mauve(ours: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], **options) -> float:
-    """MAUVE between two sets of features (arXiv 2102.01454), by mauve-text; features come from a local model.
+    """MAUVE between two sets of features (arXiv 2102.01454), by mauve-text; features come from `judged.features`.
 
     Args:
         ours, reference: one vector a text. options: of `mauve.compute_mauve`.
@@ -182,6 +203,9 @@ METRICS: dict[str, Metric] = {
         Metric("processed_logprob", lambda record: mean_logprob(record, "logprobs")),
         Metric("surprisal", surprisal),
         Metric("perplexity", perplexity),
+        Metric("judge_logprob", lambda record: mean_logprob(record, "judge_logprobs")),
+        Metric("judge_perplexity", judge_perplexity),
+        Metric("watermark_p", watermark_p),
         *(Metric(f"rep_{n}", lambda record, n=n: repetition(record, n)) for n in _ORDERS),
         *(Metric(f"distinct_{n}", lambda records, n=n: distinct(records, n), group=True) for n in _ORDERS),
         Metric("diversity", diversity),

@@ -1,0 +1,80 @@
+"""What other models say of records, against plain passes and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import full_logits, text_engine
+
+from handloom import ParameterError
+from handloom.experiments.analysis.judged import features, with_embeddings, with_judge
+from handloom.experiments.analysis.metrics import METRICS, mauve, watermark
+from handloom.strategies import Unigram, exponential_watermark
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """The judge."""
+    return text_engine()
+
+
+def record(text, prompt="the cat", sample=0):
+    return {
+        "text": text,
+        "prompt": prompt,
+        "prompt_hash": prompt,
+        "sample": sample,
+        "token_ids": [1],
+        "finish_reason": "stop",
+    }
+
+
+def test_a_judge_reads_every_text_behind_its_prompt(engine):
+    records = [record(" sat down"), record(" x", "a dog"), record(""), record(" ran", sample=1)]
+    made = with_judge(records, engine)
+    for before, after in zip(records, made, strict=True):
+        context, ids = (
+            engine.tokenizer.encode(before[k], add_special_tokens=False) for k in ("prompt", "text")
+        )
+        logp = full_logits(engine.model, context + ids).log_softmax(-1)
+        expected = [float(logp[len(context) + i - 1, token]) for i, token in enumerate(ids)]
+        assert after.get("judge_logprobs", []) == pytest.approx(expected, abs=1e-4)
+    value = METRICS["judge_perplexity"].of([made[0]])
+    assert value == [pytest.approx(math.exp(-np.mean(made[0]["judge_logprobs"])))]
+    assert METRICS["judge_logprob"].of([made[2]]) == []
+
+
+def test_features_are_hidden_states(engine):
+    text = "the quick fox"
+    with torch.no_grad():
+        ids = torch.tensor([engine.encode(text)])
+        hidden = engine.model(ids, output_hidden_states=True).hidden_states[-1][0]
+    mean, last = (features(engine, [text], pooling=pooling) for pooling in ("mean", "last"))
+    assert mean[0] == pytest.approx(hidden.mean(0).numpy(), abs=1e-4)
+    assert last[0] == pytest.approx(hidden[-1].numpy(), abs=1e-4)
+    made = with_embeddings([record("a dog"), record("a dog"), record("")], engine)
+    assert METRICS["embedding_diversity"].of(made) == [pytest.approx(0, abs=1e-6)]
+    assert "embedding" not in made[2]
+    with pytest.raises(ParameterError, match="pooling='max': expected mean or last"):
+        features(engine, [text], pooling="max")
+    with pytest.raises(ParameterError, match="text 1 is empty"):
+        features(engine, [text, ""])
+
+
+def test_mauve_tells_near_from_far():
+    rng = np.random.default_rng(0)
+    reference, near = rng.normal(size=(2, 60, 4))
+    options = {"num_buckets": 6, "device_id": -1}
+    assert mauve(near, reference, **options) > 0.8 > 0.2 > mauve(near + 8, reference, **options)
+
+
+def test_p_values_of_watermarks_are_metrics(engine):
+    params = {"temperature": 1.5, "max_new_tokens": 60, "ignore_eos": True, "seed": 1}
+    marked = exponential_watermark(engine, ["the cat"], params, key=7)[0]
+    plain = engine.generate("the cat", params)
+    records = [record("") | {"token_ids": list(g.token_ids), "params": {"key": 7}} for g in (marked, plain)]
+    first, second = METRICS["watermark_p"].of(records)
+    assert first < 1e-6 < 0.01 < second
+    unigram = Unigram(engine.vocab_size, key=3)
+    assert watermark(unigram.detect).of(records) == [unigram.detect(r["token_ids"]).p_value for r in records]
