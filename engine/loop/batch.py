@@ -83,6 +83,8 @@ class Batch:
         self.lengths = np.zeros(size, np.int64)
         self.occupied = np.zeros(size, bool)  # slots that hold a request
         self.claims: list = [None] * size
+        self._running: list[int] | None = []  # None: to be looked up
+        self._spare = 0  # steps in which no row comes to the end of a block
         self._left: list[int] = []  # slots whose tensors still hold a row that has gone
         self.cache: PagedCache | None = None
         self.sampler = engine.pipeline.bind(
@@ -91,8 +93,10 @@ class Batch:
 
     @property
     def running(self) -> list[int]:
-        """Slots that hold a request."""
-        return np.flatnonzero(self.occupied).tolist()
+        """Slots that hold a request; the list is not to be changed."""
+        if self._running is None:
+            self._running = np.flatnonzero(self.occupied).tolist()
+        return self._running
 
     # -- rows come and go
 
@@ -105,6 +109,7 @@ class Batch:
         Returns:
             Those that could not be placed, and why; the slots are as they were.
         """
+        self._running, self._spare = None, 0
         free, placed, failed = [i for i, r in enumerate(self.requests) if r is None], [], []
         for request in requests:
             ready = request.prefilled
@@ -173,7 +178,7 @@ class Batch:
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Take a finished request out; its blocks go back, full ones stay known as a prefix."""
-        row, request = self.rows[slot], self.requests[slot]
+        row, request, self._running = self.rows[slot], self.requests[slot], None
         if self.model.shares_prefixes and request.prompt.embeddings is None and request.error is None:
             fed = min(int(self.lengths[slot]), len(request.prompt) + len(request.stopper.token_ids) - 1)
             self.pool.register(row.table, (request.prompt.ids + request.stopper.token_ids)[: max(fed, 0)])
@@ -184,6 +189,7 @@ class Batch:
         self.sampler.clear(slot)
         self._left.append(slot)
 
+    @torch.no_grad()
     def _settle(self) -> None:
         """Empty the tensors of slots whose rows have gone: nothing may write to blocks that others hold by now."""
         if not self._left:
@@ -195,12 +201,18 @@ class Batch:
         ):  # fmt: skip
             tensor.index_fill_(0, where, empty)
 
-    @torch.no_grad()
     def prepare(self) -> list[tuple[int, str]]:
         """Make room for the token that each slot draws next; the slots for which there is no block, and why."""
-        self._settle()
+        if self._left:
+            self._settle()
         if not self.model.paged:
             return []
+        self._spare -= 1
+        return self._grow() if self._spare < 0 else []
+
+    @torch.no_grad()
+    def _grow(self) -> list[tuple[int, str]]:
+        """New blocks for the slots that are at the end of theirs."""
         exhausted, grown = [], []
         for slot in np.flatnonzero((self.lengths % self.block == 0) & self.occupied).tolist():
             row, length = self.rows[slot], int(self.lengths[slot])
@@ -216,6 +228,8 @@ class Batch:
         if grown:
             self._map(np.array(grown).T)
         self.pool.clean()
+        if self.running and not exhausted:
+            self._spare = int((self.block - self.lengths[self.occupied] % self.block).min()) - 1
         return exhausted
 
     def _own_tail(self, row: Row, length: int) -> Row:
@@ -323,6 +337,7 @@ class Batch:
             getattr(other, name)[tuple(slice(length) for length in part.shape)] = part
         other.numbers[:, :n] = self.numbers.index_select(1, where)
         other.lengths[:n], other.occupied[:n] = self.lengths[index], self.occupied[index]
+        other._running = None
         for name in ("requests", "rows", "claims"):
             getattr(other, name)[:n] = [getattr(self, name)[i] for i in index]
         padded = index + [index[0]] * (size - n)  # what is new is a copy of some row, and emptied

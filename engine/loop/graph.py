@@ -92,10 +92,9 @@ class GraphBatch(Batch):
         self.lengths += self.occupied
         return Step(list(self.requests), self._sent.tensors[0], self._sent, self.failures)
 
-    @torch.no_grad()
     def record(self) -> None:
         """Record the steps that ran unrecorded."""
-        if self.programs is not None:
+        if self.programs is not None and self.programs.due:
             self.programs.catch_up()
 
     def feed(self) -> None:

@@ -43,9 +43,9 @@ def run(engine, requests: list[Request] | Arrivals) -> Iterator[Event]:
                 continue
             try:
                 yield from collect(batch, batch.draw())
-                fewer = engine.bucket(len(batch.running))
-                if batch.shrinks and not (waiting or prompts) and fewer < batch.size:
-                    batch = batch.resized(engine, fewer)
+                if batch.shrinks and not (waiting or prompts):
+                    fewer = engine.bucket(len(batch.running))
+                    batch = batch.resized(engine, fewer) if fewer < batch.size else batch
                 if batch.running:
                     batch.feed()
                 record(engine, batch)
@@ -96,11 +96,14 @@ def admit(engine, batch: Batch, prompts: Prompts, waiting: deque[Request]) -> It
             break
         waiting[0].start(engine)
         prompts.add(waiting.popleft())
+    if not prompts:
+        return
     if prompts.worth_a_pass(bool(batch.running), bool(waiting)):
         for request, error in prompts.compute():
             request.prefilled.taken()
             yield request.end("error", f"request {request.index}: {error}")
-    for request, error in batch.place(prompts.done(batch.size - len(batch.running))):
+    done = prompts.done(batch.size - len(batch.running))
+    for request, error in batch.place(done) if done else ():
         yield request.end("error", f"request {request.index}: {error}")
 
 
@@ -125,7 +128,7 @@ def prepare(batch: Batch) -> Iterator[Event]:
 def record(engine, batch: Batch) -> None:
     """Record what ran for the first time, now that nobody waits for its results."""
     batch.record()
-    if engine.runner.recorded is not None:
+    if engine.runner.recorded is not None and engine.runner.recorded.programs.due:
         engine.runner.recorded.programs.catch_up()
 
 
