@@ -7,7 +7,7 @@ import torch
 from architectures import prompts_of
 from helpers import tiny_llama
 
-from handloom import Engine
+from handloom import Engine, SamplingParams
 from handloom.strategies import Requests, beam_search, contrastive_search, speculative
 
 PROMPTS = prompts_of([7, 4])
@@ -80,3 +80,19 @@ def test_times_are_measured(strategy):
         assert times.total <= wall
         assert times.tokens_per_second <= 1 / PAUSE
         assert torch.isfinite(torch.tensor(result.logprobs)).all()
+
+
+def test_branches_go_on_as_rows_of_their_own():
+    """Forks by different tokens, under a processor with memory: as the row itself would go on by each of them."""
+    engine = Engine(tiny_llama())
+    params = SamplingParams(temperature=1.2, mirostat=2, mirostat_tau=2.0, repetition_penalty=1.3, seed=3)
+    state, requests = Requests.start(engine, [[5, 9, 17], [40]], params)
+    forks, theirs = requests.branch(engine, state, [1, 0, 0], torch.tensor([7, 8, 70]))
+    processed = theirs.rows.apply(forks.logits, theirs.at(forks))
+    for i, (row, token) in enumerate([(1, 7), (0, 8), (0, 70)]):
+        alone, own = state.select([row]), requests.select([row])
+        context = own.at(alone)
+        own.rows.apply(alone.logits, context)
+        own, alone = own.accept(torch.tensor([token]), context), engine.step(alone, [token])
+        torch.testing.assert_close(processed[i], own.rows.apply(alone.logits, own.at(alone))[0])
+    assert forks.tokens == [[40, 7], [5, 9, 17, 8], [5, 9, 17, 70]]

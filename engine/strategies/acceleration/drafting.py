@@ -114,31 +114,27 @@ class DraftModel:
         drafts, laws = Drafts([[] for _ in depths], [[] for _ in depths]), []
         level = [
             (row, -1) for row in range(len(depths))
-        ]  # (row, place) behind which each row of the walk stands
-        for depth, width in enumerate(widths[: max(depths)]):
+        ]  # the row and place behind which each of the walk stands
+        for depth, width in enumerate(widths[: max(depths)], 1):
             context, greedy = requests.at(walk), requests.rows.greedy_rows()
             processed = requests.rows.apply(walk.logits, context)
             laws.append((level, law(processed, greedy)))
             rows = torch.tensor([row for row, _ in level], device=seeds.device)
             keys = seeds[rows], context.positions, streams[rows]
-            drawn = without_replacement(processed, width, *keys, greedy)
             fan = [
-                (at, token, row, drafts.add(row, token, place))
-                for at, ((row, place), ids) in enumerate(zip(level, drawn.tolist(), strict=True))
+                (at, token, (row, drafts.add(row, token, place)))
+                for at, ids in enumerate(without_replacement(processed, width, *keys, greedy).tolist())
+                for row, place in [level[at]]
                 for token in ids
-                if token >= 0 and depth < depths[row]
+                if token >= 0 and depth <= depths[row]
             ]
-            fan = [each for each in fan if depth + 1 < min(len(widths), depths[each[2]])]
+            fan = [each for each in fan if depth < min(len(widths), depths[each[2][0]])]
             if not fan:
                 break
-            forked, chosen = (
-                [at for at, *_ in fan],
-                torch.tensor([each[1] for each in fan], device=rows.device),
+            forked, chosen, level = zip(*fan, strict=True)
+            walk, requests = requests.branch(
+                self.engine, walk, forked, torch.tensor(chosen, device=rows.device)
             )
-            walk, requests, level = walk.select(forked), requests.select(forked), [each[2:] for each in fan]
-            context = requests.at(walk)
-            requests.rows.apply(walk.logits, context)  # memory advances with the context that apply saw
-            requests, walk = requests.accept(chosen, context), self.engine.step(walk, chosen)
         if laws:
             size = (len(depths), 1 + max(map(len, drafts.tokens)), laws[0][1].shape[1])
             drafts.laws = torch.zeros(size, device=seeds.device)

@@ -147,6 +147,19 @@ class Requests:
                 new.memory = put_memory(new.memory, row, select_memory(old.memory, torch.tensor([row])))
         return replace(self, rows=rows)
 
+    def branch(self, engine, state: State, rows: Sequence[int], tokens: Tensor, given: Tensor | None = None):
+        """Forks of some rows of a State, each a token further: the State and the Requests of them.
+
+        Args:
+            rows: numbers of rows, repeated ones fork. tokens: int64 [R], what each goes on with.
+            given: `[B, V]` what the pipeline was given at this State; None: its logits.
+        """
+        given = state.logits if given is None else given
+        state, requests = state.select(rows), self.select(rows)
+        context = requests.at(state)
+        requests.rows.apply(given[list(rows)], context)  # memory advances with the context that apply saw
+        return engine.step(state, tokens), requests.accept(tokens, context)
+
     def open(self, row: int, engine) -> Request:
         """A running request for this row, to which its tokens are pushed; the clock of `max_time` starts now."""
         asked = self.asked[row]

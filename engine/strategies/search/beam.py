@@ -82,10 +82,7 @@ def beam_search(
         if live:
             beams = [parents[i][j] for i, j in picks]
             chosen = torch.tensor([tokens[i][j] for i, j in picks], device=raw.device)
-            state, requests = state.select(beams), requests.select(beams)
-            context = requests.at(state)
-            requests.rows.apply(raw[beams], context)  # memory advances with the context that apply saw
-            requests, state = requests.accept(chosen, context), engine.step(state, chosen)
+            state, requests = requests.branch(engine, state, beams, chosen, raw)
     return [result for search in searches for result in search.results(asked.num_return_sequences)]
 
 

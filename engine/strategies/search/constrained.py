@@ -92,10 +92,7 @@ def constrained_beam_search(
             scores = torch.tensor([pick[0] for pick in picks], device=raw.device).view(-1, num_beams)
             rows, trails, progress = ([pick[n] for pick in picks] for n in (1, 2, 3))
             tokens = torch.tensor([trail[-1][0] for trail in trails], device=raw.device)
-            state, requests = state.select(rows), requests.select(rows)
-            context = requests.at(state)
-            requests.rows.apply(raw[rows], context)  # memory advances with the context that apply saw
-            requests, state = requests.accept(tokens, context), engine.step(state, tokens)
+            state, requests = requests.branch(engine, state, rows, tokens, raw)
     return [result for search in searches for result in _results(search, spare[search], num_return_sequences)]
 
 

@@ -78,18 +78,9 @@ def diverse_beam_search(
                     ]
         live = going
         if live:
-            beams, tokens = (
-                [pick[0] for pick in picks],
-                torch.tensor([pick[1] for pick in picks], device=raw.device),
-            )
-            trails, scores = (
-                [pick[2] for pick in picks],
-                torch.stack([pick[3] for pick in picks]).view(-1, size),
-            )
-            state, requests = state.select(beams), requests.select(beams)
-            context = requests.at(state)
-            requests.rows.apply(raw[beams], context)  # memory advances with the context that apply saw
-            requests, state = requests.accept(tokens, context), engine.step(state, tokens)
+            beams, tokens, trails, values = zip(*picks, strict=True)
+            scores, tokens = torch.stack(values).view(-1, size), torch.tensor(tokens, device=raw.device)
+            state, requests = requests.branch(engine, state, beams, tokens, raw)
             live, scores, order = _sorted(live, scores)
             rows = [i * size + b for i in order for b in range(size)]
             state, requests, trails = state.select(rows), requests.select(rows), [trails[r] for r in rows]

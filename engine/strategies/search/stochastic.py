@@ -39,7 +39,7 @@ def stochastic_beam(engine, prompts, params=None, *, k=4, **overrides) -> list[G
     perturbed = gumbel(requests.seeds, state.lengths, zero.expand(count) + ROOT, zero)[:, 0]
     live = [
         (row, requests.open(row, engine)) for row in range(count)
-    ]  # (prompt, running request) of each row
+    ]  # prompt and running request of each row
     logp, done = torch.zeros_like(perturbed), [[] for _ in range(count)]
     while live:
         context, owners = requests.at(state), [owner for owner, _ in live]
@@ -68,10 +68,8 @@ def stochastic_beam(engine, prompts, params=None, *, k=4, **overrides) -> list[G
         tokens = torch.tensor([token for _, token in picks], dtype=torch.long, device=grown.device)
         if not rows:
             break
-        told = [
-            x.tolist()
-            for x in (tokens, logprob_of(state.logits[rows], tokens), logprob_of(processed[rows], tokens))
-        ]
+        laws = state.logits[rows], processed[rows]
+        told = [tokens.tolist(), *(logprob_of(law, tokens).tolist() for law in laws)]
         branches = [live[row][1].fork() for row in rows]
         events = [push(branch, *each) for branch, *each in zip(branches, *told, strict=True)]
         logp, perturbed = grown[rows, tokens], scores[rows, tokens]
@@ -81,11 +79,7 @@ def stochastic_beam(engine, prompts, params=None, *, k=4, **overrides) -> list[G
         keep = [i for i, event in enumerate(events) if not event.finish]
         live = [(owners[rows[i]], branches[i]) for i in keep]
         if live:
-            kept = [rows[i] for i in keep]
-            state, requests, raw = state.select(kept), requests.select(kept), state.logits[kept]
-            context, tokens = requests.at(state), tokens[keep]
-            requests.rows.apply(raw, context)  # memory advances with the context that apply saw
-            requests, state = requests.accept(tokens, context), engine.step(state, tokens)
+            state, requests = requests.branch(engine, state, [rows[i] for i in keep], tokens[keep])
             logp, perturbed = logp[keep], perturbed[keep]
     return [result for found in done for result in weighed(sorted(found, key=lambda each: -each[0]), k)]
 
