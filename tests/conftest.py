@@ -1,5 +1,6 @@
 """What every test session needs: one thread a worker, no hub, kernels without a GPU, engines, SmolLM2 built once."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if importlib.util.find_spec("triton"):
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 torch.set_num_threads(1)
 

@@ -105,6 +105,45 @@ def test_barriers_of_a_row():
     assert figures["spills"] <= 16
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_builds_with_limits_of_their_own(target):
+    """How many there are; `python -m benchmarks.compile` compiles all of them, and CI those for sm_90."""
+    pytest.importorskip("triton")
+    from benchmarks.compile import attention_variants, fused_variants, nf4_variants
+
+    builds = [*attention_variants.builds()], [*nf4_variants.builds(target)], [*fused_variants.builds(target)]
+    assert [len(part) for part in builds] == [27, 9, 26]
+
+
+MAIN = (
+    "llama-8b",
+    "gpt-oss",
+    "merge 16",
+    "nf4, double",
+    "8B o, one row",
+    "residual and norm 4096",
+    "rotate 128, one token",
+)
+
+
+def test_the_main_builds_keep_their_limits_on_sm_90():
+    """Attention, 4-bit products and fused layers, one or two builds of each kernel, in a process that compiles."""
+    pytest.importorskip("triton")
+    program = (
+        "import sys\n"
+        "from benchmarks.compile import attention_variants as v, fused_variants, nf4_variants\n"
+        "found = [*v.builds(), *nf4_variants.builds('sm_90'), *fused_variants.builds('sm_90')]\n"
+        "chosen = [build for build in found if build.name in sys.argv[1:]]\n"
+        "wrong = [w for b in chosen for w in v.excess(b, v.measure(b, 'sm_90'))]\n"
+        "print(len(chosen), *wrong, sep='\\n')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program, *MAIN]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n", 1) == [str(len(MAIN)), ""]
+
+
 def test_gpu_check_without_a_gpu_says_so_and_fails():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -4,11 +4,7 @@ Cells beyond each row's length are NaN in every test, so reading one shows. With
 Triton's interpreter. Tolerance: twice the error of the plain computation in the same dtype.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +22,6 @@ from handloom.kernels.attention.attention_cpu import CellPlan, paged_attention_c
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass
@@ -494,28 +489,3 @@ def test_one_captured_launch_follows_the_lengths():
         )
         for row, count in enumerate((1, 2, 3)):
             assert (out[row, :count].float() - expected[row, :count]).abs().max() < 2e-2
-
-
-def compile_offline(target, names=()):
-    """Breaches of the limits in `benchmarks/compile/attention_variants.py` on one target, in a process of its own."""
-    script = (
-        "import sys; from benchmarks.compile import attention_variants as v\n"
-        "chosen = [b for b in v.builds() if not sys.argv[2:] or b.name in sys.argv[2:]]\n"
-        "wrong = [w for b in chosen for w in v.excess(b, v.measure(b, sys.argv[1]))]\n"
-        "print(len(chosen), *wrong, sep='\\n')"
-    )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script, target, *names]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.split("\n", 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_build_keeps_its_limits(target):
-    assert compile_offline(target) == ["27", ""]
-
-
-def test_the_main_builds_keep_their_limits_on_sm_90():
-    assert compile_offline("sm_90", ["llama-8b", "gpt-oss", "merge 16"]) == ["3", ""]

@@ -1,10 +1,5 @@
 """Products with 4-bit weights: our reading of bitsandbytes' layout against its own, and the kernel against that."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers import tiny_llama
@@ -241,14 +236,3 @@ def test_our_products_need_layers_in_bitsandbytes_layout():
     model.model.layers[1].mlp.down_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj: its weights are not"):
         own_products(model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_build_keeps_its_limits(target):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile.nf4_variants", target]
-    root = Path(__file__).resolve().parents[3]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count(target) == 9

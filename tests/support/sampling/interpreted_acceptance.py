@@ -48,7 +48,10 @@ def kinds_of_rows(device):
         "k p min-p": (rules.top_k(k), rules.top_p(p), rules.min_p(m)),
         "min-p k p": (rules.min_p(m), rules.top_k(k), rules.top_p(p)),
     }
-    for (name, x), (order, chosen) in itertools.product(odd_rows(), orders.items()):
+    for number, ((name, x), order) in enumerate(itertools.product(odd_rows(), orders)):
+        if device == "cpu" and number % 4 not in (0, 3):
+            continue  # one order a kind in the interpreter, in turn
+        chosen = orders[order]
         heat = torch.tensor([0.001, 1.0] if name.startswith("low") else [1.0, 0.7])
         settings = {**key(2), "rules": chosen, "temperature": heat, "logprobs": True}
         yield from compared(f"{name}, {order}", device, x, settings)
@@ -111,11 +114,11 @@ def invariance(device, vocab=900):
     order = [4, 2, 0, 5, 1, 3]
     yield from same("permuted", order, drawn(order))
     yield from same("two rows", [3, 1], drawn([3, 1]))
-    yield from same("padded", [3, 1], drawn([3, 1], padding=5))
-    for row in range(6):
+    yield from same("padded", [3, 1], drawn([3, 1], padding=3))
+    for row in (0, 2, 3):  # an edge among few tokens, among many, and none
         yield from same(f"row {row} alone", [row], drawn([row]))
     before = sample_fused.FIRST_GROUPS
-    for groups in (1, 2, 4):
+    for groups in (1, 4):
         sample_fused.FIRST_GROUPS = groups
         yield from same(f"{groups} groups a program", range(6), drawn(range(6)))
     sample_fused.FIRST_GROUPS = before
@@ -134,7 +137,7 @@ def masks(device, vocab=77):
         )
         yield from (f"{name} tail: {text}" for text in differences(expected, got))
     levels = torch.tensor([[3.0, 1, 2, 2, 1, 1, 0], [0.0, 0, 0, 0, 0, 0, 0]])
-    for seed in range(12):
+    for seed in range(5):
         got = back(sample(on(device, levels), kernels="triton", logprobs=True, **on(device, key(2, seed))))
         ranks = [[1, 4, 2, 2, 4, 4, 7], [1] * 7]
         wanted = [ranks[row][token] for row, token in enumerate(got.tokens.tolist())]

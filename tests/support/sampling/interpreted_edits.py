@@ -10,6 +10,7 @@ import sys
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import numpy as np
+import quick_interpreter
 import torch
 from device_edits import capped
 from edit_programs import Cap, Program, compare
@@ -35,12 +36,13 @@ def failures(seeds):
 
 
 def main():
-    """Run the seeds from ... to ... of the command line; returns the number of failures."""
+    """Run as many seeds as the command line says; returns the number of failures."""
     torch.set_num_threads(1)
     np.seterr(all="ignore")
+    quick_interpreter.install()
     count = 0
     with dispatch.use("triton"):
-        for text in failures(range(int(sys.argv[1]), int(sys.argv[2]))):
+        for text in failures(range(int(sys.argv[1]))):
             count += 1
             sys.stdout.write(f"{text[:600]}\n")
     sys.stdout.write(f"{count} failures\n")
