@@ -1,5 +1,6 @@
 """What every test session needs: one thread a worker, no hub, kernels without a GPU, engines, SmolLM2 built once."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -29,6 +30,18 @@ settings.register_profile(
     "handloom", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("handloom")
+
+
+def pytest_collection_finish():
+    """What was imported stays: no collection of garbage looks at it again, and every test that leaks nothing asks for
+    one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Libraries that count what is left at the end find nothing."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

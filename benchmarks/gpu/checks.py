@@ -326,7 +326,11 @@ def tensor_parallel(scale: Scale) -> Iterator[str | None]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += [str(ROOT / "tests" / "support" / "ranks.py"), folder, json.dumps(PROMPTS[:3])]
+        command += [
+            str(ROOT / "tests" / "support" / "programs" / "ranks.py"),
+            folder,
+            json.dumps(PROMPTS[:3]),
+        ]
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         if done.returncode:
             yield f"exit status {done.returncode}: {done.stderr[-600:]}"

@@ -17,7 +17,7 @@ from handloom.errors import ModelError, ParameterError
 from handloom.loop.intake import checked, one_params
 
 PROMPTS = prompts_of([3, 9, 1])  # two slots: the third row replaces another
-RANKS = Path(__file__).resolve().parents[1] / "support" / "ranks.py"
+RANKS = Path(__file__).resolve().parents[1] / "support" / "programs" / "ranks.py"
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def test_a_day_of_mixed_traffic_takes_four_builds_and_one_for_edits():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [
         sys.executable,
-        Path(__file__).resolve().parents[1] / "support" / "sampling" / "counted_builds.py",
+        Path(__file__).resolve().parents[1] / "support" / "programs" / "counted_builds.py",
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
