@@ -29,6 +29,7 @@ def test_a_day_of_mixed_traffic_takes_four_builds_and_one_for_edits():
     """1 to 256 rows; counts, exact counts, masses, min-p in every order; masks, log-probabilities, edit lists of 1 to
     1,999 tokens: what `warm_up` has compiled serves all of it. A process of its own, as its driver is a stand-in."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the folders of tests/support among them
     command = [
         sys.executable,
         Path(__file__).resolve().parents[1] / "support" / "programs" / "counted_builds.py",
