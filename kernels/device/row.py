@@ -36,27 +36,35 @@ COUNT_BIT = tl.constexpr(
 CHOSEN, FULL = tl.constexpr(1), tl.constexpr(2)  # reports
 COLUMNS = tl.constexpr(16)  # listed tokens that all others are compared with at a time
 DONE, LEFT = tl.constexpr(0), tl.constexpr(1)  # rows that are left to the kernels of `wide` or `general`
-WIDE_BINS, SPAN = (
-    tl.constexpr(4096),
-    tl.constexpr(24.5),
-)  # wide.BINS; a token so far below the highest weighs nothing
+FRAMED = tl.constexpr(2)  # those whose first rule is of a mass and the others of values: active groups are listed
+WIDE_BINS, SPAN = tl.constexpr(4096), tl.constexpr(24.5)  # wide.BINS; a token so far below the highest weighs nothing
 
 
 @triton.jit
-def bin_of(distance):
-    """Bin of a distance >= 0; the last one takes the rest."""
+def within_count(distance, inside, goal):
+    """A distance within which a number of the groups are; inf if there are fewer."""
     bits = distance.to(tl.int32, bitcast=True) >> (23 - MANTISSA)
-    return tl.minimum(tl.maximum(bits - ((127 + LOWEST) << MANTISSA), 0), BINS - 1)
+    number = tl.minimum(tl.maximum(bits - ((127 + LOWEST) << MANTISSA), 0), BINS - 1)
+    groups = tl.histogram(number, BINS, mask=inside)
+    place = tl.sum((tl.cumsum(groups, axis=0).to(tl.float32) < goal).to(tl.int32), axis=0)
+    end = (place + 1 + ((127 + LOWEST) << MANTISSA)) << (23 - MANTISSA)
+    return tl.where(place >= BINS - 1, float("inf"), end.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def end_of_bin(number):
-    """Upper end of a bin."""
-    return ((number + 1 + ((127 + LOWEST) << MANTISSA)) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
+def within_mass(depth, shares, goal):
+    """A depth, up to SPAN, within which the shares of the groups sum to a goal; more than SPAN if they do not."""
+    low, step = goal * 0, goal * 0 + SPAN
+    for _ in range(5):
+        step *= 0.25
+        edges = low + (tl.arange(0, 4) + 1).to(tl.float32) * step
+        sums = tl.sum(tl.where(depth[:, None] < edges[None, :], shares[:, None], 0.0), axis=0)
+        low += tl.sum((sums < goal).to(tl.float32), axis=0) * step
+    return low + step
 
 
 @triton.jit
-def lowest_logit(tops, peak, inside, first, parameter, temperature, greedy, noise, whole, vocab):
+def lowest_logit(tops, shares, peak, inside, first, parameter, temperature, greedy, noise, whole, vocab):
     """A bound, before temperature, below which no token of the row matters; and the score that a group has to reach."""
     reach = tl.full((), float("inf"), tl.float32)
     goal = tl.full((), -float("inf"), tl.float32)
@@ -67,18 +75,14 @@ def lowest_logit(tops, peak, inside, first, parameter, temperature, greedy, nois
         top = scaled(peak, temperature)
         reach = (top - min_p_limit(top, parameter)) * temperature
     elif first == KEEP_COUNT:
-        distance = tl.maximum(peak - tops, 0.0)
-        number = tl.histogram(bin_of(distance), BINS, mask=inside)
-        below = tl.cumsum(number, axis=0).to(tl.float32) < parameter
-        place = tl.sum(below.to(tl.int32), axis=0)
-        reach = tl.where(place >= BINS - 1, reach, end_of_bin(place))
+        reach = within_count(tl.maximum(peak - tops, 0.0), inside, parameter)
     elif first == KEEP_MASS:  # what is below may have no more than the mass that is not kept
-        rest = (
-            tl.maximum(0.99 * (1 - parameter) - 1e-5, 0.0)
-            * (whole.to(tl.float32) / FIXED_ONE)
-            / vocab.to(tl.float32)
-        )
-        reach = tl.minimum(-tl.log(tl.maximum(rest, 1e-37)), SPAN) * temperature
+        total = whole.to(tl.float32) / FIXED_ONE
+        rest = tl.maximum(0.99 * (1 - parameter) - 1e-5, 0.0) * total
+        reach = tl.minimum(-tl.log(tl.maximum(rest / vocab.to(tl.float32), 1e-37)), SPAN)
+        depth = scaled(peak, temperature) - scaled(tops, temperature)
+        # the highest tokens of the groups above it are not below it
+        reach = tl.minimum(reach, within_mass(depth, shares, total - rest)) * temperature
     elif first == NO_RULE:
         score = noise + (tops - peak) / temperature
         best = tl.max(score, axis=0)
@@ -116,16 +120,20 @@ def ties_before(keys, ids, listed_keys, listed_ids, found, N: tl.constexpr):
 
 
 @triton.jit
-def leave(row, least, peak, whole, counters, records, counts_of, masses_of, frames, sums):
-    """Leave the row to the kernels of `wide` or `general`: a bound, the highest logit, the row's mass, and zeros."""
+def leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of, masses_of, frames, sums):
+    """Leave the row to the kernels of `wide` or `general`: a bound, the highest logit, the row's mass, and zeros.
+
+    mode: LEFT or FRAMED. n: number of active groups. lowest: key of the bound.
+    """
     wide_row = row.to(tl.int64)
-    tl.store(counters + row * 4 + 1, LEFT)
+    tl.store(counters + row * 4 + 1, mode)
     tl.store(records + row * 2, least)
     tl.store(records + row * 2 + 1, peak)
     slot = tl.arange(0, 8)
-    tl.store(frames + row * 8 + slot, slot * 0)
-    lowest = tl.where(slot < 3, 0, -9223372036854775807)  # sums, then the best scores
-    tl.store(sums + wide_row * 8 + slot, tl.where(slot == 0, whole, lowest))
+    frame = tl.where(slot == 0, 2147483647, tl.where(slot == 1, lowest, tl.where(slot == 5, n, slot * 0)))
+    tl.store(frames + row * 8 + slot, frame)
+    start = tl.where(slot < 3, 0, -9223372036854775807)  # sums, then the best scores
+    tl.store(sums + wide_row * 8 + slot, tl.where(slot == 0, whole, start))
     bins = tl.arange(0, WIDE_BINS)
     tl.store(counts_of + wide_row * WIDE_BINS + bins, bins * 0)
     tl.store(masses_of + wide_row * WIDE_BINS + bins, bins.to(tl.int64) * 0)
@@ -184,7 +192,7 @@ def row_kernel(
     bitmask, mask_stride, listed_ids, values, listed_length, touched, touched_stride, point_values, rows,
     WIDTH: tl.constexpr, N: tl.constexpr, PART: tl.constexpr, POINTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Draw a token, from the statistics of the first launch; grid (rows,). counters[row, 1]: DONE or LEFT."""
+    """Draw a token, from the statistics of the first launch; grid (rows,). counters[row, 1]: DONE, LEFT or FRAMED."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -211,17 +219,22 @@ def row_kernel(
     free = greedy | (first == NO_RULE)
     known = (kind == KEEP_COUNT) | (kind == KEEP_MASS) | (kind == KEEP_VALUE) | (kind == CUT_TIES)
     strange = (greedy == 0) & (tl.max((on & (known == 0)).to(tl.int32), axis=0) > 0)
-    noise, whole = tops, seed * 0
+    noise, shares, whole = tops, tops, seed * 0
     if (first == NO_RULE) & (greedy == 0):
         noise = tl.load(at + NOISE * width, mask=inside, other=-float("inf"))
     if ((first == KEEP_MASS) & (greedy == 0)) | (free & (report != 0)):
         part = tl.load(at + SUM * width, mask=inside, other=0.0)
-        share = tl.where(inside, tl.exp(scaled(tops, temperature) - top), 0.0)
-        whole = tl.sum(fixed(part * share), axis=0)
+        shares = tl.where(inside, tl.exp(scaled(tops, temperature) - top), 0.0)
+        whole = tl.sum(fixed(part * shares), axis=0)
     least, goal = lowest_logit(
-        tops, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, vocab
+        tops, shares, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, vocab
     )
-    by_list = (free & (report == FULL)) | ((first == KEEP_MASS) & (greedy == 0) & (vocab > N))
+    massive = (first == KEEP_MASS) & (greedy == 0) & (vocab > N)
+    limits = tl.where(on & (kind == KEEP_VALUE), min_p_limit(top, parameter), -float("inf"))
+    limit = tl.max(limits, axis=0)
+    plain = tl.max((on & (tl.arange(0, 16) != index) & (kind != KEEP_VALUE)).to(tl.int32), axis=0) == 0
+    if massive & plain & (limit > -float("inf")):  # what no value rule keeps is not asked for
+        least = tl.maximum(least, limit * temperature - tl.abs(limit * temperature) * 1e-5 - 1e-30)
     if free & (report == FULL):
         least, goal = -FLOAT_MAX, -float("inf")
     chosen = inside & (tops >= least)
@@ -234,31 +247,39 @@ def row_kernel(
     )  # sums and noise are not to be trusted
     if far:
         least, whole = tl.full((), -FLOAT_MAX, tl.float32), tl.full((), -1, tl.int64)
-    if strange | far | by_list | (n > N):
-        leave(row, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
-        return
     active += wide_row * width
-    tl.store(active + slot, group, mask=chosen)
-    tl.debug_barrier()
     lists += wide_row * N
     sparse = (listed_ids, values, listed_length, touched, touched_stride)
+    crowded = n > tl.where(massive, N // 2, N)
+    lowest = ordered_key(scaled(least, temperature))
+    mode = tl.where(massive & plain & (far == 0) & (report != FULL), FRAMED, LEFT)
+    tl.store(active + slot, group, mask=chosen)
+    if strange | far | (free & (report == FULL)) | crowded:
+        leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+        return
+    tl.debug_barrier()
+    place = tl.arange(0, PART)
+    mine = tl.load(active + place, mask=place < n, other=-1)
+    z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
+                         mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
     for start in range(0, n, PART):
-        place = start + tl.arange(0, PART)
+        place += PART
         mine = tl.load(active + place, mask=place < n, other=-1)
-        z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
-                             mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
+        following = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
+                                mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
         want = z >= least
         spot = tl.atomic_add(counters + row * 4 + tl.zeros_like(ids), 1, mask=want, sem="relaxed")
         pair = (z.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
         tl.store(lists + spot, pair, mask=want & (spot < N))
+        z, ids = following
     tl.debug_barrier()
+    slot = tl.arange(0, N)
+    pair = tl.load(lists + slot)  # beside their number; what is beyond it is never used
     found = tl.load(counters + row * 4, volatile=True)
     if found > N:
-        leave(row, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+        leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
         return
-    slot = tl.arange(0, N)
     there = slot < found
-    pair = tl.load(lists + slot, mask=there, other=-1)
     ids = pair.to(tl.int32)
     x = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     y = scaled(x, temperature)
@@ -285,6 +306,7 @@ def row_kernel(
                 kept = kept & (y >= min_p_limit(top, value))
             if now == KEEP_MASS:
                 left = tl.sum(tl.where(kept, weight, 0), axis=0)
+                left = tl.where(massive & (i == index), whole, left)
                 kept = kept & (
                     (mass.to(tl.float64) < value.to(tl.float64) * MASS_SHARE * left.to(tl.float64))
                     | (y == top)

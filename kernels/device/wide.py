@@ -13,16 +13,18 @@ import triton.language as tl
 
 from ..noise.philox_triton import gumbel_at
 from .groups import PLANES
-from .row import FULL, LEFT, write_logprobs
-from .search import BELOW_ALL, fixed
-from .steps import CUT_TIES, KEEP_COUNT, KEEP_MASS, KEEP_VALUE, MASS_SHARE, entry, min_p_limit, steps_of_row
+from .row import DONE, FRAMED, FULL, LEFT, write_logprobs
+from .search import BELOW_ALL, FIXED_ONE, fixed
+from .steps import CUT_TIES, KEEP_COUNT, KEEP_MASS, KEEP_VALUE, MASS_SHARE, entry, first_of, min_p_limit, steps_of_row
 from .tokens import GROUP, key_value, load_groups, ordered_key, scaled
 
 BINS = tl.constexpr(4096)
 MANTISSA, LOWEST = tl.constexpr(7), tl.constexpr(-20)  # 128 bins a doubling, from 2**-20 on
 FIRST_BIN, LAST_BIN, LUMP_BIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # of a row's frame
 ABOVE, LISTED_SO_FAR, LOWEST_KEY, HIGHEST_KEY, FINISHED = (tl.constexpr(i) for i in range(3, 8))
+HIGHEST, LOWEST_LISTED, GUESSED, ACTIVE = (tl.constexpr(i) for i in (0, 1, 2, 5))  # of the frame of a row that is FRAMED
 FRAME = tl.constexpr(8)
+SAMPLE = tl.constexpr(32)  # groups
 LEAST, PEAK = tl.constexpr(0), tl.constexpr(1)  # of a row's record
 WHOLE, MASS_ABOVE, DOT, BEST, LUMP_BEST = (tl.constexpr(i) for i in range(5))  # of a row's sums
 SUMS = tl.constexpr(8)
@@ -53,6 +55,96 @@ def read(start, source, tops, least, GROUPS: tl.constexpr, POINTS: tl.constexpr)
     )
     y = tl.where(z >= least, scaled(z, temperature), -float("inf"))
     return tl.reshape(y, (GROUPS * GROUP,)), tl.reshape(ids, (GROUPS * GROUP,))
+
+
+@triton.jit
+def frame_of(z, least, top, temperature, rest, vocab, found, N: tl.constexpr, TOKENS: tl.constexpr):
+    """Between which keys the boundary of a mass rule lies, from a sample [TOKENS] of the row's logits.
+
+    Up to N tokens at or above `least` are all inside. Else the tail beyond a depth is taken with five standard
+    deviations to either side, of weights as high as they can be there; who uses it finds out whether it holds.
+    rest: mass that the rule leaves out. found: number of tokens at or above `least` where it is known, else 0.
+
+    Returns:
+        (highest key, lowest key, whether they are guessed, whether N tokens may be too few).
+    """
+    depth = tl.where(z > -float("inf"), top - scaled(z, temperature), float("inf"))
+    each = vocab.to(tl.float32) / TOKENS
+    floor = top - scaled(least, temperature)
+    many = tl.sum((depth <= floor).to(tl.float32), axis=0) * each
+    many = tl.where(found > 0, found.to(tl.float32), many + 5 * tl.sqrt((many + each) * each))
+    near, far, guessed = floor * 0, floor, many >= N
+    if guessed:
+        weight = tl.exp(-depth)
+        far, step = near, tl.max(tl.where(depth <= floor, depth, 0.0), axis=0)
+        turn, upper = tl.arange(0, 4) % 2, tl.arange(0, 4) < 2
+        for _ in range(6):
+            step *= 0.33333334
+            edges = tl.where(upper, near, far) + (turn + 1).to(tl.float32) * step
+            tail = tl.sum(tl.where(depth[:, None] >= edges[None, :], weight[:, None], 0.0), axis=0) * each
+            error = 5 * tl.sqrt(tl.maximum(tail, rest) * each * tl.exp(-edges))
+            near += tl.sum((upper & (tail - error >= rest)).to(tl.float32), axis=0) * step
+            far += tl.sum(((upper == 0) & (tail + error > rest)).to(tl.float32), axis=0) * step
+        far = tl.minimum(far + step, floor)
+        many = tl.sum(((depth >= near) & (depth <= far)).to(tl.float32), axis=0) * each
+        many += 5 * tl.sqrt((many + each) * each)
+    high = tl.where(near > 0, ordered_key(top - near), 2147483647)
+    low = ordered_key(tl.where(far < floor, top - far, scaled(least, temperature)))
+    return high, low, guessed, many >= N
+
+
+@triton.jit
+def frame_row(part, programs, source, active, least, top, rest, greedy, key, counters, frames, sums, lists,
+              N: tl.constexpr, GROUPS: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
+    """This program's share of a row that is FRAMED: the list, and the number, mass and best of the tokens above it.
+
+    Returns:
+        whether the list may be too short: then nothing was done.
+    """
+    row, logits, vocab, of_vocab, groups, wants, bitmask, mask_stride, sparse, values, rows, temperature = source
+    some = tl.arange(0, SAMPLE) * of_vocab // SAMPLE
+    seen, unused = load_groups(
+        some, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, POINTS
+    )
+    seen = tl.reshape(seen, (SAMPLE * GROUP,))
+    found = tl.load(counters + row * 4)
+    high, low, guessed, short = frame_of(seen, least, top, temperature, rest, vocab, found, N, SAMPLE * GROUP)
+    if short == 0:
+        n = tl.load(frames + ACTIVE)
+        if part == 0:
+            tl.store(frames + HIGHEST, high)
+            tl.store(frames + LOWEST_LISTED, low)
+            tl.store(frames + GUESSED, guessed.to(tl.int32))
+        best = tl.full((GROUPS * GROUP,), NOBODY, tl.int64)
+        many, mass = best * 0, best * 0
+        for start in range(part * GROUPS, n, programs * GROUPS):
+            place = start + tl.arange(0, GROUPS)
+            group = tl.load(active + place, mask=place < n, other=-1)
+            z, ids = load_groups(
+                group, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, POINTS
+            )
+            y = tl.reshape(tl.where(z >= least, scaled(z, temperature), -float("inf")), (GROUPS * GROUP,))
+            its = tl.reshape(ids, (GROUPS * GROUP,))
+            own = ordered_key(y)
+            if guessed:
+                upper = own > high
+                best = tl.maximum(best, tl.where(upper, scores_of(y, its, top, greedy, key), NOBODY))
+                mass += tl.where(upper, fixed(tl.exp(y - top)), 0)
+                many += upper.to(tl.int64)
+            list_tokens(y, its, (own <= high) & (own >= low) & (y > -float("inf")), frames, lists, N)
+        if guessed:
+            tl.atomic_max(sums + BEST, tl.max(best, axis=0), sem="relaxed")
+            tl.atomic_add(sums + MASS_ABOVE, tl.sum(mass, axis=0), sem="relaxed")
+            tl.atomic_add(frames + ABOVE, tl.sum(many, axis=0).to(tl.int32), sem="relaxed")
+    return short
+
+
+@triton.jit
+def list_tokens(y, ids, inside, frames, lists, N: tl.constexpr):
+    """Append tokens to the row's list, (scaled logit, id) as one int64; those beyond N are counted alone."""
+    spot = tl.atomic_add(frames + LISTED_SO_FAR + ids * 0, 1, mask=inside, sem="relaxed")
+    pair = (y.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
+    tl.store(lists + spot, pair, mask=inside & (spot < N))
 
 
 @triton.jit
@@ -131,7 +223,7 @@ NUMBERS = (
     "seconds", "more_seconds", "steps", "mask_stride", "listed_length", "touched_stride", "rows",
 )  # fmt: skip
 POINTERS = (
-    "stats", "counters", "counts_of", "masses_of", "frames", "records", "sums", "lists", "tokens", "floats", "counts",
+    "stats", "counters", "active", "counts_of", "masses_of", "frames", "records", "sums", "lists", "tokens", "floats", "counts",
     "seeds", "positions", "streams", "temperatures", "limits", "bitmask", "listed_ids", "values", "touched",
     "point_values",
 )  # fmt: skip
@@ -140,13 +232,14 @@ POINTERS = (
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def bin_kernel(
     logits, stride, vocab, groups_of_vocab, groups, stats, width, counters, wants, report,
-    counts_of, masses_of, frames, records, sums,
+    active, lists, counts_of, masses_of, frames, records, sums,
     seeds, positions, streams, temperatures, limits,
     kinds, more_kinds, places, more_places, seconds, more_seconds, steps,
     bitmask, mask_stride, listed_ids, values, listed_length, touched, touched_stride, point_values, rows,
     GROUPS: tl.constexpr, N: tl.constexpr, POINTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Tokens and their mass by bins of the distance from the highest, and the bins of the boundaries.
+    """Tokens and their mass by bins of the distance from the highest, and the bins of the boundaries; or the list of a
+    row that is FRAMED.
 
     grid (rows, programs); counts_of int32 and masses_of int64 [rows, BINS], zeroed by the second launch.
     """
@@ -154,7 +247,8 @@ def bin_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
-    if tl.load(counters + row * 4 + 1) != LEFT:
+    mode = tl.load(counters + row * 4 + 1)
+    if mode == DONE:
         return
     part, programs = tl.program_id(1), tl.num_programs(1)
     wide_row = row.to(tl.int64)
@@ -166,6 +260,20 @@ def bin_kernel(
     sparse = (listed_ids, values, listed_length, touched, touched_stride)
     source = (row, logits + wide_row * stride, vocab, groups_of_vocab, groups, wants, bitmask, mask_stride, sparse,
               point_values, rows, temperature)  # fmt: skip
+    frames += row * FRAME
+    if mode == FRAMED:
+        tossed = tl.full((), 1.0, tl.float32)
+        program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
+        kind, parameter, second, on = steps_of_row(program, limits, row, rows, vocab, tossed)
+        index, first = first_of(kind, on)
+        rest = (1 - entry(parameter, index)) * (tl.load(sums + wide_row * SUMS + WHOLE).to(tl.float32) / FIXED_ONE)
+        key = (tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row))
+        short = frame_row(part, programs, source, active + wide_row * width, least, top, rest, greedy, key, counters,
+                          frames, sums + wide_row * SUMS, lists + wide_row * N, N, GROUPS, POINTS)  # fmt: skip
+        if short == 0:
+            return
+        if part == 0:
+            tl.store(counters + row * 4 + 1, LEFT)
     counts_of += wide_row * BINS
     masses_of += wide_row * BINS
     for start in range(part * GROUPS, groups, programs * GROUPS):
@@ -175,7 +283,6 @@ def bin_kernel(
         weight = fixed(tl.exp(y - top))
         tl.atomic_add(counts_of + place, 1, mask=there, sem="relaxed")
         tl.atomic_add(masses_of + place, weight, mask=there & (weight > 0), sem="relaxed")
-    frames += row * FRAME
     if last_of_row(frames, programs):
         program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
         row_steps = steps_of_row(program, limits, row, rows, vocab, tl.full((), 1.0, tl.float32))
@@ -217,27 +324,28 @@ def beyond(pivots, last_ids, by_mass, lump, held, end, source, tops, least, list
            GROUPS: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
     """For each of eight keys, number or mass of the tokens above it, and of those at it with an id up to `last_ids`: of
     the list and the lump (key, number), or of the row."""
-    total = tl.zeros((GROUPS * GROUP, PIVOTS), tl.int64)
+    total = tl.zeros((PIVOTS,), tl.int64)
     for start in range(0, end, GROUPS):
         y, ids = entries(start, held, source, tops, least, lists, found, GROUPS, POINTS)
         own, unit = ordered_key(y)[:, None], tl.where(by_mass, fixed(tl.exp(y - top)), 1)
         unit = tl.where(y > -float("inf"), unit, 0)
         over = (own > pivots[None, :]) | ((own == pivots[None, :]) & (ids[:, None] <= last_ids[None, :]))
-        total += tl.where(over, unit[:, None], 0)
+        total += tl.sum(tl.where(over, unit[:, None], 0), axis=0)
     one = tl.where(by_mass, fixed(tl.exp(key_value(lump[0]) - top)), 1) * lump[1]
     with_lump = (pivots < lump[0]) | ((pivots == lump[0]) & (last_ids == 2147483647))
-    return tl.sum(total, axis=0) + tl.where(with_lump, one, 0)
+    return total + tl.where(with_lump, one, 0)
 
 
 @triton.jit
-def settle(row_steps, steps, whole, above, lump, held, end, source, tops, least, lists, found, top,
+def settle(row_steps, steps, whole, above, lump, span, held, end, source, tops, least, lists, found, top,
            GROUPS: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
     """(key of the lowest token left, last id kept of those at it) after all steps.
 
-    whole: mass of the row. above: (number, mass) of the tokens above the list. lump, held, end: see `beyond`.
+    whole: mass of the row. above: (number, mass) of the tokens above the list. span: (lowest, highest) key that the
+    first boundary can have. lump, held, end: see `beyond`.
     """
     kinds, parameters, seconds, on = row_steps
-    edge, last_id = tl.full((), BELOW_ALL, tl.int32), tl.full((), 2147483647, tl.int32)
+    edge, last_id = span[0], tl.full((), 2147483647, tl.int32)
     taken = steps * 0
     for i in range(steps):
         if entry(on.to(tl.int32), i) > 0:
@@ -252,7 +360,7 @@ def settle(row_steps, steps, whole, above, lump, held, end, source, tops, least,
                 target = tl.where(by_mass, share * whole.to(tl.float64), share)
                 base = tl.where(by_mass, above[1], above[0])
                 low = tl.where(by_id, 0, edge).to(tl.int64)
-                high = tl.where(by_id, source[2] - 1, ordered_key(top)).to(tl.int64)
+                high = tl.where(by_id, source[2] - 1, tl.maximum(span[1], edge)).to(tl.int64)
                 asked = by_mass & (taken > 0)  # the mass of what is left, first
                 while (low < high) | asked:
                     middle = low + (high - low) * (tl.arange(0, PIVOTS) + 1) // (PIVOTS + 1)
@@ -299,9 +407,7 @@ def collect(part, programs, source, tops, least, top, greedy, key, frames, sums,
             if report == FULL:
                 dots += part_of_entropy(y, top, upper)
         inside = there & (place >= first) & (place <= last) & (place != lump)
-        spot = tl.atomic_add(frames + LISTED_SO_FAR + ids * 0, 1, mask=inside, sem="relaxed")
-        pair = (y.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
-        tl.store(lists + spot, pair, mask=inside & (spot < N))
+        list_tokens(y, ids, inside, frames, lists, N)
     if (first > 0) | (lump >= 0):
         tl.atomic_max(sums + BEST, tl.max(best, axis=0), sem="relaxed")
         tl.atomic_max(sums + LUMP_BEST, tl.max(lumped, axis=0), sem="relaxed")
@@ -331,7 +437,8 @@ def wide_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
-    if tl.load(counters + row * 4 + 1) != LEFT:
+    mode = tl.load(counters + row * 4 + 1)
+    if (mode == DONE) | ((mode == FRAMED) & (tl.program_id(1) > 0)):
         return
     wide_row = row.to(tl.int64)
     temperature = tl.load(temperatures + row)
@@ -347,9 +454,12 @@ def wide_kernel(
     frames += row * FRAME
     sums += wide_row * SUMS
     lists += wide_row * N
-    collect(tl.program_id(1), tl.num_programs(1), source, tops, least, top, greedy, key, frames, sums, lists, report, N,
-            GROUPS, POINTS)  # fmt: skip
-    if last_of_row(frames, tl.num_programs(1)):
+    last_program = mode == FRAMED
+    if mode == LEFT:
+        collect(tl.program_id(1), tl.num_programs(1), source, tops, least, top, greedy, key, frames, sums, lists,
+                report, N, GROUPS, POINTS)  # fmt: skip
+        last_program = last_of_row(frames, tl.num_programs(1))
+    if last_program:
         program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
         row_steps = steps_of_row(program, limits, row, rows, vocab, tl.full((), 1.0, tl.float32))
         steps = tl.where(greedy, 0, steps)
@@ -358,16 +468,26 @@ def wide_kernel(
         lump_bin, last = tl.load(frames + LUMP_BIN), tl.load(frames + LAST_BIN)
         lump_key = tl.load(frames + LOWEST_KEY, volatile=True)
         one_value = (lump_key == tl.load(frames + HIGHEST_KEY, volatile=True)) & (cut == 0)
-        held = (found <= N) & (last >= -1) & ((lump_bin < 0) | one_value)
-        number = tl.where(held & (lump_bin >= 0), tl.load(counters + row * 4 + 2), 0)
+        held = (found <= N) & ((mode == FRAMED) | ((last >= -1) & ((lump_bin < 0) | one_value)))
+        number = tl.where(held & (mode == LEFT) & (lump_bin >= 0), tl.load(counters + row * 4 + 2), 0)
         lump = (lump_key, number)
-        above = (
-            tl.where(held, tl.load(frames + ABOVE), 0).to(tl.int64),
-            tl.where(held, tl.load(sums + MASS_ABOVE), 0),
+        everything = (tl.full((), BELOW_ALL, tl.int32), ordered_key(top))
+        lowest, highest = tl.load(frames + LOWEST_LISTED), tl.load(frames + HIGHEST)
+        framed = held & (mode == FRAMED)
+        span = (
+            tl.where(framed, lowest - 1, everything[0]),
+            tl.where(framed & (highest < everything[1]), highest + 1, everything[1]),
         )
-        end = tl.where(held, tl.cdiv(found, GROUP), groups)
-        edge, last_id = settle(row_steps, steps, tl.load(sums + WHOLE), above, lump, held, end, source, tops, least,
-                               lists, found, top, GROUPS, POINTS)  # fmt: skip
+        edge, last_id, end, going = steps * 0, steps * 0, groups, steps * 0 + 1
+        above = (tl.load(frames + ABOVE).to(tl.int64), tl.load(sums + MASS_ABOVE))
+        while going > 0:
+            above = (tl.where(held, above[0], 0), tl.where(held, above[1], 0))
+            end = tl.where(held, tl.cdiv(found, GROUP), groups)
+            edge, last_id = settle(row_steps, steps, tl.load(sums + WHOLE), above, lump, span, held, end, source,
+                                   tops, least, lists, found, top, GROUPS, POINTS)  # fmt: skip
+            going = tl.where(framed & (tl.load(frames + GUESSED) > 0) & ((edge > highest) | (edge < lowest)), 1, 0)
+            if going > 0:  # the guess did not hold: the row itself
+                held, framed, span = held & (held == 0), framed & (framed == 0), everything
         best = tl.full((GROUPS * GROUP,), NOBODY, tl.int64)
         many, mass, dot = best * 0, best * 0, best * 0
         for start in range(0, end, GROUPS):

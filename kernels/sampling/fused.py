@@ -27,8 +27,8 @@ FEW_PROGRAMS, MOST_TILES = 2048, 8  # so many programs of it there are before ea
 LIST_GROUPS = 4  # groups a program of the launch for edit lists
 LIST = 256  # candidates that the second launch ranks
 ROW_GROUPS = 16  # groups that it reads at a time
-WIDE_GROUPS, WIDE_LIST = 4, 4096  # groups a step, and most candidates listed, in the launches for wide rows
-MOST_PROGRAMS = 1056  # programs of each of them, over all rows, but two a row at least
+WIDE_GROUPS, WIDE_LIST = 16, 8192  # groups a step, and most candidates listed, in the launches for wide rows
+MOST_PROGRAMS = 264  # programs of each of them, over all rows, but two a row at least
 CAPACITY = 512  # candidates that the kernel for every kind of rule holds; more are read again in every step
 GENERAL_GROUPS = 2  # groups a step of it
 SPARE_GROUPS = 16  # groups of an edit list for which the statistics always have room
@@ -282,7 +282,7 @@ def launches(call, plan, tokens):
         found.append(("general", (plan.rows,), (*head, *own, *results, *row)))
     else:
         grid = plan.rows, max(2, min(MOST_PROGRAMS // plan.rows, triton.cdiv(plan.groups, WIDE_GROUPS)))
-        found.append(("bin", grid, (*head, *bins, *frame, *row)))
+        found.append(("bin", grid, (*head, plan.active, plan.wide_lists, *bins, *frame, *row)))
         found.append(("wide", grid, (*head, *frame, plan.wide_lists, *results, *row)))
     return [(builds[name].kernel, size, arguments, builds[name].named) for name, size, arguments in found]
 
@@ -306,6 +306,7 @@ def builds_of(
     """
     shared = {"POINTS": points, **dict(overlap), **dict(early), "enable_fp_fusion": False}
     first = {"PTX": native, "num_warps": 4, **shared}
+    half = {"maxnreg": 128} if native else {}  # two rows share a processor
     wide = {"GROUPS": WIDE_GROUPS, "N": WIDE_LIST, "num_warps": 8, **shared}
     searched = {
         "WIDTH": width,
@@ -320,7 +321,7 @@ def builds_of(
     return {
         "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, **first}),
         "list": Build(triton_groups.list_kernel, {"GROUPS": LIST_GROUPS, **first}),
-        "row": Build(row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, "num_warps": 8, **shared}),
+        "row": Build(row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, "num_warps": 8, **half, **shared}),
         "bin": Build(triton_wide.bin_kernel, wide),
         "wide": Build(triton_wide.wide_kernel, {"WIDTH": width, **wide}),
         "general": Build(general_kernel, general),
