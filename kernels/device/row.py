@@ -36,8 +36,13 @@ COUNT_BIT = tl.constexpr(
 CHOSEN, FULL = tl.constexpr(1), tl.constexpr(2)  # reports
 COLUMNS = tl.constexpr(16)  # listed tokens that all others are compared with at a time
 DONE, LEFT = tl.constexpr(0), tl.constexpr(1)  # rows that are left to the kernels of `wide` or `general`
-FRAMED = tl.constexpr(2)  # those whose first rule is of a mass and the others of values: active groups are listed
-WIDE_BINS, SPAN = tl.constexpr(4096), tl.constexpr(24.5)  # wide.BINS; a token so far below the highest weighs nothing
+FRAMED = tl.constexpr(
+    2
+)  # those whose first rule is of a mass and the others of values: active groups are listed
+WIDE_BINS, SPAN = (
+    tl.constexpr(4096),
+    tl.constexpr(24.5),
+)  # wide.BINS; a token so far below the highest weighs nothing
 
 
 @triton.jit
@@ -262,7 +267,7 @@ def row_kernel(
     mine = tl.load(active + place, mask=place < n, other=-1)
     z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
                          mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
-    for start in range(0, n, PART):
+    for _ in range(0, n, PART):
         place += PART
         mine = tl.load(active + place, mask=place < n, other=-1)
         following = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,

@@ -14,10 +14,11 @@ import triton
 from .. import dispatch
 from ..device import groups as triton_groups
 from ..device import rules as triton_rules
-from ..device import wide as triton_wide
 from ..device.general import general_kernel, top_kernel
 from ..device.row import row_kernel
 from ..device.tokens import BITMASK, LISTED, REPLACED
+from ..device.wide.bins import BINS, bin_kernel
+from ..device.wide.draw import wide_kernel
 from ..launching import beside
 from .rules import Call, Drawn, Replaced, touched_bits, with_top
 
@@ -43,7 +44,6 @@ KINDS = {  # the steps of each kind of rule, numbered as in `device.steps`
     "typical": (5,),
     "top_h": (6, 7),
 }
-BINS = triton_wide.BINS.value
 PLANES = triton_groups.PLANES.value
 CHOSEN, FULL = 1, 2  # reports
 BY_FUNCTION = 8  # value rules by other functions than min-p's
@@ -114,8 +114,8 @@ class Plan:
         self.list_ids = torch.empty(rows, LIST, **whole)
         self.list_weights = torch.empty(rows, LIST, device=device, dtype=torch.int64)
         self.values = torch.empty(rows, max(self.listed, 1), **empty)  # of the edit list, edited
-        self.bin_counts, self.frames = torch.empty(rows, BINS, **whole), torch.empty(rows, 8, **whole)
-        self.bin_masses = torch.empty(rows, BINS, device=device, dtype=torch.int64)
+        self.bin_counts, self.frames = torch.empty(rows, BINS.value, **whole), torch.empty(rows, 8, **whole)
+        self.bin_masses = torch.empty(rows, BINS.value, device=device, dtype=torch.int64)
         self.records, self.sums = (
             torch.empty(rows, 2, **empty),
             torch.empty(rows, 8, device=device, dtype=torch.int64),
@@ -321,9 +321,11 @@ def builds_of(
     return {
         "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, **first}),
         "list": Build(triton_groups.list_kernel, {"GROUPS": LIST_GROUPS, **first}),
-        "row": Build(row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, "num_warps": 8, **half, **shared}),
-        "bin": Build(triton_wide.bin_kernel, wide),
-        "wide": Build(triton_wide.wide_kernel, {"WIDTH": width, **wide}),
+        "row": Build(
+            row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, "num_warps": 8, **half, **shared}
+        ),
+        "bin": Build(bin_kernel, wide),
+        "wide": Build(wide_kernel, {"WIDTH": width, **wide}),
         "general": Build(general_kernel, general),
         "top": Build(top_kernel, top),
     }

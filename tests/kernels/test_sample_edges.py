@@ -7,8 +7,11 @@ import torch
 from sampling_rows import generator
 
 from handloom import Context, Keep, Pipeline, SamplingParams
-from handloom.kernels.sampling.reference import truncate
-from handloom.kernels.sampling.rules import Rule, Statistics
+from handloom.kernels.device.row import DONE, FRAMED
+from handloom.kernels.device.wide.rows import ABOVE, GUESSED, LISTED_SO_FAR
+from handloom.kernels.sampling.fused import Plan, sample_fused
+from handloom.kernels.sampling.reference import sample_reference, truncate
+from handloom.kernels.sampling.rules import Call, Rule, Statistics, top_p
 from handloom.kernels.sampling.sample import sample
 
 KINDS = ["count", "exact_count"]
@@ -49,6 +52,37 @@ def test_finite_masks_make_no_warning():
                 lengths=one, prompt_lengths=one, seeds=one, streams=one * 0, params=[params] * 2
             )
             assert (pipeline.sample(logits, context).tokens < 100).all()
+
+
+def frame_after(logits, share):
+    """(drawn, frame, mode) of a call of the kernels with top-p alone."""
+    call = Call(logits, **key(1), rules=(top_p(torch.tensor([share])),), logprobs="chosen")
+    plan = Plan.of(call)
+    drawn = sample_fused(call, plan=plan)
+    expected = sample_reference(call)
+    assert drawn.tokens.tolist() == expected.tokens.tolist()
+    torch.testing.assert_close(drawn.logprob, expected.logprob, rtol=0, atol=1e-4)
+    return plan.frames[0].tolist(), plan.counters[0, 1].item()
+
+
+def test_a_wide_nucleus_is_found_between_guessed_bounds_and_where_the_guess_is_wrong():
+    """20,480 almost equal tokens; then the sampled groups, every fifth, are more likely than all others."""
+    noise = torch.randn(1, 20_480, generator=generator(3)) * 1e-3
+    frame, mode = frame_after(noise, 0.9)
+    above, listed = frame[ABOVE.value], frame[LISTED_SO_FAR.value]
+    assert mode == FRAMED.value and frame[GUESSED.value] == 1
+    assert above < 0.9 * 20_480 < above + listed < 20_480 and listed < 4_000
+    misleading = noise - (torch.arange(20_480) // 128 % 5 != 0).float()
+    frame, mode = frame_after(misleading, 0.8)
+    within = (misleading > noise.min() - 0.5).sum().item()
+    assert mode == FRAMED.value and frame[GUESSED.value] == 1
+    assert frame[ABOVE.value] + frame[LISTED_SO_FAR.value] <= within  # the boundary, among the others, is not there
+
+
+def test_a_short_nucleus_needs_no_further_launch():
+    logits = -1.8 * torch.log(torch.randperm(20_480, generator=generator(4)) + 1.0)[None]
+    frame, mode = frame_after(logits, 0.7)
+    assert mode == DONE.value
 
 
 class Unknown(Keep):

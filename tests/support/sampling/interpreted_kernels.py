@@ -19,7 +19,8 @@ import triton.language as tl
 from interpreted_acceptance import acceptance_checks
 from sampling_rows import back, differences, edits, generator, key, on, rows
 
-from handloom.kernels.device import wide as triton_wide
+from handloom.kernels.device.wide import bins, frame
+from handloom.kernels.device.wide import draw as wide_draw
 from handloom.kernels.noise import (
     philox,
 )
@@ -264,12 +265,16 @@ def passes(device, vocab=16384):
         chosen = (
             rules.top_p(torch.tensor([0.95])) if rule == "p" else rules.top_k(torch.tensor([float(rule)])),
         )
-        read = triton_wide.read
-        triton_wide.read = counted = Counted(read)
+        readers = [(bins, "read"), (wide_draw, "read"), (frame, "load_groups")]
+        plain = [getattr(module, name) for module, name in readers]
+        counters = [Counted(function) for function in plain]
+        for (module, name), counter in zip(readers, counters, strict=True):
+            setattr(module, name, counter)
         settings = {**key(1), "temperature": torch.tensor([0.8]), "rules": chosen}
         drawn = sample(x, **settings, kernels="triton")
-        triton_wide.read = read
-        passes = counted.calls * sample_fused.WIDE_GROUPS * sample_fused.GROUP / vocab
+        for (module, name), function in zip(readers, plain, strict=True):
+            setattr(module, name, function)
+        passes = sum(counter.calls for counter in counters) * sample_fused.WIDE_GROUPS * sample_fused.GROUP / vocab
         if passes > MOST_PASSES:
             yield f"passes: {kind} {rule}: {passes:.2f} passes over the row, at most {MOST_PASSES} expected"
         if not torch.equal(drawn.tokens, sample_reference(rules.Call(x, **settings)).tokens):
