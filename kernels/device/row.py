@@ -207,6 +207,7 @@ def row_kernel(
     inside = group < groups
     at = stats + wide_row * (PLANES * width) + group
     tops = tl.load(at + MAX * width, mask=inside, other=-float("inf"))
+    noise = tl.load(at + NOISE * width, mask=inside, other=-float("inf"))  # written and used where no rule is on
     temperature = tl.load(temperatures + row)
     seed, position, stream = tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row)
     tossed = toss((seed, position, stream), wants & COIN)
@@ -224,9 +225,7 @@ def row_kernel(
     free = greedy | (first == NO_RULE)
     known = (kind == KEEP_COUNT) | (kind == KEEP_MASS) | (kind == KEEP_VALUE) | (kind == CUT_TIES)
     strange = (greedy == 0) & (tl.max((on & (known == 0)).to(tl.int32), axis=0) > 0)
-    noise, shares, whole = tops, tops, seed * 0
-    if (first == NO_RULE) & (greedy == 0):
-        noise = tl.load(at + NOISE * width, mask=inside, other=-float("inf"))
+    shares, whole = tops, seed * 0
     if ((first == KEEP_MASS) & (greedy == 0)) | (free & (report != 0)):
         part = tl.load(at + SUM * width, mask=inside, other=0.0)
         shares = tl.where(inside, tl.exp(scaled(tops, temperature) - top), 0.0)
@@ -234,7 +233,7 @@ def row_kernel(
     least, goal = lowest_logit(
         tops, shares, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, vocab
     )
-    massive = (first == KEEP_MASS) & (greedy == 0) & (vocab > N)
+    massive = (first == KEEP_MASS) & (greedy == 0)
     limits = tl.where(on & (kind == KEEP_VALUE), min_p_limit(top, parameter), -float("inf"))
     limit = tl.max(limits, axis=0)
     plain = tl.max((on & (tl.arange(0, 16) != index) & (kind != KEEP_VALUE)).to(tl.int32), axis=0) == 0
@@ -298,10 +297,12 @@ def row_kernel(
     if greedy:
         kept = kept & (y == top)
         noise = noise * 0
-    tl.store(keys_of + slot, keys)
-    tl.store(weights_of + slot, weight + COUNT_BIT)
-    tl.debug_barrier()
-    number, mass = ranks(keys, keys_of, weights_of, found, N)
+    number, mass = slot, weight
+    if (free == 0) | (report == FULL):
+        tl.store(keys_of + slot, keys)
+        tl.store(weights_of + slot, weight + COUNT_BIT)
+        tl.debug_barrier()
+        number, mass = ranks(keys, keys_of, weights_of, found, N)
     for i in range(tl.where(greedy, 0, steps)):
         if entry(on.to(tl.int32), i) > 0:
             now, value = entry(kind, i), entry(parameter, i)
