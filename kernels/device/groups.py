@@ -203,12 +203,13 @@ def list_kernel(
     kinds, more_kinds, places, more_places, seconds, more_seconds, steps,
     bitmask, mask_stride, listed_ids, biases, seen, listed_counts, listed_length, touched, touched_stride,
     repetition, presence, frequency, values, point_values, rows,
-    GROUPS: tl.constexpr, POINTS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, TURNS: tl.constexpr, POINTS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The groups that an edit list touches, without the listed tokens, and those of the list; grid (rows, programs).
 
-    The groups of GROUPS listed tokens a program, then GROUPS groups of the list, whose edited logits are kept in
-    `values` for later launches. A group that several listed tokens are in is worked on as often, with one result.
+    The groups of TURNS times GROUPS listed tokens a program, then GROUPS groups of the list, whose edited logits are
+    kept in `values` for later launches. A group that several listed tokens are in is worked on as often, with one
+    result.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -221,39 +222,51 @@ def list_kernel(
     ask_sum, ask_noise, temperature, key = asked_of(
         wants, seeds, positions, streams, temperatures, limits, program, row, rows, vocab
     )
-    first = part - tl.cdiv(listed_length, GROUPS)
-    if first < 0:
-        entry = part * GROUPS + inner
+    first = part - tl.cdiv(listed_length, GROUPS * TURNS)
+    for turn in range(tl.where(first < 0, TURNS, 1)):
+        entry = (part * TURNS + turn) * GROUPS + inner
         token = tl.load(listed_ids + wide_row * listed_length + entry, mask=entry < listed_length, other=-1)
         own = (token >= 0) & (token < vocab)
-        group = tl.where(own, token // GROUP, 0)
-        ids = group[:, None] * GROUP + column[None, :]
-        z = finite_top(
-            tl.load(logits + ids, mask=(ids < vocab) & own[:, None], other=-float("inf")).to(tl.float32)
-        )
-        gone = group_bits(touched, wide_row * touched_stride, group, vocab)
-        z = tl.where(gone & (z == z), -float("inf"), z)
-    else:
-        group = first * GROUPS + inner
-        sparse = (listed_ids, biases, seen, listed_counts, listed_length, repetition, presence, frequency)
-        ids, z = load_listed(group[:, None] * GROUP + column[None, :], row, logits, vocab, sparse, wants)
-        group += groups_of_vocab
-        own = group < groups
-    if wants & BITMASK:
-        allowed = mask_bit(bitmask + wide_row * mask_stride, ids, (ids >= 0) & (ids < vocab))
-        z = tl.where((allowed != 0) | (z != z), z, -float("inf"))
-    z = edited(z, ids, point_values, row, rows, POINTS)
-    top = highest(z, PTX)
-    at = stats + wide_row * (PLANES * width) + group
-    tl.store(at + MAX * width, top, mask=own)
-    if ask_sum:
-        tl.store(at + SUM * width, sum_of(z, top, temperature, PTX), mask=own)
-    if ask_noise:
-        noise = gumbel_at(key[0], key[1], key[2], tl.maximum(ids, 0))
-        tl.store(at + NOISE * width, best_score(z, top, noise, temperature), mask=own)
-    place = (group - groups_of_vocab)[:, None] * GROUP + column[None, :]
-    there = (place >= 0) & (place < listed_length)
-    tl.store(values + wide_row * listed_length + place, z, mask=there & own[:, None])
+        if (first >= 0) | (tl.max(own.to(tl.int32), axis=0) > 0):
+            if first < 0:
+                group = tl.where(own, token // GROUP, 0)
+                ids = group[:, None] * GROUP + column[None, :]
+                inside = (ids < vocab) & own[:, None]
+                z = finite_top(tl.load(logits + ids, mask=inside, other=-float("inf")).to(tl.float32))
+                gone = group_bits(touched, wide_row * touched_stride, group, vocab)
+                z = tl.where(gone & (z == z), -float("inf"), z)
+            else:
+                group = first * GROUPS + inner
+                sparse = (
+                    listed_ids,
+                    biases,
+                    seen,
+                    listed_counts,
+                    listed_length,
+                    repetition,
+                    presence,
+                    frequency,
+                )
+                ids, z = load_listed(
+                    group[:, None] * GROUP + column[None, :], row, logits, vocab, sparse, wants
+                )
+                group += groups_of_vocab
+                own = group < groups
+            if wants & BITMASK:
+                allowed = mask_bit(bitmask + wide_row * mask_stride, ids, (ids >= 0) & (ids < vocab))
+                z = tl.where((allowed != 0) | (z != z), z, -float("inf"))
+            z = edited(z, ids, point_values, row, rows, POINTS)
+            top = highest(z, PTX)
+            at = stats + wide_row * (PLANES * width) + group
+            tl.store(at + MAX * width, top, mask=own)
+            if ask_sum:
+                tl.store(at + SUM * width, sum_of(z, top, temperature, PTX), mask=own)
+            if ask_noise:
+                noise = gumbel_at(key[0], key[1], key[2], tl.maximum(ids, 0))
+                tl.store(at + NOISE * width, best_score(z, top, noise, temperature), mask=own)
+            place = (group - groups_of_vocab)[:, None] * GROUP + column[None, :]
+            there = (place >= 0) & (place < listed_length)
+            tl.store(values + wide_row * listed_length + place, z, mask=there & own[:, None])
 
 
 @triton.jit

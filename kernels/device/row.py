@@ -207,7 +207,7 @@ def row_kernel(
     inside = group < groups
     at = stats + wide_row * (PLANES * width) + group
     tops = tl.load(at + MAX * width, mask=inside, other=-float("inf"))
-    noise = tl.load(at + NOISE * width, mask=inside, other=-float("inf"))  # written and used where no rule is on
+    noise = tl.load(at + NOISE * width, mask=inside, other=-float("inf"))  # used where no rule is on
     temperature = tl.load(temperatures + row)
     seed, position, stream = tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row)
     tossed = toss((seed, position, stream), wants & COIN)

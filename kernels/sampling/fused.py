@@ -6,6 +6,7 @@ from a short list (`device.row`). Rows that need more are served by two more, wh
 """
 
 import concurrent.futures
+import functools
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from .rules import Call, Drawn, Replaced, touched_bits, with_top
 GROUP = 128
 FIRST_GROUPS = 16  # groups a tile of the first launch
 FEW_PROGRAMS, MOST_TILES = 2048, 8  # so many programs of it there are before each takes more than one tile
-LIST_GROUPS = 4  # groups a program of the launch for edit lists
+LIST_GROUPS, LIST_TURNS = 4, 4  # groups at a time, and how often, a program of the launch for edit lists
 LIST = 256  # candidates that the second launch ranks
 ROW_GROUPS = 16  # groups that it reads at a time
 WIDE_GROUPS, WIDE_LIST = 16, 8192  # groups a step, and most candidates listed, in the launches for wide rows
@@ -128,8 +129,6 @@ class Plan:
         self.counts = torch.empty(2, rows, device=device, dtype=torch.int64)
         self.top_ids = torch.empty(rows, self.n_top, device=device, dtype=torch.int64)
         self.top_logprobs = torch.empty(rows, self.n_top, **empty)
-        self.ones = torch.ones(rows, **empty)
-        self.zeros = torch.zeros(rows, device=device, dtype=torch.int64)
         self.limits = torch.empty(max(len(parameters_of(rules)), 1), rows, **empty)
         self.point_values = torch.empty(max(len(pointwise), 1), rows, **empty)
         fill(self.limits, parameters_of(rules))
@@ -142,6 +141,16 @@ class Plan:
         self.pointwise = tuple(
             point._replace(parameter=at) for point, at in zip(pointwise, self.point_values, strict=False)
         )
+
+    @functools.cached_property
+    def ones(self):
+        """float32 [B], the temperature of a call that has none."""
+        return torch.ones_like(self.floats[0])
+
+    @functools.cached_property
+    def zeros(self):
+        """int64 [B], the streams of a call that has none."""
+        return torch.zeros_like(self.tokens)
 
     def builds(self, device):
         """Every kernel as this plan launches it, by name."""
@@ -199,11 +208,13 @@ def sample_fused(call, *, out=None, plan=None):
     The highest log-probabilities, up to TOP_MOST of them, come from the same launches (of a plan that was made for
     as many); more take a torch operation after them, which allocates.
     """
-    plan = Plan.of(call) if plan is None else plan
+    fresh = plan is None
+    plan = Plan.of(call) if fresh else plan
     tokens = plan.tokens if out is None else out
     if plan.rows > 0:
-        fill(plan.limits, parameters_of(call.rules))
-        fill(plan.point_values, [point.parameter for point in call.pointwise])
+        if not fresh:
+            fill(plan.limits, parameters_of(call.rules))
+            fill(plan.point_values, [point.parameter for point in call.pointwise])
         for kernel, grid, arguments, named in launches(call, plan, tokens):
             kernel[grid](*arguments, **named)
     return _result(plan, tokens, call.logits, call.n_top)
@@ -255,9 +266,8 @@ def launches(call, plan, tokens):
     builds = plan.builds(logits.device)
     found = [("group", grid, (*head, plan.counters, wants, tiles, *row, *mask, *touched, *last))]
     if plan.listed:
-        programs = triton.cdiv(plan.listed, LIST_GROUPS) + triton.cdiv(
-            plan.groups - plan.vocab_groups, LIST_GROUPS
-        )
+        programs = triton.cdiv(plan.listed, LIST_GROUPS * LIST_TURNS)
+        programs += triton.cdiv(plan.groups - plan.vocab_groups, LIST_GROUPS)
         listed = *_listed(edits), plan.listed, *touched, *_penalties(plan, edits), plan.values
         found.append(("list", (plan.rows, programs), (*head, wants, *row, *mask, *listed, *last)))
     head = *head, plan.counters, wants, plan.report
@@ -320,7 +330,7 @@ def builds_of(
     top = {"GROUPS": GENERAL_GROUPS, "TOP": max(16, triton.next_power_of_2(n_top)), **searched}
     return {
         "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, **first}),
-        "list": Build(triton_groups.list_kernel, {"GROUPS": LIST_GROUPS, **first}),
+        "list": Build(triton_groups.list_kernel, {"GROUPS": LIST_GROUPS, "TURNS": LIST_TURNS, **first}),
         "row": Build(
             row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, "num_warps": 8, **half, **shared}
         ),

@@ -70,18 +70,20 @@ def test_a_wide_nucleus_is_found_between_guessed_bounds_and_where_the_guess_is_w
     noise = torch.randn(1, 20_480, generator=generator(3)) * 1e-3
     frame, mode = frame_after(noise, 0.9)
     above, listed = frame[ABOVE.value], frame[LISTED_SO_FAR.value]
-    assert mode == FRAMED.value and frame[GUESSED.value] == 1
-    assert above < 0.9 * 20_480 < above + listed < 20_480 and listed < 4_000
+    assert (mode, frame[GUESSED.value]) == (FRAMED.value, 1)
+    assert above < 0.9 * 20_480 < above + listed < 20_480
+    assert listed < 4_000
     misleading = noise - (torch.arange(20_480) // 128 % 5 != 0).float()
     frame, mode = frame_after(misleading, 0.8)
     within = (misleading > noise.min() - 0.5).sum().item()
-    assert mode == FRAMED.value and frame[GUESSED.value] == 1
-    assert frame[ABOVE.value] + frame[LISTED_SO_FAR.value] <= within  # the boundary, among the others, is not there
+    assert (mode, frame[GUESSED.value]) == (FRAMED.value, 1)
+    # the boundary, which lies among the others, is not there
+    assert frame[ABOVE.value] + frame[LISTED_SO_FAR.value] <= within
 
 
 def test_a_short_nucleus_needs_no_further_launch():
     logits = -1.8 * torch.log(torch.randperm(20_480, generator=generator(4)) + 1.0)[None]
-    frame, mode = frame_after(logits, 0.7)
+    _, mode = frame_after(logits, 0.7)
     assert mode == DONE.value
 
 

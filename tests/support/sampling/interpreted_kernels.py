@@ -274,7 +274,9 @@ def passes(device, vocab=16384):
         drawn = sample(x, **settings, kernels="triton")
         for (module, name), function in zip(readers, plain, strict=True):
             setattr(module, name, function)
-        passes = sum(counter.calls for counter in counters) * sample_fused.WIDE_GROUPS * sample_fused.GROUP / vocab
+        passes = (
+            sum(counter.calls for counter in counters) * sample_fused.WIDE_GROUPS * sample_fused.GROUP / vocab
+        )
         if passes > MOST_PASSES:
             yield f"passes: {kind} {rule}: {passes:.2f} passes over the row, at most {MOST_PASSES} expected"
         if not torch.equal(drawn.tokens, sample_reference(rules.Call(x, **settings)).tokens):
