@@ -1,1 +1,1 @@
-"""Kernels for rows of which more tokens matter than the list of the second launch takes, by many programs a row."""
+"""wide: kernels for rows of which more tokens matter than the second launch lists, by many programs a row."""
