@@ -330,7 +330,9 @@ def builds_of(
     top = {"GROUPS": GENERAL_GROUPS, "TOP": max(16, triton.next_power_of_2(n_top)), **searched}
     return {
         "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, **first}),
-        "list": Build(triton_groups.list_kernel, {"GROUPS": LIST_GROUPS, "TURNS": LIST_TURNS, **half, **first}),
+        "list": Build(
+            triton_groups.list_kernel, {"GROUPS": LIST_GROUPS, "TURNS": LIST_TURNS, **half, **first}
+        ),
         "row": Build(
             row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, "num_warps": 8, **half, **shared}
         ),
