@@ -68,6 +68,7 @@ class Server:
             for path, function in routes.items():
                 self.app.add_route(path, _answered(function), methods=[method])
         self.app.add_exception_handler(HTTPException, _no_route)
+        self.app.add_exception_handler(Exception, _fault)
         gate = {"key": key, "hosts": hosts, "body": self.limits.body, "metrics": self.metrics}
         self.app.add_middleware(Gate, **gate, paths=[*posts, *gets])
 
@@ -226,6 +227,12 @@ async def _no_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 500)
     return Refusal(
         f"{request.method} {request.url.path}: {getattr(error, 'detail', error)}", status
+    ).response()
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return Refusal(
+        f"a fault of the server, which its log tells more of: {type(error).__name__}", 500
     ).response()
 
 

@@ -15,8 +15,9 @@ from ..loop.generation import Event
 from ..params.sampling_params import SamplingParams
 from ..pipeline.members import remembers
 from ..strategies.kit.requests import Requests, push
-from .protocol.reading import Fields, Limits, conversation
-from .protocol.refusals import Refusal
+from .aside import run_strategy
+from .protocol.reading import Fields, Limits, conversation, strategy_of
+from .protocol.refusals import Refusal, refusal_of_result
 
 MOST = 64  # candidates
 
@@ -27,7 +28,8 @@ def inspect(engine: Engine, body: Mapping[str, Any], limits: Limits) -> dict[str
     Args:
         body: `prompt` (text), `messages` or `prompt_ids`; `output_ids` that are taken as drawn; `params`, with a seed;
             `steps` to draw behind them; `first`, the output position from which steps are told (default: the first
-            that is drawn); `candidates`, of the model's most probable tokens.
+            that is drawn); `candidates`, of the model's most probable tokens; `strategy`, a name or an object with its
+            options, that draws the steps instead of the loop.
 
     Returns:
         `prompt_ids`, `output_ids`, `steps`, `texts` of every id in them, `finish`, `members` of the pipeline in order,
@@ -50,13 +52,20 @@ def inspect(engine: Engine, body: Mapping[str, Any], limits: Limits) -> dict[str
         if not low <= value <= high:
             raise fields.refused(name, value, f"a whole number of {low} to {high}")
         numbers[name] = value
+    strategy, options = strategy_of(fields.take("strategy", (str, dict)))
     params = SamplingParams(
         **{"seed": 0, "max_new_tokens": engine.max_length} | fields.take("params", dict, {})
     )
     for name in fields.left:
         raise Refusal(f"unknown field {name!r}", param=name)
     walk = Walk(engine, given, params.replace(n=1), numbers["candidates"])
-    return walk.told(output, numbers["first"], numbers["steps"])
+    if not strategy or not numbers["steps"]:
+        return walk.told(output, numbers["first"], numbers["steps"])
+    own = walk.params.replace(max_new_tokens=numbers["steps"])
+    result = run_strategy(engine, strategy, options, [[*walk.prompt, *output]], [own])[0]
+    if result.error is not None:
+        raise refusal_of_result(result.error)
+    return walk.told([*output, *result.token_ids], numbers["first"], 0) | {"finish": result.finish_reason}
 
 
 class Walk:

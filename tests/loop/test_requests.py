@@ -148,6 +148,19 @@ def test_prompt_logprobs_in_chunks_and_of_a_single_token():
     assert engine.generate([7], max_new_tokens=1, prompt_logprobs=0).prompt_logprobs == [None]
 
 
+def test_alternatives_to_each_token_of_a_prompt():
+    model = tiny_llama()
+    engine, prompt = Engine(model, slots=2, prefill_chunk=7), list(range(3, 28))
+    found = engine.generate(prompt, max_new_tokens=1, prompt_logprobs=4)
+    best = full_logits(model, prompt).log_softmax(-1).topk(4)
+    assert found.prompt_top_logprobs[0] is None
+    assert [list(top) for top in found.prompt_top_logprobs[1:]] == best.indices[:-1].tolist()
+    values = [value for top in found.prompt_top_logprobs[1:] for value in top.values()]
+    assert values == pytest.approx(best.values[:-1].flatten().tolist(), abs=1e-4)
+    plain = engine.generate(prompt, max_new_tokens=1, prompt_logprobs=0)
+    assert plain.prompt_top_logprobs[1:] == [{}] * 24
+
+
 def test_the_default_is_greedy_and_256_tokens_and_says_so(engine):
     one_layer = Engine(tiny_llama(num_hidden_layers=1, max_position_embeddings=512))
     generation = one_layer.generate([5])

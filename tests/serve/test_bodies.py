@@ -48,6 +48,14 @@ VALUES = st.recursive(
 )
 EXTRA = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3)
 SMALL = st.dictionaries(st.sampled_from(["prompt", "messages", "tokens", "model", "x"]), VALUES, max_size=3)
+STEPS = st.fixed_dictionaries(
+    {},
+    optional={
+        "steps": VALUES | st.integers(0, 3), "first": VALUES | st.just(0), "candidates": VALUES, "strategy": VALUES,
+        "params": st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2), "prompt_ids": st.just([5, 6]) | VALUES,
+        "output_ids": st.just([7, 8, 9]) | VALUES, "unknown": VALUES,
+    },
+)  # fmt: skip
 MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "x", 1]), "content": VALUES}), max_size=2
 )
@@ -85,6 +93,13 @@ def test_no_body_is_an_error_of_the_server(ask, extra, prompt, messages):
         assert answer.status_code in (200, 400, 404, 429), answer.text
         if answer.status_code != 200:
             assert answer.json()["error"]["message"]
+
+
+@settings(max_examples=60)
+@given(body=STEPS)
+def test_no_body_of_the_inspector_is(ask, body):
+    answer = ask("/inspect", {"prompt": "the", **body})
+    assert answer.status_code in (200, 400, 404), answer.text
 
 
 @settings(max_examples=40)

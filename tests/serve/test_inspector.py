@@ -57,6 +57,23 @@ def test_a_chosen_token_is_told_apart_from_the_drawn_one():
     assert any("runs after the truncation rule top_k" in text for text in moved["warnings"])
 
 
+def test_a_strategy_draws_the_steps():
+    from handloom.strategies import beam_search
+
+    engine = chat_engine(slots=2)
+    prefix = asked(engine, params={}, steps=2)
+    strategy = {"name": "beam_search", "num_beams": 3}
+    found = asked(engine, params={}, output_ids=prefix["output_ids"], strategy=strategy, steps=4)
+    ids = [*prefix["prompt_ids"], *prefix["output_ids"]]
+    assert found["output_ids"][2:] == beam_search(engine, [ids], num_beams=3, max_new_tokens=4)[0].token_ids
+    assert [step["token"] for step in found["steps"]] == found["output_ids"][2:]
+    assert all(
+        step["drawn"] in (None, step["greedy"]) for step in found["steps"]
+    )  # what the loop would have said
+    with pytest.raises(Refusal, match="strategy beam_search: beams is not among"):
+        asked(engine, strategy={"name": "beam_search", "beams": 3})
+
+
 def test_one_step_is_small_and_its_end_is_told():
     engine = chat_engine(slots=2)
     params = {

@@ -232,7 +232,7 @@ def _asked(
     flags = {
         name: fields.take(name, bool, False) for name in ("return_token_ids", "return_raw_logprobs", "trace")
     }
-    strategy, options = _strategy(fields.take("strategy", (str, dict)))
+    strategy, options = strategy_of(fields.take("strategy", (str, dict)))
     params = _params(engine, fields, echo)
     returned, samples = params.n, params.n if best is None else best
     if samples < returned:
@@ -317,7 +317,7 @@ def _grammar(fields: Fields) -> Grammar | None:
     return None
 
 
-def _strategy(given: str | dict | None) -> tuple[Callable | None, dict]:
+def strategy_of(given: str | dict | None) -> tuple[Callable | None, dict]:
     """A strategy of the library and its options."""
     if given is None:
         return None, {}

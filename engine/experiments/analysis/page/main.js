@@ -58,11 +58,11 @@ function generate() {
 }
 
 // More tokens behind a prefix of the current branch: in it, or as a branch of its own.
-function grow(prefix, count, what) {
+function grow(prefix, count, what, further = {}) {
   const line = branch(), fresh = what !== null;
   return working('generating …', async current => {
     const first = Math.min(prefix.length, fresh ? view.at : line.ids.length);
-    const found = await ask({ prompt_ids: view.promptIds, output_ids: prefix, first, steps: count, params: params() });
+    const found = await ask({ prompt_ids: view.promptIds, output_ids: prefix, first, steps: count, params: params(), ...further });
     if (!current()) return;
     learn(found);
     view.now = null;
@@ -81,6 +81,18 @@ function grow(prefix, count, what) {
 const more = count => branch() ? grow(branch().ids, count, null) : generate();
 const pick = id => view.offline || grow([...branch().ids.slice(0, view.at), id], view.count, `${view.at}: ${visible(text(id))}`);
 const apply = () => grow(branch().ids.slice(0, view.at), view.count, `${view.at}: other settings`);
+
+// What a strategy would say from the selected token on, beside what is there.
+async function decode() {
+  const given = by('strategy').value.trim();
+  if (!given) { say('name a strategy, such as beam_search', true); return; }
+  if (!branch()) await generate();
+  if (!branch()) return;
+  try {
+    const strategy = given.startsWith('{') ? JSON.parse(given) : given;
+    grow(branch().ids.slice(0, view.at), view.count, `${view.at}: ${strategy.name ?? strategy}`, { strategy });
+  } catch (error) { say(error.message, true); }
+}
 
 // A parameter or the order has changed: the same step, with the same noise, as it would be now.
 function changed() {
@@ -139,6 +151,7 @@ function fill() {
 function listen() {
   by('generate').onclick = generate;
   by('step').onclick = () => more(1);
+  by('decode').onclick = decode;
   by('more').onclick = () => more(view.count);
   by('prompt').onkeydown = event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) generate(); };
   by('chat').onchange = () => { view.chat = by('chat').checked; };
