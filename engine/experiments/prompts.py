@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
+from .foreign import as_prompt
 
 CONTENT = (
     "prompt",
@@ -46,7 +47,8 @@ def read_items(source: Any, folder: Path = Path()) -> list[Item]:
     """The prompts that a plan names.
 
     Args:
-        source: a list of prompts or rows; the path of a .jsonl file, of a `datasets` folder or of a task file (.yaml);
+        source: a list of prompts or rows; the path of a .jsonl file (HumanEval, alpaca_eval, requests of OpenAI's and
+            vLLM's batches, lm-eval's samples among them), of a `datasets` folder or of a task file (.yaml);
             or a mapping with such a `file` and perhaps `limit` (the first so many), `prompt` (a field, or a template
             with {fields}), `target` (likewise) and `id` (a field).
         folder: where relative paths begin.
@@ -138,6 +140,7 @@ def _item(row: Any, number: int, options: Mapping[str, Any]) -> Item:
         return Item(str(number), list(row))
     if not isinstance(row, Mapping):
         raise PromptError(f"prompt {number}: expected a text, a list or an object, got {row!r:.80}")
+    row = as_prompt(row)
     name = next((key for key in CONTENT if key in row), None)
     wanted = options.get("prompt", name)
     if wanted is None:
