@@ -1,8 +1,10 @@
 """Running plans: nothing lost, nothing drawn twice, the same samples in whichever pieces."""
 
+import csv
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ import pytest
 from helpers import text_engine
 
 from handloom import HandloomError, cli
+from handloom.experiments.analysis.compare import compare_records
+from handloom.experiments.analysis.report import report
 from handloom.experiments.plan import Plan
 from handloom.experiments.records import export, merge, read_results
 from handloom.experiments.run import header_of, record_of, run
@@ -127,24 +131,22 @@ from helpers import text_engine
 from handloom.experiments.plan import Plan
 from handloom.experiments.run import header_of, record_of, run
 import handloom.experiments.run as module
-module.CHUNK = 4
-run(Plan.read(sys.argv[2]), sys.argv[3], load=lambda **arguments: text_engine(slots=3, fixed_slots=True))
+module.CHUNK = 16
+load = lambda **arguments: text_engine(slots=16)
+run(Plan.read(sys.argv[2]), sys.argv[3], shard=(0, 2), load=load)
 """
 
 
-def test_what_is_killed_twice_goes_on_with_nothing_lost_or_doubled(tmp_path, load):
-    plan = SOURCE | {"samples": 8}
+def test_the_whole_path_with_a_shard_that_is_killed_twice(tmp_path):
+    """2 strategies x 2 temperatures x 20 prompts x 4 samples: drawn in two shards, merged, compared and reported."""
+    strategies = {"min-p": {"min_p": 0.2}, "speculative": {"strategy": "speculative"}}
+    plan = SOURCE | {"prompts": [f"prompt number {i}" for i in range(20)], "settings": strategies}
+    plan |= {"grid": {"temperature": [0.7, 1.5]}, "samples": 4}
+    plan |= {"params": {"max_new_tokens": 3, "ignore_eos": True}}
     (tmp_path / "plan.yaml").write_text(json.dumps(plan))
-    path = tmp_path / "a.jsonl"
-    folders = [folder for folder in sys.path if "support" in folder]
-    command = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        os.pathsep.join(folders),
-        str(tmp_path / "plan.yaml"),
-        str(path),
-    ]
+    path, other, whole = (tmp_path / name for name in ("0.jsonl", "1.jsonl", "all.jsonl"))
+    folders = os.pathsep.join(folder for folder in sys.path if "support" in folder)
+    command = [sys.executable, "-c", PROGRAM, folders, str(tmp_path / "plan.yaml"), str(path)]
     for lines in (5, 40):
         child = subprocess.Popen(command, env=os.environ)
         end = time.monotonic() + 120
@@ -154,9 +156,38 @@ def test_what_is_killed_twice_goes_on_with_nothing_lost_or_doubled(tmp_path, loa
         child.wait()
     assert subprocess.run(command, env=os.environ).returncode == 0
     ids = [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]]
-    assert len(ids) == len(set(ids)) == 4 * 3 * 8
-    run(Plan.of(plan), tmp_path / "b.jsonl", load=load)
-    assert_same([path], [tmp_path / "b.jsonl"])
+    assert len(ids) == len(set(ids)) == 160
+    engine = text_engine(slots=16)
+    run(Plan.of(plan), other, shard=(1, 2), load=lambda **arguments: engine)
+    assert merge([path, other], whole) == 320
+    run(Plan.of(plan), tmp_path / "straight.jsonl", load=lambda **arguments: engine)
+    assert_same([whole], [tmp_path / "straight.jsonl"])
+    by_hand(whole, report(read_results([whole])[1], tmp_path / "report", ["logprob", "distinct_2"])[1])
+
+
+def by_hand(path, table):
+    """The report's means, differences and intervals again, from the lines of the file alone."""
+    values = {}
+    for record in map(json.loads, path.read_text().splitlines()[1:]):
+        own = values.setdefault(record["setting"], {}).setdefault(record["prompt_id"], [])
+        own.append(sum(record["raw_logprobs"]) / len(record["raw_logprobs"]))
+    means = {name: [sum(v) / len(v) for v in prompts.values()] for name, prompts in values.items()}
+    rows = {r["setting"]: r for r in csv.DictReader(table.open()) if r["metric"] == "logprob"}
+    assert len(rows) == len(means) == 4
+    for name, found in means.items():
+        assert float(rows[name]["mean"]) == pytest.approx(sum(found) / 20)
+        assert rows[name]["n"] == "20"
+        width = 2 * 2.093 * statistics.stdev(found) / 20**0.5  # Student's t with 19 degrees of freedom
+        assert float(rows[name]["high"]) - float(rows[name]["low"]) == pytest.approx(width, rel=0.3)
+    (baseline, *others) = means
+    pairs = compare_records(read_results([path])[1], ["logprob"]).pairs
+    assert [pair.name for pair in pairs] == others
+    for pair in pairs:
+        apart = [b - a for a, b in zip(means[baseline], means[pair.name], strict=True)]
+        found = pair.differences["logprob"]
+        assert (found.value, found.n) == (pytest.approx(sum(apart) / 20), 20)
+        width = 2 * 2.093 * statistics.stdev(apart) / 20**0.5
+        assert found.high - found.low == pytest.approx(width, rel=0.3)
 
 
 def test_ten_thousand_units_are_not_held_in_memory():

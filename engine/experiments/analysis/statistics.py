@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 4000
+# Resamples with less than this share of the sample's own standard error are left out: where most differences are zero
+# and two are not, those without the two would have pivots, and so the interval ends, at any distance.
+SPREAD = 0.2
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -
         return Interval(mean, mean, mean, n, level)
     drawn = sample[np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))]  # [R, n]
     errors = drawn.std(axis=1, ddof=1) / math.sqrt(n)
-    usable = errors > 1e-9 * error  # a resample of one value repeated says nothing about the spread
+    usable = errors > SPREAD * error
     pivots = (drawn.mean(axis=1)[usable] - mean) / errors[usable]
     low, high = np.quantile(pivots, ((1 - level) / 2, (1 + level) / 2))
     return Interval(mean, mean - float(high) * error, mean - float(low) * error, n, level)

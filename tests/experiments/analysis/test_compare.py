@@ -73,3 +73,21 @@ def test_a_setting_against_itself_is_exactly_zero_and_noise_is_shared():
     close = {"one": {"top_p": 0.9}, "two": {"top_p": 0.95}}
     near = compare(engine, prompts, close, ["logprob"], samples=2, params=shared).pairs[0]
     assert near.equal.value > 0.5  # independent draws of 101 tokens agree far less often
+
+
+def test_common_noise_halves_the_interval_of_two_temperatures():
+    engine = text_engine(slots=8)
+    prompts = [f"{words} number {i}" for i in range(4) for words in ("the cat", "a dog", "x y", "fox")]
+    shared = {"max_new_tokens": 6, "ignore_eos": True}
+    settings = {"cold": {"temperature": 1.0}, "hot": {"temperature": 1.02}}
+
+    def drawn(seed):
+        return compare(engine, prompts, settings, samples=2, seed=seed, params=shared).records
+
+    def width(records):
+        found = compare_records(records, ["logprob"]).pairs[0].differences["logprob"]
+        return found.high - found.low
+
+    first, second = drawn(0), drawn(1)
+    apart = [r for r in first if r["setting"] == "cold"] + [r for r in second if r["setting"] == "hot"]
+    assert width(apart) > 2 * width(first)

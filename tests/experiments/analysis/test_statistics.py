@@ -49,6 +49,14 @@ def test_a_side_compared_with_itself_is_exactly_zero():
     assert (found.value, found.low, found.high, found.n) == (0.0, 0.0, 0.0, 2)
 
 
+def test_few_differences_among_zeros_do_not_blow_an_interval_up():
+    values = [0.0] * 14 + [-0.001, -1.0]
+    found = mean_interval(values)
+    error = np.std(values, ddof=1) / math.sqrt(16)
+    assert found.low < found.value < found.high
+    assert found.high - found.low < 10 * error
+
+
 def test_what_cannot_be_estimated_says_so():
     assert math.isnan(mean_interval([2.0]).low)
     assert str(mean_interval([2.0])) == "2 (n=1)"
