@@ -10,7 +10,7 @@ from helpers import assert_nothing_leaked, tiny_llama
 from recorded_graph import Recorder, Recording, install
 
 from handloom import Engine, HandloomError, SamplingParams
-from handloom.cache.feed import Feed, grid_numbers, packed_numbers
+from handloom.cache.feed import Feed, Lines, grid_numbers, packed_numbers
 from handloom.cache.pool import TRASH, ZERO
 from handloom.forward.programs import recorded as programs_module
 from handloom.forward.programs.capture import Letter
@@ -209,3 +209,33 @@ def test_buckets_waste_an_eighth_at_most():
     for count in range(1, 5000):
         assert count <= bucket(count, 8) <= max(16, count * 9 / 8 + 1)
     assert len({bucket(count, 8) for count in range(1, 4097)}) == 1 + 8 * 8
+
+
+def test_numbers_of_steps_are_those_that_are_written_anew():
+    """Rows that go on, get blocks, leave, and others in their place."""
+    pool = Engine(tiny_llama(), block_size=4).pool
+    lines, held = Lines(4, 8, 4), [pool.writable(pool.table(), 0, n) for n in (9, 2, 5)]
+    for begins, tables in (
+        ([8, 1, 4], held),
+        ([9, 2, 5], held),  # a token further: the same blocks
+        ([12, 3, 6], [pool.writable(held[0], 12, 1), *held[1:]]),
+        ([7], held[2:]),
+        ([0, 7], [held[1], held[2]]),
+    ):
+        ids = [[10 + row] for row in range(len(begins))]
+        want, _ = grid_numbers(ids, begins, tables, 4, (4, 1, 8))
+        assert lines.fill([row[0] for row in ids], begins, tables)[4:].tolist() == want[4:].tolist()
+        assert lines.ids[: len(begins)].tolist() == [row[0] for row in ids]
+
+
+def test_a_second_prompt_of_similar_length_replays_the_pass_of_the_first(recorders):
+    if ON_CUDA:
+        pytest.skip("counts the replays of the stand-in")
+    _, program = engines("llama", slots=1)
+    passes = program.runner.recorded.programs
+    program.generate(prompts_of([20])[0], max_new_tokens=2)
+    recorder, recorded = passes.recorder, len(passes)
+    before = recorder.warm_ups, recorder.replays
+    program.generate([9, *prompts_of([18])[0]], max_new_tokens=2)
+    assert (recorder.warm_ups, recorder.replays) == (before[0], before[1] + 1)
+    assert len(passes) == recorded == 1
