@@ -252,10 +252,10 @@ def test_a_step_by_hand():
 
 
 def test_passes_a_token(wide):
-    """One pass of every member a token, none of them wider than the rows that run."""
+    """Both prompts of the model in one pass a token, none of them wider than the rows that run."""
     with recorded(wide.model) as passes:
         classifier_free_guidance(wide, [[1, 2, 3]], negative_prompts=[[4, 5]], max_new_tokens=5)
-    assert passes.shapes == [(1, 3), (1, 2)] + [(1, 1)] * 8
+    assert passes.shapes == [(1, 3), (1, 2)] + [(2, 1)] * 4
 
 
 def test_a_scorer_of_text():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures import ARCHITECTURES
+from helpers import recorded
 
 from handloom import Engine, ModelError, join
 
@@ -24,6 +25,20 @@ def test_members_equal_their_engines_alone(pair):
         torch.testing.assert_close(got, want.logits, rtol=0, atol=0)
     assert joint.new_tokens == [[4, 1, 8], [9, 2, 8]]
     assert joint.lengths.tolist() == [6, 23]
+
+
+def test_members_of_one_engine_share_a_pass(pair):
+    """Three of one engine with another in between, one step each: where they would be alone, in two passes."""
+    engines = (pair[0], pair[1], pair[0], pair[0])
+    prompts = [EXPERT_PROMPTS, AMATEUR_PROMPTS, AMATEUR_PROMPTS, [[1], [2, 3, 4]]]
+    joint = join(engines, prompts)
+    with recorded(pair[0].model) as passes:
+        joint = joint.step([4, 9])
+    assert passes.shapes == [(6, 1)]
+    for engine, state, own in zip(engines, joint.states, prompts, strict=True):
+        want = engine.step(engine.prefill(own), [4, 9])
+        assert state.tokens == want.tokens
+        torch.testing.assert_close(state.logits, want.logits, rtol=0, atol=2e-5)
 
 
 def test_select_and_keep_reach_all_members(pair):

@@ -12,7 +12,7 @@ def classifier_free_guidance(
 ) -> list[Generation]:
     """log p = log p(w | negative) + gamma (log p(w | prompt) - log p(w | negative)), before the pipeline.
 
-    A token costs two forward passes of one row for each prompt.
+    A token costs one forward pass of two rows for each prompt.
 
     Args:
         prompts, params, options: as for `decode`.
@@ -37,7 +37,7 @@ def context_aware(
 ) -> list[Generation]:
     """(1 + alpha) logits(w | context, question) - alpha logits(w | question), before the pipeline.
 
-    A token costs two forward passes of one row for each prompt.
+    A token costs one forward pass of two rows for each prompt.
 
     Args:
         prompts: context and question.

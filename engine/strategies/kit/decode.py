@@ -126,7 +126,7 @@ def decode(
             error. See `Now` for what both may read.
         beside: (engine, prompts) of members that are fed the same tokens in lockstep: other models of one
             vocabulary, or other prompts of the same one, as many as `prompts`. A step costs one forward pass more
-            for each.
+            for each other model, and rows for each other prompt.
         hidden: keep hidden states (`now.state.hidden()`): of a whole prompt at first, then of one token a step.
         stream: return a `Decoding`, which yields an Event for every token, instead of the results.
 

@@ -52,8 +52,15 @@ class Joint:
         return self.states[0].new_tokens
 
     def step(self, tokens, *, hidden: bool = False) -> Joint:
-        """All members after one more token per row, `tokens [B]`."""
-        return self._with(e.step(s, tokens, hidden=hidden) for e, s in self.members())
+        """All members after one more token per row, `tokens [B]`; those of one engine share a pass."""
+        after: dict[int, State] = {}
+        for engine in dict.fromkeys(self.engines):
+            places = [place for place, each in enumerate(self.engines) if each is engine]
+            together = State.concat([self.states[place] for place in places])
+            together = engine.step(together, torch.as_tensor(tokens).repeat(len(places)), hidden=hidden)
+            parts = torch.arange(len(together)).view(len(places), -1)
+            after |= {p: together.select(part) for p, part in zip(places, parts, strict=True)}
+        return self._with(after[place] for place in range(len(self.engines)))
 
     def extend(self, tokens, counts=None, *, hidden: bool = False) -> Joint:
         """All members after several more tokens per row; see `Engine.extend`."""
