@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 4000
-# Resamples with less than this share of the sample's own standard error are left out: where most differences are zero
-# and two are not, those without the two would have pivots, and so the interval ends, at any distance.
+# A resample's standard error counts as at least this share of the sample's own: where most differences are zero and two
+# are not, a resample without the two would put an end of the interval at any distance.
 SPREAD = 0.2
 
 
@@ -60,9 +60,8 @@ def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -
     if error <= 1e-15 * max(1.0, abs(mean)):
         return Interval(mean, mean, mean, n, level)
     drawn = sample[np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))]  # [R, n]
-    errors = drawn.std(axis=1, ddof=1) / math.sqrt(n)
-    usable = errors > SPREAD * error
-    pivots = (drawn.mean(axis=1)[usable] - mean) / errors[usable]
+    errors = np.maximum(drawn.std(axis=1, ddof=1) / math.sqrt(n), SPREAD * error)
+    pivots = (drawn.mean(axis=1) - mean) / errors
     low, high = np.quantile(pivots, ((1 - level) / 2, (1 + level) / 2))
     return Interval(mean, mean - float(high) * error, mean - float(low) * error, n, level)
 
