@@ -133,8 +133,9 @@ def test_cpu_against_oracle(change, dtype):
     case.check(case.cpu())
 
 
-@pytest.mark.parametrize("change", CASES)
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "change"), [*((dtype, change) for dtype in (F32, BF16) for change in CASES), (F16, CASES[0])]
+)
 def test_triton_against_oracle(change, dtype):
     case = Packed(**change, dtype=dtype)
     case.check(case.triton())
