@@ -1,4 +1,4 @@
-"""What the host reads from the device while it runs the loop: nothing but each step's results, one step late.
+"""What the host reads from the device while it runs the loop and States: nothing but the results of steps.
 
 Without CUDA the operations that wait there are counted by the dispatcher while recorded programs are replayed.
 """

@@ -26,12 +26,7 @@ ASKED = {
         "logprobs": 1,
     },
 }
-MOST = {
-    "greedy": 10,
-    "alternatives": 11,
-    "sampling": 20,
-    "penalties": 64,
-}  # launches of the draw and its append
+MOST = {"greedy": 6, "alternatives": 7, "sampling": 10, "penalties": 9}  # launches of the draw and its append
 
 
 def batch_of(engine, params: SamplingParams) -> GraphBatch:
