@@ -31,7 +31,7 @@ from .loop.graph import GraphBatch
 from .loop.intake import Arrivals, another_strategy, encoded, rehearsals, requests_of
 from .loop.loop import run
 from .loop.request import Request
-from .params.settings import Settings, Single
+from .params.settings import Call, OneCall, Single
 from .pipeline.pipeline import Pipeline
 from .state import State, continuations, drafted, extended, prefilled, scored, stepped, unread, whole_numbers
 from .text.prompts import Many, One, chat_ids
@@ -308,17 +308,17 @@ class Engine:
         n: Literal[1] = 1,
         defaults=...,
         progress=...,
-        **overrides: Unpack[Single],
+        **overrides: Unpack[OneCall],
     ) -> Generation: ...
 
     @overload
     def generate(
-        self, prompts: One, params=None, *, n: int, defaults=..., progress=..., **overrides: Unpack[Single]
+        self, prompts: One, params=None, *, n: int, defaults=..., progress=..., **overrides: Unpack[OneCall]
     ) -> Results: ...
 
     @overload
     def generate(
-        self, prompts: Many, params=None, *, defaults=..., progress=..., **overrides: Unpack[Settings]
+        self, prompts: Many, params=None, *, defaults=..., progress=..., **overrides: Unpack[Call]
     ) -> Results: ...
 
     def generate(
@@ -372,7 +372,7 @@ class Engine:
         return ordered[0] if single and len(ordered) == 1 else ordered
 
     def stream(
-        self, prompts, params=None, *, defaults: str = "none", **overrides: Unpack[Settings]
+        self, prompts, params=None, *, defaults: str = "none", **overrides: Unpack[Call]
     ) -> Iterator[Event]:
         """Decode prompts and yield an Event for every token of every row, as it comes.
 

@@ -129,3 +129,34 @@ class Settings(Single, total=False):
     n: int | None
     num_return_sequences: int | None
     n_cmpl: int | None
+
+
+class Modes(TypedDict, total=False):
+    """What leads `Engine.generate` to a strategy, as transformers names it; see `strategies.generate`."""
+
+    num_beams: int | None
+    num_beam_groups: int | None
+    diversity_penalty: float | None
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"] | None
+    renormalize_logits: bool | None
+    constraints: Sequence[Any] | None
+    force_words_ids: Sequence[Any] | None
+    penalty_alpha: float | None
+    dola_layers: str | Sequence[int] | None
+    guidance_scale: float | None
+    negative_prompt_ids: Any
+    negative_prompt: str | None
+    assistant_model: Any
+    assistant_early_exit: int | None
+    num_assistant_tokens: int | None
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int | None
+
+
+class OneCall(Single, Modes, total=False):
+    """The keyword arguments of `Engine.generate` for one sample."""
+
+
+class Call(Settings, Modes, total=False):
+    """All of them."""

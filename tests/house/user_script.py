@@ -23,6 +23,7 @@ state: State = engine.prefill(["a", "b"])
 longer = engine.step(state, state.logits.argmax(-1)).select([0, 0, 1])
 width: int = longer.logits.shape[1]
 kept = beam_search(engine, "text", num_beams=2)
+text = engine.generate("text", num_beams=2, early_stopping=True).text
 pipeline = Pipeline([processors.Temperature(0.5), lambda logits, context: logits])
 
 # Mistakes.
