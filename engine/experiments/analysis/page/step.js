@@ -17,11 +17,14 @@ export function table(step, most, stages, onPick) {
     if (onPick) {
       const pick = element('button', '', shown);
       pick.type = 'button';
-      pick.title = 'branch from here';
+      pick.title = `id ${id}: branch from here`;
       pick.dataset.pick = id;
       pick.onclick = () => onPick(id);
       name.append(pick);
-    } else name.textContent = shown;
+    } else {
+      name.textContent = shown;
+      name.title = `id ${id}`;
+    }
     row.append(name);
     for (const stage of stages) {
       const p = stage.probabilities[c], cell = element('td', p === 0 ? 'gone' : ''), bar = element('span', 'bar');
@@ -68,7 +71,7 @@ export function showStep(onPick, onApply) {
     here.append(element('p', '', `Chosen by hand; the noise draws ${visible(text(step.drawn))}.`));
   }
   if (step.killed_by) here.append(element('p', '', `The model's first choice, ${visible(text(step.greedy))}, was excluded by ${step.killed_by}.`));
-  const made = table(step, step.candidates.length, step.stages, onPick);
+  const made = table(step, step.candidates.length, step.stages, view.offline ? null : onPick);
   facts(made, step);
   here.append(made);
 }
