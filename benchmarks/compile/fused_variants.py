@@ -1,18 +1,21 @@
-"""The kernels of fused layers as real models launch them, for the offline compile of `attention_variants.py`."""
+"""The kernels of fused layers and of a step's ends as real models launch them, for the offline compile."""
 
 from benchmarks.compile.attention_variants import Build, report
+from handloom.kernels import append_triton, penalties_triton
 from handloom.kernels.layer import gated_triton, norm_triton, rope_triton
 from handloom.kernels.linear import few_rows_triton
 
 
 def builds(target=None):
-    """Every build of the kernels between and in the products of few rows, the names unique."""
+    """Every build of the kernels between and in the products of few rows, and around the layers; names are unique."""
     yield from (_product(*row) for row in PRODUCTS)
     yield from (_norm(*row) for row in NORMS)
     yield from (_rotation(*row) for row in ROTATIONS)
     for name, dtype in (("silu", "bf16"), ("gelu_tanh", "bf16"), ("gelu", "fp16")):
         kernel, constants = gated_triton._gated_kernel, {"NAME": name, "BLOCK": gated_triton.BLOCK}
         yield _build(f"gated {name} {dtype}", kernel, constants, dtype, 4, 3, (48, 64))
+    yield from (_append(*row) for row in APPENDS)
+    yield from (_penalties(*row) for row in PENALTIES)
 
 
 # name, rows, outputs of each weight, inputs, gate, biases, residual, dtype; most registers and vgprs
@@ -46,6 +49,13 @@ ROTATIONS = [
     ("rotate 64 interleaved, one token", 1, 64, 64, True, 0, (40, 48)),
     ("rotate half of 128, many tokens", 512, 128, 64, False, 0, (48, 64)),
     ("rotate 256 normed, many tokens", 512, 256, 256, False, 2, (96, 96)),
+]
+# name, alternatives that are told; most registers and vgprs
+APPENDS = [("append", 0, (48, 24)), ("append with alternatives", 4, (48, 24))]
+# name, which penalties are on, in the order of the kernel; most registers and vgprs
+PENALTIES = [
+    ("all penalties", (True, True, True), (64, 40)),
+    ("repetition penalty", (True, False, False), (64, 40)),
 ]
 
 
@@ -99,6 +109,36 @@ def _rotation(name, tokens, dim, rotated, interleaved, norms, limits):
     absent = set() if norms else {"q_weight_ptr", "k_weight_ptr"}
     wide = tokens > 16 and not interleaved  # a lane of one token has too few numbers for 16 bytes
     return _build(name, rope_triton._rotate_kernel, constants, "bf16", warps, 3, limits, absent, wide)
+
+
+def _append(name, top, limits):
+    floats, ints = ("raw", "processed", "top_logprobs"), ("top", "stop_count")
+    kernel, types = append_triton.append_kernel, {"results": "*fp64"} | dict.fromkeys(floats, "*fp32")
+    types = {
+        n: types.get(n, "i32" if n in ints or n.endswith("_stride") else "*i64") for n in kernel.arg_names
+    }
+    return _plain(name, kernel, types, {"TOP": top, "STOPS": 8}, 1, limits)
+
+
+def _penalties(name, on, limits):
+    kernel, numbers = penalties_triton.penalties_kernel, ("vocab", "capacity", "words")
+    types = dict.fromkeys(("first", "ids_out", "touched"), "*i32") | dict.fromkeys(numbers, "i32")
+    for n in kernel.arg_names:
+        if n in ("logits", "values_out") or n.endswith("_strength"):
+            types[n] = "*fp32"
+        elif "_skip_" in n:
+            types[n] = "*i1"
+        types.setdefault(n, "i32" if n.endswith("_stride") else "*i64")
+    constants = dict(zip(("REPETITION", "PRESENCE", "FREQUENCY"), on, strict=True)) | {
+        "BLOCK": penalties_triton.BLOCK
+    }
+    return _plain(name, kernel, types, constants, 8, limits)
+
+
+def _plain(name, kernel, types, constants, warps, limits):
+    """A kernel that takes rows of any place and width, so nothing is known of its arguments."""
+    types = {n: kind for n, kind in types.items() if n not in constants}
+    return Build(name, kernel, types, constants, frozenset(), warps, 3, *limits, wide_loads=False)
 
 
 def _build(name, kernel, constants, dtype, warps, stages, limits, absent=(), wide=True):
