@@ -1,6 +1,7 @@
 """The model of lm-evaluation-harness: the numbers of `hf`, with shared contexts and repeated prompts computed once."""
 
 import json
+import logging
 import runpy
 import sys
 from functools import partial
@@ -185,7 +186,15 @@ def test_chats_go_through_the_template(ours, theirs, monkeypatch):
     assert ours.tokenizer_name == theirs.tokenizer_name
 
 
-def test_the_harness_own_command_finds_the_model(folder, monkeypatch, capsys):
+@pytest.fixture
+def own_logging(monkeypatch):
+    """The harness's command sets up the root logger, which the tests behind this one share."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", list(root.handlers))
+    monkeypatch.setattr(root, "level", root.level)
+
+
+def test_the_harness_own_command_finds_the_model(folder, own_logging, monkeypatch, capsys):
     arguments = [
         "run",
         "--model",
