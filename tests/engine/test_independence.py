@@ -81,6 +81,7 @@ MIXED = {
     "logprobs": {"logprobs": 3},
     "prompt_logprobs": {"prompt_logprobs": 0},
     "seed": {"temperature": 1.0, "seed": 99},
+    "order": {"order": ("top_p", "temperature"), "temperature": 2.0, "top_p": 0.7},
     "hf": {"profile": "hf", "temperature": 1.5, "top_k": 10, "top_p": 0.9},
     "vllm": {"profile": "vllm", "temperature": 1.5, "min_p": 0.1, "presence_penalty": 1.0},
     "llamacpp": {"profile": "llamacpp", "temperature": 1.5, "top_k": 10, "min_p": 0.1},
