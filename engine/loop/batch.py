@@ -274,7 +274,9 @@ class Batch:
         self.tokens = drawn.tokens
         self.sampler = self.sampler.accept(drawn.tokens, context, every_row=True)
         columns = drawn.tokens, drawn.raw_logprobs, context.spoiled(drawn.logprobs)
-        results = torch.cat([torch.stack(columns, 1), *(drawn.top or ())], 1)
+        results = torch.stack(columns, 1)
+        if drawn.top:
+            results = torch.cat([results, *drawn.top], 1)
         return Step(list(self.requests), results, failures=context.failures)
 
     def _top_count(self) -> int:
