@@ -467,7 +467,7 @@ class Engine:
 
     @torch.no_grad()
     def prefill(self, prompts=None, *, embeddings=None, hidden: bool = False) -> State:
-        """A State that holds prompts, each computed alone and unpadded.
+        """A State that holds prompts, computed unpadded, several in a pass where the model packs.
 
         Args:
             prompts: as for `generate`.

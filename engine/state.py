@@ -12,6 +12,7 @@ from .cache.pool import BlockPool
 from .cache.sequence import Row
 from .cache.transfer import upload
 from .errors import CapabilityError, HandloomError
+from .forward.filling import Filling
 from .forward.model import longer_rows
 
 
@@ -330,8 +331,13 @@ def stacked(parts) -> torch.Tensor:
 
 
 def prefilled(runner, prompts, hidden: bool) -> State:
-    """The State that holds prompts, each computed by itself."""
-    filled = [runner.prefill(prompt.ids, prompt.embeddings, hidden=hidden) for prompt in prompts]
+    """The State that holds prompts, computed in shared passes where the model packs."""
+    if runner.recurrent:
+        filled = [runner.prefill(prompt.ids, prompt.embeddings, hidden=hidden) for prompt in prompts]
+    else:
+        fillings = [Filling(prompt.ids, prompt.embeddings, hidden=hidden) for prompt in prompts]
+        runner.fill(fillings)
+        filled = [(filling.row(), filling.output()) for filling in fillings]
     rows, outs = zip(*filled, strict=True)
     return State(
         rows=tuple(rows),

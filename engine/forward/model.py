@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..cache.feed import Feed
@@ -45,16 +47,21 @@ class Model(Pass):
         """
         prompt = Filling(tokens, embeddings, room, hidden, every)
         if not self.recurrent:
-            while prompt.left:
-                advance(self, [prompt], self.prefill_chunk if self.shares_prefixes else len(tokens))
-            if prompt.claim:
-                self.pool.unclaim(prompt.claim)
+            self.fill([prompt])
             return prompt.row(), prompt.output()
         self.layout = PagedCache(self.plan, self.pool, self.path)
         prompt.table = self._writable(self.pool.table(), 0, len(tokens), room)
         given = None if embeddings is None else self.embedded(embeddings[None])
         feed = Feed.build([tokens], [0], [prompt.table], self.pool.block_size, self.device, given)
         return prompt.row(), self.forward(feed, self.layout, hidden=hidden, last_only=not every)
+
+    def fill(self, prompts: Sequence[Filling]) -> None:
+        """Compute prompts, several in a pass where the model packs; not for a recurrent one."""
+        while waiting := [prompt for prompt in prompts if prompt.left]:
+            advance(self, waiting, self.prefill_chunk if self.shares_prefixes else waiting[0].left)
+        for prompt in prompts:
+            if prompt.claim:
+                self.pool.unclaim(prompt.claim)
 
     def extend(
         self, rows, tokens, states=(), *, hidden=False, embeddings=None
