@@ -262,20 +262,15 @@ def row_kernel(
         leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
         return
     tl.debug_barrier()
-    place = tl.arange(0, PART)
-    mine = tl.load(active + place, mask=place < n, other=-1)
-    z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
-                         mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
-    for _ in range(0, n, PART):
-        place += PART
+    for start in range(0, n, PART):
+        place = start + tl.arange(0, PART)
         mine = tl.load(active + place, mask=place < n, other=-1)
-        following = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
-                                mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
+        z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
+                             mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
         want = z >= least
         spot = tl.atomic_add(counters + row * 4 + tl.zeros_like(ids), 1, mask=want, sem="relaxed")
         pair = (z.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
         tl.store(lists + spot, pair, mask=want & (spot < N))
-        z, ids = following
     tl.debug_barrier()
     slot = tl.arange(0, N)
     pair = tl.load(lists + slot)  # beside their number; what is beyond it is never used

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from architectures import ARCHITECTURES, prompts_of
-from helpers import full_logits, tiny_llama
+from helpers import full_logits, recorded, tiny_llama
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -226,3 +226,12 @@ def test_last_hidden_is_each_rows_last_token():
             state.hidden(layer)
     with pytest.raises(HandloomError, match="row 1 keeps nothing"):
         extended.keep([1, 0, 1]).last_hidden()
+
+
+def test_prompts_of_a_state_share_a_pass():
+    engine, prompts = Engine(tiny_llama()), [[1, 2, 3], [4] * 9, [5, 6]]
+    with recorded(engine.model) as passes:
+        state = engine.prefill(prompts)
+    assert len(passes.shapes) == 1
+    for prompt, logits in zip(prompts, state.logits, strict=True):
+        torch.testing.assert_close(logits, full_logits(engine.model, prompt)[-1], rtol=0, atol=TOLERANCE)
