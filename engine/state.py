@@ -332,7 +332,7 @@ def stacked(parts) -> torch.Tensor:
 
 def prefilled(runner, prompts, hidden: bool) -> State:
     """The State that holds prompts, computed in shared passes where the model packs."""
-    if runner.recurrent:
+    if not runner.packs:
         filled = [runner.prefill(prompt.ids, prompt.embeddings, hidden=hidden) for prompt in prompts]
     else:
         fillings = [Filling(prompt.ids, prompt.embeddings, hidden=hidden) for prompt in prompts]

@@ -11,6 +11,7 @@ import torch
 from handloom.kernels import dispatch
 
 LAUNCHERS = (
+    "append_triton",
     "attention.attention_triton",
     "attention.packed_triton",
     "layer.gated_triton",
@@ -18,6 +19,7 @@ LAUNCHERS = (
     "layer.rope_triton",
     "linear.few_rows_triton",
     "linear.nf4_triton",
+    "penalties_triton",
 )
 
 CPU = torch.device("cpu")
