@@ -2,7 +2,7 @@
 
 A bound from the statistics of the groups says which groups can hold a token that matters. Their tokens at or above
 it are listed, at most N. Each listed token then knows how many tokens, of which mass in fixed point, are above it: a
-rule is a comparison. Rows that need more than that (see `fits`) are left to the kernel of `wide`.
+rule is a comparison. Rows of which more has to be looked at are left to the kernels of `wide`, or to `general`.
 """
 
 # ruff: noqa: RUF059 (device code: tuples are unpacked whole)
@@ -35,10 +35,8 @@ COUNT_BIT = tl.constexpr(
 )  # 2**48: a weight carries its count above it; at most 2**12 weights of 2**35
 CHOSEN, FULL = tl.constexpr(1), tl.constexpr(2)  # reports
 COLUMNS = tl.constexpr(16)  # listed tokens that all others are compared with at a time
-DONE, LEFT = tl.constexpr(0), tl.constexpr(1)  # rows that are left to the kernels of `wide` or `general`
-FRAMED = tl.constexpr(
-    2
-)  # those whose first rule is of a mass and the others of values: active groups are listed
+# rows drawn here, left to other kernels, and left with a list of active groups: a mass first, then values alone
+DONE, LEFT, FRAMED = (tl.constexpr(i) for i in range(3))
 WIDE_BINS, SPAN = (
     tl.constexpr(4096),
     tl.constexpr(24.5),

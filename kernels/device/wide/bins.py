@@ -144,9 +144,9 @@ def bin_kernel(
     source = (row, logits + wide_row * stride, vocab, groups_of_vocab, groups, wants, bitmask, mask_stride, sparse,
               point_values, rows, temperature)  # fmt: skip
     frames += row * FRAME
+    program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
+    tossed = tl.full((), 1.0, tl.float32)  # what tosses a coin is not drawn here
     if mode == FRAMED:
-        tossed = tl.full((), 1.0, tl.float32)
-        program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
         kind, parameter, second, on = steps_of_row(program, limits, row, rows, vocab, tossed)
         index, first = first_of(kind, on)
         rest = (1 - entry(parameter, index)) * (
@@ -169,8 +169,7 @@ def bin_kernel(
         tl.atomic_add(counts_of + place, 1, mask=there, sem="relaxed")
         tl.atomic_add(masses_of + place, weight, mask=there & (weight > 0), sem="relaxed")
     if last_of_row(frames, programs):
-        program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
-        row_steps = steps_of_row(program, limits, row, rows, vocab, tl.full((), 1.0, tl.float32))
+        row_steps = steps_of_row(program, limits, row, rows, vocab, tossed)
         bins = tl.arange(0, BINS)
         number = tl.load(counts_of + bins, cache_modifier=".cg")
         mass = tl.cumsum(tl.load(masses_of + bins, cache_modifier=".cg"), axis=0)

@@ -14,17 +14,6 @@ from handloom.strategies.acceleration import acceptance
 PROMPTS = [[5, 9, 17, 5, 9], [40], [3, 3, 8, 21, 60, 2, 11, 3, 3], [7, 70, 7, 70]]
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return Engine(tiny_llama())
-
-
-@pytest.fixture(scope="module")
-def draft():
-    """A smaller model that agrees now and then."""
-    return Engine(tiny_llama(num_hidden_layers=1))
-
-
 def wild(tokens, count):
     """Drafts that have nothing to do with the model."""
     return random.Random(len(tokens)).choices(range(101), k=count)

@@ -22,16 +22,6 @@ EVERYTHING = [
 ]
 
 
-@pytest.fixture(scope="module")
-def engine():
-    return Engine(tiny_llama())
-
-
-@pytest.fixture(scope="module")
-def draft():
-    return Engine(tiny_llama(num_hidden_layers=1))
-
-
 def tokens_of(results):
     return [result.token_ids for result in results]
 
