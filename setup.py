@@ -1,8 +1,7 @@
-import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 HERE = Path(__file__).parent
 
@@ -59,6 +58,7 @@ DEV = [
     *MAUVE,
     *SERVE,
     "axe-playwright-python>=0.1.4",
+    "basedpyright>=1.30",  # pyright in a wheel: PyPI's `pyright` fetches itself from npm
     "build>=1.2",
     "httpx>=0.27",
     "hypothesis>=6.100",
@@ -78,34 +78,26 @@ DEV = [
 ]
 
 
-class LinkRooms(build_py):
-    """An editable installation links each room, so that type checkers and editors find it on a plain path.
+class LinkedPath(editable_wheel):
+    """An editable installation finds the package on a plain path, which type checkers and editors follow, too.
 
     Left to itself, setuptools installs an import hook for a package whose folder has another name, which no tool can
-    follow. A new room, or a new file beside Engine, wants another `pip install -e .`; a new file in a room does not.
+    follow. Two links that git ignores give the folders the package's names: what is added to them is there at once.
     """
 
-    def get_output_mapping(self):
-        if not self.editable_mode:
-            return super().get_output_mapping()
-        entries = [
-            path for path in (HERE / "engine").iterdir() if path.name not in ("kernels", "__pycache__")
-        ]
-        target = os.path.join(self.build_lib, "handloom")
-        return {os.path.join(target, path.name): str(path) for path in [*entries, HERE / "kernels"]}
+    LINKS = {".editable/handloom": "../engine", "engine/kernels": "../kernels"}
 
-    def get_outputs(self, include_bytecode=True):
-        return [*self.get_output_mapping()] if self.editable_mode else super().get_outputs(include_bytecode)
-
-    def copy_file(self, infile, outfile, *arguments, link=None, **options):
-        if link is None:
-            return super().copy_file(infile, outfile, *arguments, **options)
-        os.symlink(infile, outfile)
-        return outfile, True
+    def finalize_options(self):
+        for link, target in self.LINKS.items():
+            (HERE / link).parent.mkdir(exist_ok=True)
+            if not (HERE / link).is_symlink():
+                (HERE / link).symlink_to(target, target_is_directory=True)
+        self.distribution.package_dir = {"": ".editable"}
+        super().finalize_options()
 
 
 def rooms(folder: str) -> list[str]:
-    """A folder and the packages below it, as endings of import names; links for IDEs are left out."""
+    """A folder and the packages below it, as endings of import names; the link in `engine/` is left out."""
     found = find_packages(str(HERE / folder), exclude=["kernels", "kernels.*"])
     return ["", *(f".{name}" for name in sorted(found))]
 
@@ -127,8 +119,7 @@ setup(
         *("handloom.kernels" + room for room in rooms("kernels")),
     ],
     package_data={"handloom": ["py.typed"], "handloom.experiments.analysis": ["page/*"]},
-    cmdclass={"build_py": LinkRooms},
-    options={"editable_wheel": {"mode": "strict"}},
+    cmdclass={"editable_wheel": LinkedPath},
     install_requires=[
         "jinja2>=3.1",
         "numpy>=1.26",

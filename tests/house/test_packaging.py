@@ -17,7 +17,13 @@ import handloom
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("engine", "kernels", "tests", "benchmarks", "docs", ".ci")
-UNWANTED = shutil.ignore_patterns("__pycache__", "*.egg-info")
+
+
+def unwanted(folder, names):
+    """What is no source: caches, and the link of an editable installation."""
+    links = [name for name in names if Path(folder, name).is_symlink()]
+    return [*links, *shutil.ignore_patterns("__pycache__", "*.egg-info")(folder, names)]
+
 
 BUILD_EDITABLE = (
     "import sys; from setuptools import build_meta; print(build_meta.build_editable(sys.argv[1]))"
@@ -51,7 +57,7 @@ def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("checkout")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=UNWANTED, symlinks=True)
+            shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
     for file in ROOT.iterdir():
         if file.is_file():
             shutil.copy(file, copy)
@@ -129,29 +135,36 @@ def test_an_installed_wheel_and_the_foreign_package_live_side_by_side(built, for
     assert python(code, cwd=tmp_path, path=[foreign, tmp_path]) == expected
 
 
-def test_an_editable_installation_leaves_the_name_to_the_foreign_package(checkout, foreign, tmp_path):
+def test_an_editable_installation_is_a_plain_path_on_which_new_files_are_there_at_once(
+    checkout, foreign, tmp_path
+):
     site = tmp_path / "site"
     wheel = python(BUILD_EDITABLE, cwd=checkout, path=[foreign], arguments=[tmp_path]).splitlines()[-1]
     with zipfile.ZipFile(tmp_path / wheel) as archive:
         archive.extractall(site)
+    # Not an import hook, which no tool can follow, and nothing of what `rm -rf build` or a new room would break.
+    (paths,) = site.glob("*.pth")
+    assert (Path(paths.read_text().strip()) / "handloom" / "py.typed").is_file()
+    assert list(site.glob("*finder*")) == []
+    shutil.rmtree(checkout / "build", ignore_errors=True)
     code = """
-import site, sys
-# forget the editable installation that the tests run from
-sys.path = [folder for folder in sys.path if "__editable__" not in folder]
+import os, site, sys
+# forget the installation that the tests run from
+sys.path = [folder for folder in sys.path if not os.path.exists(os.path.join(folder, "handloom"))]
 sys.path.insert(0, sys.argv[1])
 site.addsitedir(sys.argv[1])
-import handloom.kernels, handloom.processors, kernels
+import handloom.kernels, handloom.processors, handloom.attic, kernels
 print(handloom.__file__, handloom.kernels.__file__, kernels.WHOSE)
 """
+    attic = checkout / "engine" / "attic"
+    attic.mkdir()
+    (attic / "__init__.py").write_text("")
     *ours, theirs = python(code, cwd=tmp_path, path=[foreign], arguments=[site]).split()
+    shutil.rmtree(attic)
     assert [Path(file).resolve() for file in ours] == [
         checkout / f / "__init__.py" for f in ("engine", "kernels")
     ]
     assert theirs == "theirs"
-    # A plain path, which tools can follow, and not an import hook.
-    (paths,) = site.glob("*.pth")
-    assert (Path(paths.read_text().strip()) / "handloom" / "py.typed").is_file()
-    assert list(site.glob("*finder*")) == []
 
 
 def test_our_folder_hands_the_name_over_when_the_root_is_on_the_path(foreign):

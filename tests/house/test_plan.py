@@ -40,7 +40,7 @@ LAYERS = [
 
 
 def sources(*folders: str) -> list[Path]:
-    """Every source file of these folders of the project; links for IDEs are left out."""
+    """Every source file of these folders of the project; the link of an editable installation is left out."""
     found = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
     return [path for path in found if not any(parent.is_symlink() for parent in path.parents)]
 

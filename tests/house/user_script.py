@@ -1,4 +1,4 @@
-"""A user's script, read by a type checker and never run; each deliberate mistake names its error."""
+"""A user's script, read by a type checker and never run; each deliberate mistake has its names in mypy and pyright."""
 
 from handloom import Engine, Pipeline, Results, SamplingParams, State, processors
 from handloom.strategies import beam_search
@@ -27,13 +27,13 @@ text = engine.generate("text", num_beams=2, early_stopping=True).text
 pipeline = Pipeline([processors.Temperature(0.5), lambda logits, context: logits])
 
 # Mistakes.
-SamplingParams(temprature=1)  # expect: call-arg
-SamplingParams(temperature="hot")  # expect: arg-type
-params.replace(top_kay=3)  # expect: call-arg
-engine.generate(["a", "b"]).text  # expect: attr-defined
-engine.generate("text")[0]  # expect: index
-engine.generate("text").txt  # expect: attr-defined
-engine.generate("text", temprature=1)  # expect: call-overload
-state.logitz  # expect: attr-defined
-engine.step(state)  # expect: call-arg
-engine.slots = "many"  # expect: assignment
+SamplingParams(temprature=1)  # expect: call-arg reportCallIssue
+SamplingParams(temperature="hot")  # expect: arg-type reportArgumentType
+params.replace(top_kay=3)  # expect: call-arg reportCallIssue
+engine.generate(["a", "b"]).text  # expect: attr-defined reportAttributeAccessIssue
+engine.generate("text")[0]  # expect: index reportIndexIssue
+engine.generate("text").txt  # expect: attr-defined reportAttributeAccessIssue
+engine.generate("text", temprature=1)  # expect: call-overload reportCallIssue
+state.logitz  # expect: attr-defined reportAttributeAccessIssue
+engine.step(state)  # expect: call-arg reportCallIssue
+engine.slots = "many"  # expect: assignment reportAttributeAccessIssue
