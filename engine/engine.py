@@ -72,6 +72,10 @@ class Engine:
             blocked layout, in the same dtype, whose products are faster and round differently: as much memory again as
             the layers take. `auto` does so where it is at most half of what is free. `triton` reads bitsandbytes' 4-bit
             weights where they lie by our own product.
+        quantization: on a CPU `int8-cpu` or `int4-cpu` runs packed copies of the linear layers, the output layer too;
+            None runs them as they are. The model stays whole: its layers keep their weights, whose edits are packed
+            anew, and the copies take 1 byte a weight or 5 bits beside them (the output layer 1 or, in bfloat16, 2
+            bytes). `from_pretrained` gives the weights up instead. A layer with hooks, and `head`, run unpacked.
 
     Raises:
         ParameterError: an argument is out of range.
@@ -97,6 +101,7 @@ class Engine:
         compile: bool = False,
         self_check: bool = True,
         layout: str = "plain",
+        quantization: str | None = None,
     ):
         if isinstance(model, str | PathLike):
             raise ParameterError(
@@ -119,7 +124,8 @@ class Engine:
         # A shared prefix was computed in another shape than the prompt alone: equal, but not to the last bit.
         share = prefix_cache and not fixed_slots
         self._pool_options = {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": share}
-        self.prefill_chunk, self._self_check, self._layout = prefill_chunk, self_check, layout
+        self.prefill_chunk, self._self_check = prefill_chunk, self_check
+        self._layout, self._quantization = layout, quantization
         self._asked_slots, self._graph, self._fuse = slots, graph, fuse
         self.fixed_slots, self.compile = fixed_slots, compile
         self._lock, self._running = threading.Lock(), None
@@ -135,7 +141,7 @@ class Engine:
         """Make a twin of the model as it is now, and find out how it runs."""
         self._seen = Fingerprint(self.model)
         self._twin = Twin(self.model)
-        lay_out(self._twin.module, self._layout)
+        lay_out(self._twin.module, self._layout, self._quantization)
         self.runner, self.pool, self.vocab_size = adapt(
             self._twin.module, self._pool_options, self.prefill_chunk, self._self_check, self._fuse
         )
@@ -176,7 +182,8 @@ class Engine:
         if changes.attributes and self.capabilities.path == "attention" and self.runner.fused:
             self.runner.fused = fuse(self.runner)
         self.pool.forget_prefixes()
-        renew(self._twin.module)
+        if changes.values:
+            renew(self._twin.module)
         if changes.hooks or changes.moved or changes.attributes:
             self.runner.hooked = self._seen.hooked
             self._forget_programs()

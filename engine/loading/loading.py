@@ -49,8 +49,9 @@ def load(
             and `quantization`.
         quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes), `nf4-triton` or `fp4-triton` (the same weights,
             products of few rows in our kernel), or on a CPU `int8-cpu` or `int4-cpu`: packed
-            weights, the output layer included, with bfloat16 activations. The plain ones are given up for them, so
-            adapters and probes find no nn.Linear.
+            weights, the output layer included, with bfloat16 activations. The plain ones are given up for them, as
+            by bitsandbytes: the model that comes back has no nn.Linear for adapters, edits and probes, and their
+            `weight` is an error. `Engine(model, quantization=...)` keeps both.
         layout: what the engine will do with linear layers on a CPU, see `Engine`; here it counts for `fastest` alone.
         gguf_file: a GGUF file in the folder, dequantised on load.
         revision, trust_remote_code, model_kwargs: passed on to transformers.

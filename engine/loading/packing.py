@@ -1,10 +1,12 @@
-"""Weight-only quantisation for the CPU: a loaded model's linear layers are replaced by packed ones."""
+"""Weight-only quantisation for the CPU: linear layers are replaced by packed ones."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from ..errors import ModelError
 from ..kernels.linear.blocked import BlockedLinear, unblockable
@@ -14,7 +16,7 @@ log = logging.getLogger("handloom")
 BITS = {"int8-cpu": 8, "int4-cpu": 4}
 
 
-def pack(model, quantization: str, group: int = 32):
+def pack(model, quantization: str, *, group: int = 32, around=None):
     """Replace every linear layer of a model, the output layer too, by an 8- or 4-bit one; in place.
 
     Input embeddings keep their dtype: a step reads one row of them a token. Where they are tied to the output layer
@@ -25,6 +27,8 @@ def pack(model, quantization: str, group: int = 32):
         model: a transformers model on the CPU, not quantised yet.
         quantization: `int8-cpu` (one scale an output) or `int4-cpu` (scale and zero a group of inputs).
         group: inputs that share a scale at 4 bits: 32, 64, 128 or 256.
+        around: (layer, make) -> the module that takes a layer's place; None takes what `make` makes of it, so that the
+            layer's own weight can be freed.
 
     Returns:
         The same model.
@@ -38,8 +42,12 @@ def pack(model, quantization: str, group: int = 32):
             f'quantization={quantization!r} is for the CPU; on {place} use "int8", "nf4" or "fp4"'
         )
     before = _bytes(model)
-    _pack_output(model, quantization)
-    left = pack_linears(model, BITS[quantization], group=group)
+    output, make = _output(model, quantization)
+    left = pack_linears(model, BITS[quantization], group=group, skip=(output,), around=around)
+    if make is not None:
+        del left[output]
+        layer = model.get_output_embeddings()
+        model.set_output_embeddings(make(layer) if around is None else around(layer, make))
     packed = sum(isinstance(module, PackedLinear) for module in model.modules())
     if not packed:
         reasons = sorted(set(left.values())) or ["the model has no nn.Linear"]
@@ -54,14 +62,16 @@ def pack(model, quantization: str, group: int = 32):
     return model
 
 
-def _pack_output(model, quantization) -> None:
+def _output(model, quantization) -> tuple[str | None, Callable[[nn.Linear], nn.Module] | None]:
+    """The name of a model's output layer, and what makes another one of it; None where all layers are treated alike."""
     output = model.get_output_embeddings()
-    if output is None:
-        return
-    if quantization == "int4-cpu" and output.weight.dtype == torch.bfloat16 and unblockable(output) is None:
-        model.set_output_embeddings(BlockedLinear(output))
-    elif unpackable(output, 8, 32) is None:
-        model.set_output_embeddings(PackedLinear(output, 8))
+    name = next((name for name, part in model.named_modules() if part is output), None)
+    if name is not None and type(output) is nn.Linear:
+        if quantization == "int4-cpu" and output.weight.dtype == torch.bfloat16 and not unblockable(output):
+            return name, BlockedLinear
+        if not unpackable(output, 8, 32):
+            return name, lambda layer: PackedLinear(layer, 8)
+    return None, None
 
 
 def _bytes(model) -> int:

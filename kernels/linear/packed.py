@@ -36,15 +36,27 @@ class PackedLinear(nn.Module):
             raise ValueError(reason)
         self.in_features, self.out_features = source.in_features, source.out_features
         self.bits, self.group = bits, group
-        if bits == 8:
-            codes, scales = quantize_int8(source.weight.detach())
+        for name in ("codes", "scales", "bias"):
+            self.register_buffer(name, None)
+        self.take(source)
+
+    def take(self, source):
+        """Take over weight and bias of a layer of the same shape."""
+        if self.bits == 8:
+            self.codes, self.scales = quantize_int8(source.weight.detach())
         else:
-            codes, scales = quantize_int4(source.weight.detach(), group)
-            codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-            scales = scales.transpose(0, 1).contiguous()  # [K / group, N, 2]
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales)
-        self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
+            codes, scales = quantize_int4(source.weight.detach(), self.group)
+            self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            self.scales = scales.transpose(0, 1).contiguous()  # [K / group, N, 2]
+        self.bias = None if source.bias is None else source.bias.detach().clone()
+
+    def __getattr__(self, name):
+        if name == "weight":
+            raise AttributeError(
+                f"the weight of this layer was packed into {self.bits} bits and given up when the model was loaded; "
+                "Engine(model, quantization=...) packs copies, and the model keeps its layers"
+            )
+        return super().__getattr__(name)
 
     def forward(self, x):
         """x [..., K] floating -> [..., N] in x's dtype."""
@@ -66,22 +78,27 @@ class PackedLinear(nn.Module):
         )
 
 
-def pack_linears(model, bits, *, group=32, skip=()):
+def pack_linears(model, bits, *, group=32, skip=(), around=None):
     """Replace the linear layers of a CPU model by packed ones, in place.
 
     Args:
         model: nn.Module in eval use; every nn.Linear in it is considered, the output layer too.
         bits: 8 or 4. group: see `PackedLinear`.
-        skip: last parts of the names of layers to leave alone, such as ("lm_head",).
+        skip: names of layers to leave alone, or last parts of names, such as ("lm_head",).
+        around: (layer, make) -> the module that takes a layer's place; None takes what `make` makes of it.
 
     Returns:
         dict of the layers left as they were: name -> why. Packing twice changes nothing.
     """
 
     def refusal(name, layer):
-        return "skipped by name" if name.rpartition(".")[2] in skip else unpackable(layer, bits, group)
+        skipped = name in skip or name.rpartition(".")[2] in skip
+        return "skipped by name" if skipped else unpackable(layer, bits, group)
 
-    return replace_linears(model, refusal, lambda layer: PackedLinear(layer, bits, group))
+    def make(layer):
+        return PackedLinear(layer, bits, group)
+
+    return replace_linears(model, refusal, make if around is None else lambda layer: around(layer, make))
 
 
 def unpackable(layer, bits, group):

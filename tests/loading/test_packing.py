@@ -1,5 +1,6 @@
 """Packed models behind an engine, the measured dtype, and what is refused."""
 
+import copy
 import logging
 
 import pytest
@@ -87,3 +88,46 @@ def test_what_was_named_is_never_measured(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(loading, "SMALL", 1)
     monkeypatch.setattr(loading, "linear_times", lambda *shapes: pytest.fail("measured"))
     assert loading.load(tmp_path, device="cpu", dtype=dtype)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["int8-cpu", "int4-cpu"])
+@torch.no_grad()
+def test_a_model_of_ones_own_stays_whole_beside_its_packed_copies_and_edits_are_packed_anew(kind):
+    model = tiny_llama(torch.bfloat16, **WIDE)
+    whole = {name: id(parameter) for name, parameter in model.named_parameters()}
+    linears = [name for name, part in model.named_modules() if type(part) is torch.nn.Linear]
+    plain, engine = Engine(model), Engine(model, quantization=kind)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == whole
+    assert [name for name, part in model.named_modules() if type(part) is torch.nn.Linear] == linears
+    assert sum(isinstance(part, PackedLinear) for part in engine.runner.module.modules()) >= 2 * 7
+
+    packed = pack(copy.deepcopy(model), kind)  # as it would have been loaded
+    state, own = engine.prefill(PROMPTS[0]), plain.prefill(PROMPTS[0])
+    assert torch.equal(state.logits, Engine(packed).prefill(PROMPTS[0]).logits)
+    assert not torch.equal(state.logits, own.logits)
+
+    part = model.model.layers[0].mlp.down_proj
+    part.weight.mul_(-1)  # between two steps
+    edited = pack(copy.deepcopy(model), kind)
+    assert torch.equal(engine.prefill(PROMPTS[0]).logits, Engine(edited).prefill(PROMPTS[0]).logits)
+    assert not torch.equal(engine.prefill(PROMPTS[0]).logits, state.logits)
+    model.lm_head.weight.data.zero_()  # leaves no version behind
+    assert engine.prefill(PROMPTS[0]).logits.abs().max() == 0
+
+
+def test_weights_that_were_given_up_say_so():
+    model = pack(tiny_llama(torch.bfloat16, **WIDE), "int8-cpu")
+    with pytest.raises(AttributeError, match=r"packed into 8 bits and given up.*Engine\(model, quantization"):
+        model.model.layers[0].mlp.down_proj.weight.mul_(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantization": "nf4"}, r"'nf4' is none that an Engine makes.*int8-cpu, int4-cpu.*from_pretrained"),
+        ({"quantization": "int8-cpu", "layout": "blocked"}, "'int8-cpu' and layout='blocked' exclude"),
+    ],
+)
+def test_an_engine_makes_packed_copies_alone_and_of_nothing_else(arguments, message):
+    with pytest.raises(ModelError, match=message):
+        Engine(tiny_llama(), **arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ...errors import ModelError
 from ...kernels.linear.blocked import BlockedLinear, small, unblockable
 from ...kernels.linear.linears import replace_linears
 from ...loading.fourbit import own_products
+from ...loading.packing import BITS, pack
 from .twin import watched
 
 log = logging.getLogger("handloom")
@@ -48,18 +50,19 @@ class Origin:
         )
 
 
-class Blocked(nn.Module):
-    """A linear layer of a twin that runs on a copy of its weight in oneDNN's blocked layout.
+class Copied(nn.Module):
+    """A linear layer of a twin that runs on a copy of its weight, in another layout or packed into fewer bits.
 
     The layer itself stays a part, with its parameters and hooks; while it has hooks it is called itself.
 
     Args:
-        layer: the twin's nn.Linear, see `kernels.linear.blocked.unblockable`.
+        layer: the twin's nn.Linear.
+        make: layer -> the module that holds the copy, such as `kernels.linear.blocked.BlockedLinear`.
     """
 
-    def __init__(self, layer: nn.Linear):
+    def __init__(self, layer: nn.Linear, make: Callable[[nn.Linear], nn.Module]):
         super().__init__()
-        self.layer, self.copy = layer, BlockedLinear(layer)
+        self.layer, self.copy = layer, make(layer)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.__dict__["origin"] = Origin(layer)
 
@@ -89,20 +92,31 @@ class Blocked(nn.Module):
         return self.copy(x)
 
 
-def check_layout(layout: str) -> None:
-    """Raise ModelError for an unknown layout."""
+def check_layout(layout: str, quantization: str | None = None) -> None:
+    """Raise ModelError for an unknown layout, and for a quantization that an engine cannot make of a loaded model."""
     if layout not in LAYOUTS:
         raise ModelError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}")
+    if quantization is None:
+        return
+    if quantization not in BITS:
+        raise ModelError(
+            f"quantization={quantization!r} is none that an Engine makes of a model, which are {', '.join(BITS)}; "
+            "others are made when a model is loaded: Engine.from_pretrained"
+        )
+    if layout not in ("auto", "plain"):
+        raise ModelError(f"quantization={quantization!r} and layout={layout!r} exclude each other")
 
 
-def lay_out(tree: nn.Module, layout: str) -> None:
-    """Put other linear layers into a twin; see `Engine` for the layouts.
+def lay_out(tree: nn.Module, layout: str, quantization: str | None = None) -> None:
+    """Put other linear layers into a twin; see `Engine` for layouts and quantization.
 
     Raises:
-        ModelError: `layout` is unknown, or asks by name for what no layer can have.
+        ModelError: one is unknown, or asks by name for what no layer can have.
     """
-    check_layout(layout)
-    if layout == "triton":
+    check_layout(layout, quantization)
+    if quantization is not None:
+        pack(tree, quantization, around=Copied)
+    elif layout == "triton":
         own_products(tree)
     elif layout != "plain":
         _block(tree, layout)
@@ -120,7 +134,7 @@ def _block(tree: nn.Module, layout: str) -> None:
             "layout='blocked' makes them all the same", size / 1e6, free / 1e6
         )  # fmt: skip
         return
-    left = replace_linears(tree, refusal, Blocked)
+    left = replace_linears(tree, refusal, lambda layer: Copied(layer, BlockedLinear))
     if layers:
         log.info(
             "%d linear layers in oneDNN's blocked layout, copies of %.0f MB beside the model's own; %d as they were",

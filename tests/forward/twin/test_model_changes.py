@@ -159,7 +159,7 @@ def test_memory_decides_on_the_layout(monkeypatch, caplog):
         monkeypatch.setattr(copies, "free_memory", lambda: free)
         with caplog.at_level("INFO", logger="handloom"):
             engine = Engine(model, layout=layout)
-        return sum(isinstance(m, copies.Blocked) for m in engine.runner.module.modules())
+        return sum(isinstance(m, copies.Copied) for m in engine.runner.module.modules())
 
     assert copies_of("auto", 2 * size) == 15
     assert f"copies of {size / 1e6:.0f} MB" in caplog.text
