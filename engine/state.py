@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .cache.drafts import Drafts, check_trees
+from .cache.drafts import Drafts
 from .cache.pool import BlockPool
 from .cache.sequence import Row
 from .cache.transfer import upload
 from .errors import CapabilityError, HandloomError
-from .forward.filling import Filling
-from .forward.model import longer_rows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -313,107 +311,8 @@ def whole_numbers(values, what: str) -> list[int]:
     return tensor.reshape(-1).tolist()
 
 
-def unread(tokens, runner) -> bool:
-    """Whether tokens are ids `[B]` where a recorded pass takes them, so that the host need not read them first."""
-    if not torch.is_tensor(tokens) or tokens.dtype != torch.long or tokens.dim() != 1:
-        return False
-    return len(tokens) > 0 and runner.records(len(tokens)) and tokens.device == runner.recorded.device
-
-
 def stacked(parts) -> torch.Tensor:
     """`[B, n, D]` of several widths n in one, padded with zeros on the right."""
     width = max(part.shape[1] for part in parts)
     pad = torch.nn.functional.pad
     return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
-
-
-# -- what a pass makes of a State
-
-
-def prefilled(runner, prompts, hidden: bool) -> State:
-    """The State that holds prompts, computed in shared passes where the model packs."""
-    if not runner.packs:
-        filled = [runner.prefill(prompt.ids, prompt.embeddings, hidden=hidden) for prompt in prompts]
-    else:
-        fillings = [Filling(prompt.ids, prompt.embeddings, hidden=hidden) for prompt in prompts]
-        runner.fill(fillings)
-        filled = [(filling.row(), filling.output()) for filling in fillings]
-    rows, outs = zip(*filled, strict=True)
-    return State(
-        rows=tuple(rows),
-        logits=torch.cat([out.logits[:, -1] for out in outs]),
-        counts=tuple(row.length for row in rows),
-        hidden_states=tuple(map(stacked, zip(*(out.hidden for out in outs), strict=True)))
-        if hidden
-        else None,
-        states=tuple(torch.cat(parts) for parts in zip(*(out.states for out in outs), strict=True)),
-    )
-
-
-def extended(runner, state: State, given: list[list[int]], hidden: bool, embeddings=None) -> State:
-    """The State after the given ids of each row; embeddings [B, D] are fed in place of one id's own."""
-    if not given:
-        return replace(state, all_logits=state.logits[:, None], before=state.logits, drafts=None)
-    embeddings = None if embeddings is None else embeddings[:, None]
-    rows, out = runner.extend(state.rows, given, state.states, hidden=hidden, embeddings=embeddings)
-    fed = tuple(map(len, given))
-    logits = out.logits[:, -1]
-    if min(fed) < max(fed):
-        last = upload([count - 1 for count in fed], logits.device)
-        logits = out.logits[torch.arange(len(rows), device=last.device), last]
-    return State(
-        rows=rows,
-        logits=logits,
-        all_logits=out.logits,
-        counts=fed,
-        hidden_states=out.hidden,
-        states=out.states,
-        steps=(state.states, *out.steps) if out.steps else (),
-        before=state.logits,
-    )
-
-
-def stepped(engine, state: State, tokens: torch.Tensor, hidden: bool) -> State:
-    """The State after one token a row, `[B]` on the device: the host reads them while the pass runs."""
-    check_owner(state, engine.pool)
-    check_rows(state, [1] * len(tokens), engine.max_length)
-    letter = engine.runner.recorded.mail.send(tokens)
-    tables, out = engine.runner.branch(state.rows, [[0]] * len(tokens), None, hidden=hidden, ids=tokens)
-    given = [[token] for token in letter.read()[0]]
-    check_ids(given, engine.vocab_size)
-    return State(
-        rows=longer_rows(state.rows, tables, given),
-        logits=out.logits[:, 0],
-        counts=(1,) * len(given),
-        hidden_states=out.hidden,
-    )
-
-
-def drafted(runner, state: State, given: list[list[int]], parents, hidden: bool) -> State:
-    """The State with a scored tree of drafts behind each row; `parents` of all rows, or of each."""
-    parents = list(parents.tolist() if torch.is_tensor(parents) else parents)
-    shared = bool(parents) and all(hasattr(parent, "__index__") for parent in parents)
-    parents = [whole_numbers(p, "parents") for p in ([parents] * len(given) if shared else parents)]
-    check_trees(given, parents)
-    if not given:
-        return replace(
-            state, all_logits=state.logits[:, None], before=state.logits, drafts=Drafts((), (), ())
-        )
-    tables, out = runner.branch(state.rows, given, parents, hidden=hidden)
-    return replace(
-        state,
-        all_logits=out.logits,
-        counts=tuple(map(len, given)),
-        hidden_states=out.hidden,
-        before=state.logits,
-        drafts=Drafts(tuple(map(tuple, given)), tuple(map(tuple, parents)), tuple(tables)),
-    )
-
-
-def scored(given: list[list[int]], logits: torch.Tensor) -> torch.Tensor:
-    """`[B, n]` log-probability of each given id under the logits `[B, n, V]` before it; 0 beyond a row's own."""
-    width = max(map(len, given))
-    ids = upload([row + [0] * (width - len(row)) for row in given], logits.device)
-    fed = upload(list(map(len, given)), logits.device)[:, None]
-    found = logits[:, :width].log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    return found.masked_fill(torch.arange(width, device=logits.device) >= fed, 0.0)
