@@ -40,8 +40,10 @@ SERVE = [
     *DEMO,
     *GRAMMAR,
     "fastapi>=0.115",
+    "httptools>=0.6.3",  # uvicorn reads requests with it,
     "prometheus_client>=0.21",
     "uvicorn>=0.32",
+    'uvloop>=0.21; sys_platform != "win32"',  # and writes with this, where there are many streams
 ]
 BENCH = [
     "matplotlib>=3.9",

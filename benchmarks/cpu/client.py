@@ -1,29 +1,33 @@
-"""A client that imports nothing heavy: `benchmarks.cpu.serving` starts it, with a port and a number of connections."""
+"""A client that does as little as can be; `benchmarks.cpu.serving` starts it with a port and how many connections."""
 
-import asyncio
 import json
+import select
+import socket
 import sys
 import time
 
 
-async def client(port: int, connections: int) -> None:
-    """Send what stdin holds over so many connections; print when each token came."""
-    open_ones = [await asyncio.open_connection("127.0.0.1", port) for _ in range(connections)]
+def client(port: int, connections: int) -> None:
+    """Send what stdin holds over so many connections; print when each token came to its socket."""
+    open_ones = [socket.create_connection(("127.0.0.1", port)) for _ in range(connections)]
     print("ready", flush=True)
     body = sys.stdin.read().encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    poll, by = select.epoll(), {each.fileno(): each for each in open_ones}
+    for number, each in by.items():
+        each.sendall(head.encode() + body)
+        poll.register(number, select.EPOLLIN)
     seen: list[float] = []
-
-    async def one(reader, writer):
-        writer.write(head.encode() + body)
-        while line := await reader.readline():
-            if line.startswith(b'data: {"id"'):
-                seen.append(time.monotonic())
-
-    await asyncio.gather(*(one(*pair) for pair in open_ones))
+    while by:
+        for number, _ in poll.poll():
+            got, now = by[number].recv(1 << 16), time.monotonic()
+            seen += [now] * got.count(b'data: {"id"')
+            if not got:
+                poll.unregister(number)
+                del by[number]
     print(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    asyncio.run(client(*map(int, sys.argv[1:])))
+    client(*map(int, sys.argv[1:]))

@@ -17,14 +17,15 @@ from ..engine import Engine
 from ..errors import HandloomError
 from ..experiments.analysis.trace import PAGE
 from ..loop.generation import Generation
-from . import aside, inspector
+from . import aside
 from .gate import Gate, too_large
+from .inspector import steps
 from .metrics import Metrics
 from .protocol import reading
-from .protocol.answers import Answer, ChatAnswer
+from .protocol.answers import Answer, ChatAnswer, sent
 from .protocol.reading import Asked, Limits
 from .protocol.refusals import Refusal, as_json, decoded, encoded, refusal_of, refusal_of_result
-from .worker import Worker
+from .worker import Aside, Channel, Worker
 
 GONE = 499  # the status of a request whose caller has left; nobody reads it
 
@@ -86,29 +87,19 @@ class Server:
         asked = await self.worker.read(read, self.engine, body, self.limits)
         answer = kind(self.engine, asked, self.name)
         if asked.strategy or asked.trace:
-            content = await self.unless_gone(request, self._beside(asked, answer))
-        elif asked.stream:
-            ticket = self.worker.submit(asked.requests, tokens=True)
-            return StreamingResponse(self._parts(ticket, answer), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-store"})  # fmt: skip
+            run = aside.traced if asked.trace else aside.strategic
+            work: Channel = self.worker.beside(run, self.engine, asked, samples=len(asked.requests))
         else:
-            ticket = self.worker.submit(asked.requests)
-            content = await self.unless_gone(request, self._whole(ticket.results(), answer))
-        return as_json(content)
+            work = self.worker.submit(asked.requests, tokens=asked.stream)
+        if asked.stream:
+            return StreamingResponse(self._parts(work, answer), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-store"})  # fmt: skip
+        return as_json(await self.unless_gone(request, self._whole(work.result(), answer)))
 
     async def _whole(self, results: Awaitable[list[Generation]], answer: Answer) -> dict[str, Any]:
         found = await results
         self._count(found)
         return answer.whole(found)
-
-    async def _beside(self, asked: Asked, answer: Answer) -> dict[str, Any]:
-        run = aside.traced if asked.trace else aside.strategic
-        results, extras = await self.worker.beside(run, self.engine, asked, samples=len(asked.requests))
-        self._count(results)
-        content = answer.whole(results)
-        for choice, extra in zip(content["choices"], extras, strict=False):
-            choice |= extra
-        return content
 
     def _count(self, results: Sequence[Generation]) -> None:
         for result in results:
@@ -117,27 +108,23 @@ class Server:
             if result.error is not None:
                 raise refusal_of_result(result.error)
 
-    async def _parts(self, ticket, answer: Answer) -> AsyncIterator[bytes]:
-        """Server-sent events; a caller who leaves cancels what it asked for."""
+    async def _parts(self, work: Channel, answer: Answer) -> AsyncIterator[bytes]:
+        """Server-sent events, those of a step together; a caller who leaves cancels what it asked for."""
         found, until = [], asyncio.get_running_loop().time() + self.limits.seconds
-        for chunk in answer.opening():
-            yield _sent(chunk)
+        if opening := answer.opening():
+            yield b"".join(map(sent, opening))
         try:
-            async with asyncio.timeout_at(until), aclosing(ticket.events()) as events:
-                async for event in events:
-                    if event.generation is not None:
-                        found.append(event.generation)
-                        self._count([event.generation])
-                    chunk = answer.chunk_of(event)
-                    if chunk is not None:
-                        yield _sent(chunk)
-        except TimeoutError:
-            yield _sent(self._too_late().body())
-        except Refusal as refusal:
-            yield _sent(refusal.body())
-        for chunk in answer.closing(found):
-            yield _sent(chunk)
-        yield b"data: [DONE]\n\n"
+            async with asyncio.timeout_at(until), aclosing(work.batches()) as batches:
+                async for events in batches:
+                    parts = b"".join(map(answer.sent, events))
+                    if parts:
+                        yield parts
+                    ended = [event.generation for event in events if event.generation is not None]
+                    found += ended
+                    self._count(ended)
+        except (TimeoutError, Refusal, HandloomError) as error:
+            yield sent((self._too_late() if isinstance(error, TimeoutError) else refusal_of(error)).body())
+        yield b"".join(map(sent, answer.closing(found))) + b"data: [DONE]\n\n"
 
     async def unless_gone(self, request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         """The result of work, which is given up when the caller leaves or time is up."""
@@ -182,8 +169,22 @@ class Server:
 
     async def inspect(self, request: Request) -> Response:
         body = await self.body(request)
-        work = self.worker.beside(inspector.inspect, self.engine, body, self.limits)
-        return as_json(await self.unless_gone(request, work))
+        question = await self.worker.read(steps.read, self.engine, body)
+        work = self.worker.beside(steps.answer, self.engine, question)
+        if question.stream:
+            return StreamingResponse(self._lines(work), media_type="application/x-ndjson",
+                                     headers={"Cache-Control": "no-store"})  # fmt: skip
+        return as_json(await self.unless_gone(request, work.result()))
+
+    async def _lines(self, work: Aside) -> AsyncIterator[bytes]:
+        """What an answer of the inspector's tells as it goes, and then the answer, one JSON object a line."""
+        try:
+            async with asyncio.timeout(self.limits.seconds), aclosing(work.batches()) as batches:
+                async for told in batches:
+                    yield b"".join(encoded(each) + b"\n" for each in told)
+            yield encoded(work.value) + b"\n"
+        except (TimeoutError, Refusal, HandloomError) as error:
+            yield encoded((self._too_late() if isinstance(error, TimeoutError) else refusal_of(error)).body())
 
     async def models(self, request: Request) -> Response:
         entry = {"id": self.name, "object": "model", "created": self.started, "owned_by": "handloom",
@@ -215,9 +216,7 @@ def _answered(function: Callable[[Request], Awaitable[Response]]) -> Callable[[R
     async def route(request: Request) -> Response:
         try:
             return await function(request)
-        except Refusal as refusal:
-            return refusal.response()
-        except HandloomError as error:
+        except (Refusal, HandloomError) as error:
             return refusal_of(error).response()
 
     return route
@@ -240,7 +239,3 @@ async def _left(request: Request) -> None:
     """Return when the caller has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _sent(content: dict[str, Any]) -> bytes:
-    return b"data: " + encoded(content) + b"\n\n"

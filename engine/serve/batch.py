@@ -19,6 +19,7 @@ from .protocol import reading
 from .protocol.answers import Answer, ChatAnswer
 from .protocol.reading import Limits
 from .protocol.refusals import Refusal, decoded, encoded, refusal_of, refusal_of_result
+from .worker import Aside
 
 ROUTES = {
     "/v1/completions": (reading.completion, Answer),
@@ -142,14 +143,11 @@ def _read(engine: Engine, model: str, content: dict[str, Any]) -> Answer:
 
 
 def _beside(engine: Engine, answer: Answer) -> tuple[int, dict[str, Any]]:
+    run, nobody = aside.traced if answer.asked.trace else aside.strategic, Aside(lambda *told: None)
     try:
-        results, extras = (aside.traced if answer.asked.trace else aside.strategic)(engine, answer.asked)
+        return _told(answer, run(nobody, engine, answer.asked))
     except (Refusal, HandloomError) as error:
         return _refused(error)
-    status, body = _told(answer, results)
-    for choice, extra in zip(body.get("choices", ()), extras, strict=False):
-        choice |= extra
-    return status, body
 
 
 def _told(answer: Answer, results: list[Generation]) -> tuple[int, dict[str, Any]]:
@@ -158,5 +156,5 @@ def _told(answer: Answer, results: list[Generation]) -> tuple[int, dict[str, Any
 
 
 def _refused(error: Refusal | HandloomError) -> tuple[int, dict[str, Any]]:
-    refusal = error if isinstance(error, Refusal) else refusal_of(error)
+    refusal = refusal_of(error)
     return refusal.status, refusal.body()

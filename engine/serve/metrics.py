@@ -28,8 +28,9 @@ class Metrics:
         pool = worker.engine.pool
         for name, text, value in (
             ("samples_pending", "Samples that run or wait.", lambda: worker.pending),
-            ("blocks_in_use", "Blocks of the key/value pool in use.", lambda: pool.in_use),
-            ("blocks_cached", "Blocks that hold known prefixes.", lambda: pool.cached),
+            # as they were counted last: counting is for the threads that compute
+            ("blocks_in_use", "Blocks of the key/value pool in use.", lambda: int((pool.refs > 0).sum())),
+            ("blocks_cached", "Blocks that hold known prefixes.", lambda: len(pool._idle)),
         ):
             self._made(Gauge, name, text).set_function(value)
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,37 +29,108 @@ class Full(HandloomError):
     """As many samples run and wait as the server takes."""
 
 
-class Ticket:
-    """What one caller waits for: its requests' events, as they come.
+class Channel:
+    """What one caller waits for: told by another thread, heard in the event loop's."""
+
+    def __init__(self):
+        self._items: list[Any] = []
+        self._news: asyncio.Future | None = None  # of who listens and has heard everything
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def hear(self, item: Any) -> None:
+        """Take in what was told; for the event loop's thread."""
+        self._items.append(item)
+        self._wake()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more will be told."""
+        self.ended, self.error = True, error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    def leave(self) -> None:
+        """End the work: nobody waits for it."""
+        raise NotImplementedError
+
+    async def batches(self) -> AsyncIterator[list[Any]]:
+        """All that has come since the last time, until there is no more; who stops listening ends the work."""
+        try:
+            while self._items or not self.ended:
+                if not self._items:
+                    self._news = asyncio.get_running_loop().create_future()
+                    await self._news
+                items, self._items = self._items, []
+                if items:
+                    yield items
+            if self.error is not None:
+                raise self.error
+        finally:
+            if not self.ended:
+                self.leave()
+
+
+class Ticket(Channel):
+    """Requests in the loop, whose Events are told.
 
     Args:
         requests: one a sample. tokens: whether every token is told, or the results alone.
     """
 
     def __init__(self, worker: Worker, requests: list[Request], tokens: bool):
+        super().__init__()
         self.worker, self.requests, self.tokens = worker, requests, tokens
         self.left = len(requests)
-        self.queue: asyncio.Queue[Event] = asyncio.Queue()
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Every Event until all requests have ended; who leaves early cancels them."""
-        ended = 0
-        try:
-            while ended < len(self.requests):
-                event = await self.queue.get()
-                ended += event.generation is not None
-                yield event
-        finally:
-            if ended < len(self.requests):
-                self.worker.arrivals.cancel(self.requests)
+    def hear(self, item: Event) -> None:
+        super().hear(item)
+        if item.generation is not None:
+            self.left -= 1
+            if not self.left:
+                self.end()
 
-    async def results(self) -> list[Generation]:
+    def leave(self) -> None:
+        self.worker.arrivals.cancel(self.requests)
+
+    async def result(self) -> list[Generation]:
         """The results, in the order of the requests."""
         found = {}
-        async for event in self.events():
-            if event.generation is not None:
-                found[event.request, event.sample] = event.generation
+        async for events in self.batches():
+            found |= {(e.request, e.sample): e.generation for e in events if e.generation is not None}
         return [found[request.index, request.sample] for request in self.requests]
+
+
+class Aside(Channel):
+    """Work beside the loop, in a thread of its own, that uses the engine between the loop's steps.
+
+    Args:
+        tell: tells the caller something, from that thread.
+    """
+
+    def __init__(self, tell: Callable[[Channel, Any], None]):
+        super().__init__()
+        self._tell, self._left, self.value = tell, threading.Event(), None
+
+    def tell(self, item: Any) -> None:
+        """Something for the caller to hear, from the thread of the work."""
+        self._tell(self, item)
+
+    @property
+    def left(self) -> bool:
+        """Whether nobody waits for it any more: it should end before its next pass."""
+        return self._left.is_set()
+
+    def leave(self) -> None:
+        self._left.set()
+
+    async def result(self) -> Any:
+        """What the work has returned, when it is through."""
+        async for _ in self.batches():
+            pass
+        return self.value
 
 
 class Worker:
@@ -67,19 +139,21 @@ class Worker:
     Args:
         engine: nobody else should run long things on it.
         waiting: samples that may wait beside those that have a slot.
+        beside: strategies that run at once, each in a thread of its own; their passes take turns with the loop's steps.
     """
 
-    def __init__(self, engine: Engine, waiting: int = 256):
+    def __init__(self, engine: Engine, waiting: int = 256, beside: int = 4):
         self.engine, self.most = engine, engine.slots + waiting
         self.arrivals = Arrivals(engine)
         self.pending = 0  # samples that have not ended
         self._tickets: dict[int, Ticket] = {}
-        self._told: deque[Event] = deque()
+        self._told: deque[tuple[Channel | None, Any]] = deque()
         self._ended: set[tuple[int, int]] = set()  # samples of this run whose end was told
-        self._awake, self._aside = False, 0
-        # Tokenizers are not for several threads at once, and strategies run one at a time.
-        self._reader = ThreadPoolExecutor(1, "handloom-reader")
-        self._beside = ThreadPoolExecutor(1, "handloom-beside")
+        self._awake, self._asides = False, set[Aside]()
+        self._reader = ThreadPoolExecutor(
+            1, "handloom-reader"
+        )  # tokenizers are not for several threads at once
+        self._beside = ThreadPoolExecutor(beside, "handloom-beside")
         self._thread = threading.Thread(target=self._run, name="handloom-engine", daemon=True)
 
     def start(self) -> None:
@@ -90,6 +164,8 @@ class Worker:
     async def close(self) -> None:
         """Finish what has come, take no more, and end the thread."""
         self.arrivals.close()
+        for aside in self._asides:
+            aside.leave()
         await asyncio.to_thread(self._thread.join)
         self._reader.shutdown(cancel_futures=True)
         self._beside.shutdown(cancel_futures=True)
@@ -126,32 +202,45 @@ class Worker:
         """The result of what needs the tokenizer, not the model."""
         return await self._loop.run_in_executor(self._reader, function, *arguments)
 
-    async def beside(self, function: Callable[..., Any], *arguments: Any, samples: int = 1) -> Any:
-        """The result of what uses the engine in its own way, such as a strategy, step by step beside the loop."""
-        self.room(samples)
-        self.pending += samples
-        self._aside += 1
-        work = self._loop.run_in_executor(self._beside, function, *arguments)
-        work.add_done_callback(lambda _: self._leave(samples))  # who has given up waiting does not end it
-        return await asyncio.shield(work)
+    def beside(self, function: Callable[..., Any], *arguments: Any, samples: int = 1) -> Aside:
+        """Have `function(aside, *arguments)` run in a thread beside the loop; it uses the engine in its own way.
 
-    def _leave(self, samples: int) -> None:
-        self.pending -= samples
-        self._aside -= 1
+        Raises:
+            Full: there is too much already.
+        """
+        self.room(samples)
+        aside = Aside(self._tell)
+        self.pending += samples
+        self._asides.add(aside)
+        work = self._loop.run_in_executor(self._beside, function, aside, *arguments)
+
+        def done(found: asyncio.Future) -> None:
+            self.pending -= samples
+            self._asides.discard(aside)
+            error = asyncio.CancelledError() if found.cancelled() else found.exception()
+            if error is not None:
+                traceback.clear_frames(error.__traceback__)  # which hold States, and those their blocks
+            aside.value = found.result() if error is None else None
+            aside.end(error)
+
+        work.add_done_callback(done)
+        return aside
 
     def _deliver(self) -> None:
-        """Give what the engine's thread has told to whom it belongs."""
+        """Give what other threads have told to whom it belongs."""
         self._awake = False
         while self._told:
-            event = self._told.popleft()
-            ticket = self._tickets.get(event.request)
+            channel, item = self._told.popleft()
+            if channel is not None:
+                channel.hear(item)
+                continue
+            ticket = self._tickets.get(item.request)
             if ticket is None:
                 continue
-            ticket.queue.put_nowait(event)
-            if event.generation is not None:
+            ticket.hear(item)
+            if item.generation is not None:
                 self.pending -= 1
-                ticket.left -= 1
-                if not ticket.left:
+                if ticket.ended:
                     for request in ticket.requests:
                         self._tickets.pop(request.index, None)
 
@@ -171,15 +260,16 @@ class Worker:
         for event in self.engine.stream(self.arrivals):
             ticket = self._tickets.get(event.request)
             if event.generation is not None or ticket is None or ticket.tokens:
-                self._tell(event)
-            if self._aside and time.monotonic() - stepped > EVERY:
+                self._tell(None, event)
+            if event.generation is not None:
+                self._ended.add((event.request, event.sample))
+            if self._asides and time.monotonic() - stepped > EVERY:
                 time.sleep(PAUSE)
                 stepped = time.monotonic()
 
-    def _tell(self, event: Event) -> None:
-        self._told.append(event)
-        if event.generation is not None:
-            self._ended.add((event.request, event.sample))
+    def _tell(self, channel: Channel | None, item: Any) -> None:
+        """Have the event loop give an item to a channel, or an Event to the one that its number belongs to."""
+        self._told.append((channel, item))
         if not self._awake:  # one call for all that comes until it is heard
             self._awake = True
             self._loop.call_soon_threadsafe(self._deliver)
@@ -193,4 +283,4 @@ class Worker:
                 continue
             if request.stopper is None:
                 request.start(self.engine)
-            self._tell(request.end("error", f"request {request.index}: the run ended: {error!r}"))
+            self._tell(None, request.end("error", f"request {request.index}: the run ended: {error!r}"))

@@ -6,9 +6,9 @@ import pytest
 from served import chat_engine
 
 from handloom.errors import HandloomError
-from handloom.serve.inspector import inspect
-from handloom.serve.protocol.reading import Limits
+from handloom.serve.inspector import steps
 from handloom.serve.protocol.refusals import Refusal
+from handloom.serve.worker import Aside
 
 KINDS = {
     "stateless": {"temperature": 1.5, "top_k": 5, "repetition_penalty": 1.3},
@@ -17,8 +17,9 @@ KINDS = {
 }
 
 
-def asked(engine, **body):
-    return inspect(engine, {"prompt": "the quick", "steps": 8, **body}, Limits())
+def asked(engine, tell=lambda *told: None, **body):
+    question = steps.read(engine, {"prompt": "the quick", "steps": 8, **body})
+    return steps.answer(Aside(tell), engine, question)
 
 
 @pytest.mark.parametrize("kind", KINDS)

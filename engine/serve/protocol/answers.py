@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +15,10 @@ from ...engine import Engine
 from ...loop.generation import Event, Generation
 from ...text.detokenizer import token_texts
 from .reading import Asked
+from .refusals import encoded
+from .tools import ToolText
 
+MARK = "\0text\0"  # stands for a text, and is none that a model's name could hold
 LEAST = -9999.0  # what OpenAI's API writes for a log-probability of minus infinity
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "time": "length", "cancelled": "stop"}
 
@@ -36,7 +41,7 @@ class Answer:
         }
         self.head["model"] = model
         self._shown: dict[int, str] = {}
-        self._seen = [0] * len(asked.requests)  # tokens of each sample that were told
+        self._seen: Counter[int] = Counter()  # tokens of each choice that were told
 
     # -- whole
 
@@ -55,12 +60,12 @@ class Answer:
         """One result."""
         return {
             "index": number,
-            **self.content(result),
-            "finish_reason": self.finish(result),
+            **self.content(result, number),
+            "finish_reason": self.finish(result, number),
             **self.extras(result),
         }
 
-    def content(self, result: Generation) -> dict[str, Any]:
+    def content(self, result: Generation, number: int) -> dict[str, Any]:
         """What was generated, behind the prompt where that is echoed."""
         text = "" if self.asked.silent else result.text
         ids = [] if self.asked.silent else result.token_ids
@@ -114,8 +119,8 @@ class Answer:
             )
         return self._shown[token]
 
-    def finish(self, result: Generation) -> str:
-        """Why it ended, in OpenAI's words."""
+    def finish(self, result: Generation, number: int) -> str:
+        """Why a choice ended, in OpenAI's words."""
         return "length" if self.asked.silent else FINISH[result.finish_reason]
 
     def extras(self, result: Generation) -> dict[str, Any]:
@@ -132,6 +137,11 @@ class Answer:
             ]
         if result.seed is not None:
             found["seed"] = result.seed
+        if self.asked.strategy:
+            plain, told = {each.name for each in fields(Generation)}, result.to_dict()
+            found["extra"] = told["extra"] | {name: told[name] for name in vars(result) if name not in plain}
+        if self.asked.trace:
+            found["trace"] = result.extra["trace"]
         return found
 
     def usage(self, results: Sequence[Generation]) -> dict[str, int]:
@@ -145,8 +155,10 @@ class Answer:
 
     @cached_property
     def _place(self) -> dict[tuple[int, int], int]:
-        """Which choice a sample is, by the numbers that the loop has given."""
-        return {(r.index, r.sample): i for i, r in enumerate(self.asked.requests)}
+        """Which choice a sample is, by the numbers that the loop has given; a strategy has samples of its own."""
+        return (
+            {} if self.asked.strategy else {(r.index, r.sample): i for i, r in enumerate(self.asked.requests)}
+        )
 
     def opening(self) -> list[dict[str, Any]]:
         """Chunks before the first token."""
@@ -155,30 +167,58 @@ class Answer:
         texts = [self.engine.decode(r.prompt.ids, skip_special_tokens=False) for r in self.asked.requests]
         return [self.part(i, {"text": text, "logprobs": None}) for i, text in enumerate(texts)]
 
+    def sent(self, event: Event) -> bytes:
+        """The server-sent event of one event of the loop; nothing where it shows nothing yet."""
+        number = self._plain.get((event.request, event.sample)) if event.generation is None else None
+        if number is None:
+            chunk = self.chunk_of(event)
+            return b"" if chunk is None else sent(chunk)
+        if not event.text:
+            return b""
+        before, behind = self._frames[number]
+        return before + encoded(event.text) + behind
+
+    @cached_property
+    def _plain(self) -> dict[tuple[int, int], int]:
+        """The choices whose chunks are told apart by their text alone."""
+        more = self.asked.logprobs or self.asked.token_ids or self.asked.offer or self.asked.strategy
+        return {} if more else self._place
+
+    @cached_property
+    def _frames(self) -> list[tuple[bytes, bytes]]:
+        """What stands before and behind a text in the chunks of each choice; written once, for a token has no time."""
+        found = []
+        for number in self._place.values():
+            event = Event(0, 0, None, MARK)
+            chunk = sent(self.part(number, self.delta(number, event, None)))
+            before, _, behind = chunk.partition(encoded(MARK))
+            found.append((before, behind))
+        return found
+
     def chunk_of(self, event: Event) -> dict[str, Any] | None:
         """The chunk of one event, or None where it shows nothing yet."""
-        number = self._place[event.request, event.sample]
-        request = self.asked.requests[number]
+        key = event.request, event.sample
+        if event.generation is not None and event.generation.error is not None:
+            return None  # which the answer as a whole tells
+        number = self._place.setdefault(key, len(self._place))
         logprobs, ids = None, []
         if event.token_id is not None:
             at, ids = self._seen[number], [event.token_id]
             self._seen[number] += 1
             if self.asked.logprobs:
-                row = [self.shown(event.token_id)], ids, [event.raw_logprob], [request.top_logprobs[at]]
-                logprobs = self.logprobs(*row)
-        if not (event.text or logprobs or event.finish or self.asked.token_ids):
-            return None
-        delta = self.delta(event.text, logprobs)
+                best = self.asked.requests[number].top_logprobs[at]
+                logprobs = self.logprobs([self.shown(event.token_id)], ids, [event.raw_logprob], [best])
+        delta = self.delta(number, event, logprobs)
         if self.asked.token_ids:
             delta["token_ids"] = ids
-        if event.generation is None:
-            return self.part(number, delta)
-        extras = {"stop_reason": event.generation.stop_reason, "seed": event.generation.seed}
-        return self.part(number, delta, self.finish(event.generation), extras)
+        if event.generation is not None:
+            extras = {"stop_reason": event.generation.stop_reason, "seed": event.generation.seed}
+            return self.part(number, delta, self.finish(event.generation, number), extras)
+        return self.part(number, delta) if any(delta.values()) else None
 
-    def delta(self, text: str, logprobs: Any) -> dict[str, Any]:
-        """What a chunk adds."""
-        return {"text": text, "logprobs": logprobs}
+    def delta(self, number: int, event: Event, logprobs: Any) -> dict[str, Any]:
+        """What a chunk adds to a choice."""
+        return {"text": event.text, "logprobs": logprobs}
 
     def part(
         self, number: int, delta: dict, finish: str | None = None, extras: dict | None = None
@@ -199,8 +239,25 @@ class ChatAnswer(Answer):
 
     kind, prefix, chunk = "chat.completion", "chatcmpl", "chat.completion.chunk"
 
-    def content(self, result: Generation) -> dict[str, Any]:
-        message = {"role": "assistant", "content": result.text, "refusal": None}
+    def __init__(self, engine: Engine, asked: Asked, model: str):
+        super().__init__(engine, asked, model)
+        self._texts: dict[int, ToolText] = {}  # of choices that may call tools
+
+    def parted(self, number: int, text: str, end: bool) -> dict[str, Any]:
+        """What a choice says and calls with a text behind what it has written."""
+        if self.asked.offer is None:
+            return {"content": text} if text else {}
+        if number not in self._texts:
+            self._texts[number] = self.asked.offer.text()
+        said, calls = self._texts[number].push(text, end)
+        return ({"content": said} if said else {}) | ({"tool_calls": calls} if calls else {})
+
+    def content(self, result: Generation, number: int) -> dict[str, Any]:
+        parted = self.parted(number, result.text, end=True)
+        calls = [{k: v for k, v in call.items() if k != "index"} for call in parted.pop("tool_calls", ())]
+        message = {"role": "assistant", "content": None if calls else "", "refusal": None} | parted
+        if calls:
+            message["tool_calls"] = calls
         found = {"message": message, "logprobs": None}
         if self.asked.logprobs:
             rows = result.token_ids, result.raw_logprobs, result.top_logprobs or [{}] * result.n_new
@@ -223,8 +280,18 @@ class ChatAnswer(Answer):
         first = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
         return [self.part(i, first) for i in range(len(self.asked.requests))]
 
-    def delta(self, text: str, logprobs: Any) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}, "logprobs": logprobs}
+    def delta(self, number: int, event: Event, logprobs: Any) -> dict[str, Any]:
+        return {"delta": self.parted(number, event.text, event.finish is not None), "logprobs": logprobs}
+
+    def finish(self, result: Generation, number: int) -> str:
+        found, text = super().finish(result, number), self._texts.get(number)
+        called = text is not None and text.calls and not self.asked.offer.named
+        return "tool_calls" if called and found == "stop" else found
+
+
+def sent(content: dict[str, Any]) -> bytes:
+    """Content as a server-sent event."""
+    return b"data: " + encoded(content) + b"\n\n"
 
 
 def mean_logprob(result: Generation) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from ...params.sampling_params import SamplingParams
 from ...pipeline.processors import Grammar
 from ...strategies import named
 from .refusals import Refusal
+from .tools import Offer, offered
 
 PARTS = ("text", "input_text", "output_text")  # kinds of a message's content that hold text
 GRAMMARS: dict[str, Callable[[Any], Grammar]] = {
@@ -66,6 +68,7 @@ class Asked:
     both_logprobs: bool = False
     prompt_logprobs: bool = False
     trace: bool = False
+    offer: Offer | None = None
     strategy: Callable[..., Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -120,7 +123,21 @@ def chat(engine: Engine, body: Mapping[str, Any], limits: Limits) -> Asked:
         raise fields.refused(
             "logprobs", fields.left["logprobs"], "true or false, with the count in top_logprobs"
         )
-    return _asked(engine, fields, [conversation(engine, fields)], limits, None, None, False)
+    offer = tools_of(fields)
+    prompt = conversation(engine, fields, offer)
+    if offer is not None and offer.forced:
+        if {"response_format", "structured_outputs", *GRAMMARS} & fields.left.keys():
+            raise Refusal("tool_choice asks for a call, whose grammar is its own", param="tool_choice")
+        fields.left["json_schema"] = offer.schema()
+    asked = _asked(engine, fields, [prompt], limits, None, None, False)
+    asked.offer = offer
+    return asked
+
+
+def tools_of(fields: Fields) -> Offer | None:
+    """The tools that a body offers."""
+    tools, choice = fields.take("tools", list), fields.left.pop("tool_choice", "auto")
+    return offered(tools, choice, fields.take("parallel_tool_calls", bool, True))
 
 
 def tokens(engine: Engine, body: Mapping[str, Any]) -> list[int]:
@@ -129,7 +146,7 @@ def tokens(engine: Engine, body: Mapping[str, Any]) -> list[int]:
     fields.take("model", str)
     special = fields.take("add_special_tokens", bool, True)
     if "messages" in fields.left:
-        ids = conversation(engine, fields)
+        ids = conversation(engine, fields, tools_of(fields))
     else:
         text = fields.take("prompt", str)
         if text is None or engine.tokenizer is None:
@@ -182,9 +199,9 @@ def _prompts(given: Any) -> list:
     return given
 
 
-def conversation(engine: Engine, fields: Fields) -> list[int]:
-    """The ids of a body's messages in the chat template."""
-    messages, tools = fields.take("messages", list), fields.take("tools", list)
+def conversation(engine: Engine, fields: Fields, offer: Offer | None = None) -> list[int]:
+    """The ids of a body's messages, and of the tools on offer, in the chat template."""
+    messages, tools = fields.take("messages", list), offer and offer.tools
     extra = dict(fields.take("chat_template_kwargs", dict, {}))
     for name in ("add_generation_prompt", "continue_final_message"):
         if name in fields.left:
@@ -193,9 +210,6 @@ def conversation(engine: Engine, fields: Fields) -> list[int]:
         *extra
     }:
         raise Refusal(f"chat_template_kwargs: {name} is the server's own", param="chat_template_kwargs")
-    if fields.left.pop("tool_choice", "auto") not in ("auto", "none"):
-        raise Refusal('tool_choice: "auto" and "none" are offered', param="tool_choice")
-    fields.take("parallel_tool_calls", bool)
     try:
         return engine.chat_prompt([_flat(message) for message in messages or []], tools=tools, **extra)
     except PromptError as error:
@@ -207,7 +221,9 @@ def conversation(engine: Engine, fields: Fields) -> list[int]:
 
 
 def _flat(message: Any) -> Any:
-    """A message whose content is one text; what is no text is an error."""
+    """A message whose content is one text, and whose calls hold their arguments; what is no text is an error."""
+    if isinstance(message, dict) and isinstance(message.get("tool_calls"), list):
+        message = message | {"tool_calls": [_call(each) for each in message["tool_calls"]]}
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
     for part in message["content"]:
@@ -218,6 +234,18 @@ def _flat(message: Any) -> Any:
         ):
             raise Refusal("messages: parts of a content must be texts", param="messages")
     return message | {"content": "".join(part["text"] for part in message["content"])}
+
+
+def _call(call: Any) -> Any:
+    """A call of an earlier turn as templates write it out: its arguments as an object, not as OpenAI's text of one."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        arguments = function["arguments"]  # as a model wrote it
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def _asked(
@@ -249,8 +277,12 @@ def _asked(
         request.params = limited[key]
     if flags["trace"] and (len(requests) > 1 or stream or strategy):
         raise Refusal("trace follows one sample that is neither streamed nor a strategy's", param="trace")
-    if strategy and stream:
-        raise Refusal("a strategy tells its results when all are there: leave out stream", param="stream")
+    if strategy and best is not None:
+        raise Refusal("best_of is for the loop; a strategy chooses itself", param="best_of")
+    if strategy and stream and (len(prompts) > 1 or params.logprobs is not None):
+        raise Refusal("a strategy streams one prompt, without log-probabilities", param="stream")
+    if strategy:
+        samples = returned = 1  # it returns what it returns
     return Asked(
         requests, samples, returned, stream, usage, echo,
         logprobs=params.logprobs is not None, token_ids=flags["return_token_ids"],

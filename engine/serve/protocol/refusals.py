@@ -18,6 +18,7 @@ KINDS = {
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
+JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 LOST = re.compile(
     r"logits hold NaN|out of memory|the run ended|no block|blocks"
 )  # errors that are not the caller's
@@ -48,8 +49,10 @@ class Refusal(Exception):
         return as_json(self.body(), self.status, self.headers)
 
 
-def refusal_of(error: HandloomError) -> Refusal:
+def refusal_of(error: Refusal | HandloomError) -> Refusal:
     """What the engine or a worker would not do, as an answer."""
+    if isinstance(error, Refusal):
+        return error
     if isinstance(error, Full):
         return Refusal(
             f"{error}; try again later", 429, code="too_many_requests", headers={"Retry-After": "1"}
@@ -76,8 +79,9 @@ def as_json(content: Any, status: int = 200, headers: dict[str, str] | None = No
 
 def encoded(content: Any) -> bytes:
     """Content as the bytes of JSON."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
+    if isinstance(content, str):
+        return json.encoder.encode_basestring(content).encode("utf-8", "backslashreplace")
+    return JSON.encode(content).encode("utf-8", "backslashreplace")
 
 
 def decoded(body: bytes) -> dict[str, Any]:

@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine import Engine
-from ..experiments.analysis.trace import RAW, Step, followed, rounded
-from ..loop.generation import Event
-from ..params.sampling_params import SamplingParams
-from ..pipeline.members import remembers
-from ..strategies.kit.requests import Requests, push
-from .aside import run_strategy
-from .protocol.reading import Fields, Limits, conversation, strategy_of
-from .protocol.refusals import Refusal, refusal_of_result
+from ...engine import Engine
+from ...experiments.analysis.trace import RAW, Step, followed, rounded
+from ...loop.generation import Event
+from ...params.sampling_params import SamplingParams
+from ...pipeline.members import remembers
+from ...strategies.kit.decode import prompt_logprobs
+from ...strategies.kit.requests import Requests, push
+from ..aside import Watched, run_strategy
+from ..protocol.reading import Fields, conversation, strategy_of
+from ..protocol.refusals import Refusal, refusal_of_result
+from ..worker import Aside
+from .growth import Growth
 
 MOST = 64  # candidates
 
 
-def inspect(engine: Engine, body: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-    """Steps of one sample, each with what every member of its pipeline left.
+@dataclass(frozen=True)
+class Question:
+    """A body of the inspector's, read.
 
     Args:
-        body: `prompt` (text), `messages` or `prompt_ids`; `output_ids` that are taken as drawn; `params`, with a seed;
-            `steps` to draw behind them; `first`, the output position from which steps are told (default: the first
-            that is drawn); `candidates`, of the model's most probable tokens; `strategy`, a name or an object with its
-            options, that draws the steps instead of the loop.
+        prompt: its ids. output: ids behind it that are taken as drawn. params: of the sample, with its seed.
+        steps: to draw. first: output position from which steps are told. candidates: of the model's most probable
+            tokens. strategy, options: that draw the steps instead of the loop. stream: whether its passes are
+            told as they come. prompt_logprobs: whether the prompt's own tokens are judged.
+    """
 
-    Returns:
-        `prompt_ids`, `output_ids`, `steps`, `texts` of every id in them, `finish`, `members` of the pipeline in order,
-        `active` ones, and `warnings` of the linter about those.
+    prompt: list[int]
+    output: list[int]
+    params: SamplingParams
+    steps: int
+    first: int
+    candidates: int
+    strategy: Callable[..., Any] | None
+    options: dict[str, Any]
+    stream: bool
+    prompt_logprobs: bool
+
+
+def read(engine: Engine, body: Mapping[str, Any]) -> Question:
+    """A body: `prompt` (text), `messages` or `prompt_ids`, and the fields of `Question` but for those.
 
     Raises:
-        Refusal, HandloomError: something in the body is not usable.
+        Refusal, HandloomError: something in it is not usable.
     """
     fields = Fields(body)
     fields.take("model", str)
@@ -52,20 +68,49 @@ def inspect(engine: Engine, body: Mapping[str, Any], limits: Limits) -> dict[str
         if not low <= value <= high:
             raise fields.refused(name, value, f"a whole number of {low} to {high}")
         numbers[name] = value
+    flags = {name: fields.take(name, bool, False) for name in ("stream", "prompt_logprobs")}
     strategy, options = strategy_of(fields.take("strategy", (str, dict)))
     params = SamplingParams(
         **{"seed": 0, "max_new_tokens": engine.max_length} | fields.take("params", dict, {})
     )
     for name in fields.left:
         raise Refusal(f"unknown field {name!r}", param=name)
-    walk = Walk(engine, given, params.replace(n=1), numbers["candidates"])
-    if not strategy or not numbers["steps"]:
-        return walk.told(output, numbers["first"], numbers["steps"])
-    own = walk.params.replace(max_new_tokens=numbers["steps"])
-    result = run_strategy(engine, strategy, options, [[*walk.prompt, *output]], [own])[0]
-    if result.error is not None:
-        raise refusal_of_result(result.error)
-    return walk.told([*output, *result.token_ids], numbers["first"], 0) | {"finish": result.finish_reason}
+    request = engine.requests([given], params.replace(n=1))[0]
+    if len(request.prompt) + len(output) >= engine.max_length:
+        raise Refusal(f"{len(request.prompt)} + {len(output)} tokens leave no room in {engine.max_length}")
+    return Question(
+        request.prompt.ids, output, request.params, **numbers, strategy=strategy, options=options, **flags
+    )
+
+
+def answer(aside: Aside, engine: Engine, asked: Question) -> dict[str, Any]:
+    """Steps of one sample, each with what every member of its pipeline left.
+
+    Returns:
+        `prompt_ids`, `output_ids`, `steps`, `texts` of every id in them, `finish`, `members` of the pipeline in order,
+        `active` ones, and `warnings` of the linter about those; `results` of a strategy, best first as it gives them.
+
+    Raises:
+        Refusal, HandloomError: it cannot be answered.
+    """
+    told, output, steps = {}, asked.output, asked.steps
+    if asked.strategy and steps:
+        prefix = [*asked.prompt, *output]
+        growth = Growth(engine, prefix, aside.tell) if asked.stream else None
+        watched = Watched(engine, lambda: aside.left, growth and growth.look)
+        params = asked.params.replace(max_new_tokens=steps)
+        results = run_strategy(watched, asked.strategy, asked.options, [prefix], [params])
+        for result in results:
+            if result.error is not None:
+                raise refusal_of_result(result.error)
+        told = {
+            "finish": results[0].finish_reason,
+            "results": [growth.end(r) for r in results] if growth else [],
+        }
+        output, steps = [*output, *results[0].token_ids], 0
+    watched = Watched(engine, lambda: aside.left)
+    walk = Walk(watched, asked.prompt, asked.params, asked.candidates)
+    return walk.told(output, asked.first, steps, asked.prompt_logprobs) | told
 
 
 class Walk:
@@ -75,7 +120,7 @@ class Walk:
         engine: the model. prompt: text or ids. params: of the sample, with its seed. candidates: that are followed.
     """
 
-    def __init__(self, engine: Engine, prompt: Any, params: SamplingParams, candidates: int):
+    def __init__(self, engine: Engine | Watched, prompt: Any, params: SamplingParams, candidates: int):
         self.engine, self.candidates = engine, candidates
         asked = engine.requests([prompt], params)
         self.prompt, self.params = asked[0].prompt.ids, asked[0].params
@@ -83,12 +128,11 @@ class Walk:
         self.request = self.requests.open(0, engine)
         self.steps: list[Step] = []
 
-    def told(self, output: Sequence[int], first: int, count: int) -> dict[str, Any]:
-        """Everything as JSON's types."""
-        if len(self.prompt) + len(output) >= self.engine.max_length:
-            raise Refusal(
-                f"{len(self.prompt)} + {len(output)} tokens leave no room in {self.engine.max_length}"
-            )
+    def told(self, output: Sequence[int], first: int, count: int, judge: bool = False) -> dict[str, Any]:
+        """Everything as JSON's types; with `judge` the log-probability of every prompt token, too."""
+        judged = (
+            {"prompt_logprobs": rounded(prompt_logprobs(self.engine, self.request.prompt))} if judge else {}
+        )
         drawn = [*output, *self._run(list(output), first, count)]
         ids = {i for step in self.steps for i in step.candidates} | {*self.prompt, *drawn}
         known = self.engine.tokenizer is not None
@@ -103,7 +147,7 @@ class Walk:
             "steps": [rounded(asdict(step)) for step in self.steps],
             "members": [p.name for p in chain], "active": [p.name for p in active],
             "warnings": type(chain)(active, name="active").lint() if len(active) > 1 else [],
-        }  # fmt: skip
+        } | judged  # fmt: skip
 
     @torch.no_grad()
     def _run(self, output: list[int], first: int, count: int) -> list[int]:
