@@ -194,7 +194,7 @@ def _models(source: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]
     listed = given if isinstance(given, list) else [given]
     if isinstance(given, Mapping) and "name_or_path" not in given:
         listed = [
-            {"name": name} | (v if isinstance(v, Mapping) else {"name_or_path": v})
+            {"name": name, **(v if isinstance(v, Mapping) else {"name_or_path": v})}
             for name, v in given.items()
         ]
     models: dict[str, dict[str, Any]] = {}

@@ -51,7 +51,7 @@ class Generate:
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """A batch of columns with what was generated for each row."""
         column = self.prompt or next((name for name in CONTENT if name in batch), None)
-        if column not in batch:
+        if column is None or column not in batch:
             raise ParameterError(
                 f"rows have the columns {', '.join(batch)}; expected {column or ', '.join(CONTENT)}"
             )
@@ -137,7 +137,7 @@ def on_ray(
     options |= {"max_restarts": 3, "max_task_retries": 3}
 
     def draw(plan: Plan, model: str, units: Iterator[Unit]) -> Iterator[dict[str, Any]]:
-        actors = [ray.remote(Worker).options(**options).remote(plan, model) for _ in range(count)]
+        actors: list[Any] = [ray.remote(Worker).options(**options).remote(plan, model) for _ in range(count)]
         try:
             header, slots = ray.get(actors[0].ready.remote())
             yield header

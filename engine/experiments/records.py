@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,6 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import HandloomError, PromptError
-
-try:
-    import fcntl
-except ImportError:  # Windows: a second writer is not noticed there
-    fcntl = None
 
 KINDS = {"prompt": str, "text": str, "messages": list, "token_ids": list}
 
@@ -113,8 +109,10 @@ class ResultFile:
 
     def _claim(self) -> None:
         """Lock the file itself, until it is closed; nothing is left behind."""
-        if fcntl is None:
+        if sys.platform == "win32":  # a second writer is not noticed there
             return
+        import fcntl
+
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -164,6 +164,7 @@ def _stream(engine: Engine, units: list[Unit], chat: bool) -> Iterator[tuple[Uni
 
 def _strategy(engine: Engine, units: list[Unit], chat: bool) -> Iterator[tuple[Unit, Generation]]:
     setting = units[0].setting
+    assert setting.strategy is not None
     prompts = [prompt_of(engine, unit, chat) for unit in units]
     found = strategies.named(setting.strategy)(
         engine, prompts, [params_of(unit) for unit in units], **setting.options

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import ParameterError
 
@@ -19,12 +19,12 @@ FLOAT32_TINY = 1.1754943508222875e-38  # parameters reach the kernels as float32
 class FrozenDict(dict):
     """A dict that cannot change after it was made, and is hashable for it."""
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a parameter's mapping is read-only; use SamplingParams.replace()")
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
     def __reduce__(self) -> tuple:
@@ -101,7 +101,7 @@ def unique(entries: list) -> tuple:
     return tuple(dict.fromkeys(entries))
 
 
-def real(default: float, interval: str, *, off: float | None = None, also_off: tuple = ()) -> Any:
+def real(default: float | None, interval: str, *, off: float | None = None, also_off: tuple = ()) -> Any:
     """Field for a float within `interval`; `off` is always valid, and so are the other spellings of it."""
     span = Interval.parse(interval)
     wanted = f"a finite number in {interval}" + ("" if off is None else f", or {off:g} to switch it off")
@@ -235,7 +235,7 @@ def token_bias() -> Any:
     wanted = "a mapping {token id: finite bias}; to forbid a token write banned_tokens=[id]"
 
     def check(name: str, value: Any) -> FrozenDict:
-        entries = {}
+        entries: dict[Any, Any] = {}
         for key, bias in _pairs(name, value, wanted):
             key = _numeral(key)
             key = _text_or_id(name, key, wanted)
@@ -250,7 +250,7 @@ def sequence_bias() -> Any:
     wanted = "a mapping {(token ids): finite bias}; to forbid a sequence write bad_words=[[ids]]"
 
     def check(name: str, value: Any) -> FrozenDict:
-        entries = {}
+        entries: dict[Any, Any] = {}
         for key, bias in _pairs(name, value, wanted):
             _add(name, entries, _sequence(name, key, wanted), to_float(name, bias, wanted))
         return FrozenDict(entries)
@@ -263,7 +263,7 @@ def positions_to_ids() -> Any:
     wanted = "a mapping {output position from 0: token id}"
 
     def check(name: str, value: Any) -> FrozenDict:
-        entries = {}
+        entries: dict[Any, Any] = {}
         for key, token in _pairs(name, value, wanted):
             position = to_int(name, _numeral(key), 0, wanted=wanted)
             _add(name, entries, position, to_int(name, token, 0, wanted=wanted))

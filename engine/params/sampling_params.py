@@ -371,7 +371,7 @@ class SamplingParams:
 _CHECKS = {field.name: field.metadata["check"] for field in dataclasses.fields(SamplingParams)}
 
 # The signature that help() and notebooks show: the fields, although __init__ takes their aliases too.
-SamplingParams.__signature__ = inspect.Signature(
+SamplingParams.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         *(
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)

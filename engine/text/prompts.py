@@ -207,7 +207,9 @@ def _rows(batch: Mapping, pad_id: int | None, index: int) -> tuple[list[list[int
     if not isinstance(ids, list | tuple) or not ids:
         raise PromptError(f"prompt {index}: input_ids must be a non-empty list or tensor, got {_brief(ids)}")
     single = not isinstance(ids[0], list | tuple | torch.Tensor | np.ndarray)
-    rows = [ids] if single else [r.tolist() if isinstance(r, torch.Tensor | np.ndarray) else r for r in ids]
+    rows: list[Any] = (
+        [ids] if single else [r.tolist() if isinstance(r, torch.Tensor | np.ndarray) else r for r in ids]
+    )
     if mask is None:
         return rows, single
     masks = [mask] if single else mask

@@ -67,8 +67,17 @@ def verdict(source: str, *, seconds: float = 10.0, memory: int = 4 << 30) -> str
     """
     command = [sys.executable, "-I", "-c", CHILD, str(max(1, round(seconds))), str(memory)]
     with tempfile.TemporaryDirectory() as folder:
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        child = subprocess.Popen(command, cwd=folder, env={}, text=True, start_new_session=True, **pipes)
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={},
+            text=True,
+            start_new_session=True,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+        )
         try:
             said, wrong = child.communicate(source, timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -76,10 +76,11 @@ class Comparison:
         sides = []
         for name in (self.baseline, setting):
             key = (name, str(prompt), sample)
-            sides.append(next((r["text"] for r in self.records if identity(r) == key), None))
-            if sides[-1] is None:
+            found = next((r["text"] for r in self.records if identity(r) == key), None)
+            if found is None:
                 raise ParameterError(f"there is no sample {sample} of prompt {prompt!r} by {name!r}")
-        return marked(*sides)
+            sides.append(found)
+        return marked(sides[0], sides[1])
 
 
 def identity(record: Mapping[str, Any]) -> tuple[str, str, int]:
@@ -99,7 +100,7 @@ def compare_records(records: Records, metrics: Sequence[Any], baseline: str | No
     """
     names = list(dict.fromkeys(record["setting"] for record in records))
     baseline = names[0] if baseline is None and names else baseline
-    if baseline not in names or len(names) < 2:
+    if baseline is None or baseline not in names or len(names) < 2:
         raise ParameterError(
             f"compare: baseline {baseline!r} and another are needed; the records have {', '.join(names)}"
         )
@@ -168,8 +169,8 @@ def _pair(
     ]
     steps = [first_difference(a["token_ids"], b["token_ids"]) for a, b in both]
     shares: dict[str, list[float]] = defaultdict(list)
-    for a, b in both:
-        shares[str(a["prompt_id"])].append(equal_share(a["token_ids"], b["token_ids"]))
+    for one, other in both:
+        shares[str(one["prompt_id"])].append(equal_share(one["token_ids"], other["token_ids"]))
     equal = mean_interval([sum(found) / len(found) for found in shares.values()])
     return Pair(name, differences, _correctness(both), steps, equal, len(both))
 

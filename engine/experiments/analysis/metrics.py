@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -60,8 +61,8 @@ def repetition(record: Record, n: int) -> float | None:
 
 def diversity(record: Record) -> float | None:
     """Product over n = 2, 3, 4 of 1 - rep-n (arXiv 2202.06417)."""
-    shares = [repetition(record, n) for n in (2, 3, 4)]
-    return None if None in shares else math.prod(1 - share for share in shares)
+    shares = [share for n in (2, 3, 4) if (share := repetition(record, n)) is not None]
+    return math.prod(1 - share for share in shares) if len(shares) == 3 else None
 
 
 def distinct(records: Sequence[Record], n: int) -> float | None:
@@ -206,8 +207,8 @@ METRICS: dict[str, Metric] = {
         Metric("judge_logprob", lambda record: mean_logprob(record, "judge_logprobs")),
         Metric("judge_perplexity", judge_perplexity),
         Metric("watermark_p", watermark_p),
-        *(Metric(f"rep_{n}", lambda record, n=n: repetition(record, n)) for n in _ORDERS),
-        *(Metric(f"distinct_{n}", lambda records, n=n: distinct(records, n), group=True) for n in _ORDERS),
+        *(Metric(f"rep_{n}", partial(repetition, n=n)) for n in _ORDERS),
+        *(Metric(f"distinct_{n}", partial(distinct, n=n), group=True) for n in _ORDERS),
         Metric("diversity", diversity),
         Metric("compression", compression),
         Metric("self_bleu", self_bleu, group=True, needs="sacrebleu"),
@@ -215,14 +216,8 @@ METRICS: dict[str, Metric] = {
         Metric("exact_match", exact_match),
         Metric("numeric_match", numeric_match),
         Metric("correct", lambda record: None if record.get("correct") is None else float(record["correct"])),
-        *(
-            Metric(f"pass_{k}", lambda records, k=k: pass_rate(records, k), group=True)
-            for k in (1, 5, 10, 100)
-        ),
-        *(
-            Metric(f"majority_{k}", lambda records, k=k: majority(records, k), group=True)
-            for k in (5, 16, 64)
-        ),
+        *(Metric(f"pass_{k}", partial(pass_rate, k=k), group=True) for k in (1, 5, 10, 100)),
+        *(Metric(f"majority_{k}", partial(majority, k=k), group=True) for k in (5, 16, 64)),
         Metric("tokens_per_second", tokens_per_second),
         Metric("forward_passes", extra("passes")),
         Metric("acceptance", extra("acceptance")),

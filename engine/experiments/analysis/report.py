@@ -88,10 +88,10 @@ def over(records: Sequence[Mapping[str, Any]], metric: Metric, parameter: str):
         if found is not None and isinstance(values[setting].get(parameter), int | float):
             rest = setting.replace(f"{parameter}={values[setting][parameter]}", "").strip() or metric.name
             lines.setdefault(rest, []).append((values[setting][parameter], found))
-    for colour, (name, found) in zip(_colours(len(lines)), lines.items(), strict=True):
-        found.sort(key=lambda pair: pair[0])
-        x, y = [at for at, _ in found], [interval.value for _, interval in found]
-        bars = [[sum(_bars(i)[side]) for _, i in found] for side in (0, 1)]
+    for colour, (name, line) in zip(_colours(len(lines)), lines.items(), strict=True):
+        line.sort(key=lambda pair: pair[0])
+        x, y = [at for at, _ in line], [interval.value for _, interval in line]
+        bars = [[sum(_bars(i)[side]) for _, i in line] for side in (0, 1)]
         axes.errorbar(x, y, yerr=bars, marker="o", capsize=3, color=colour, label=name)
     axes.legend(fontsize="small", frameon=False)
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,10 @@ def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -
 
 
 def paired_difference(
-    first: dict[str, Sequence[float]], second: dict[str, Sequence[float]], level: float = 0.95, seed: int = 0
+    first: Mapping[str, Sequence[float]],
+    second: Mapping[str, Sequence[float]],
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Mean of `second - first` over the units that both have, each unit being the mean of its observations.
 
@@ -80,7 +83,7 @@ def paired_difference(
     shared = [unit for unit in first if len(first[unit]) and len(second.get(unit, ()))]
     if not shared:
         raise ValueError("nothing to compare: the two sides share no prompt")
-    return mean_interval([np.mean(second[u]) - np.mean(first[u]) for u in shared], level, seed)
+    return mean_interval([float(np.mean(second[u]) - np.mean(first[u])) for u in shared], level, seed)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:

@@ -136,7 +136,8 @@ class Trace:
         """
         path = Path(path)
         if path.suffix == ".npz":
-            np.savez_compressed(path, **self.arrays())
+            arrays: dict[str, Any] = self.arrays()
+            np.savez_compressed(path, **arrays)
         elif path.suffix == ".html":
             path.write_text(page(self), encoding="utf-8")
         else:

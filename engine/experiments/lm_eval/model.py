@@ -160,7 +160,7 @@ class HandloomLM(TemplateLM):
                 scores = self._scores(
                     [context for context, _ in group], [(c, requests[place][2]) for c, place in rows]
                 )
-                for (_, place), score in zip(rows, scores, strict=True):
+                for place, score in zip([place for _, place in rows], scores, strict=True):
                     found[place] = score
                     if requests[place][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[place][0], score)
@@ -181,6 +181,7 @@ class HandloomLM(TemplateLM):
         while longer:
             width = max(1, LOGITS // len(longer))
             state = self.engine.extend(state, [tokens[done:-1][:width] for _, tokens in longer])
+            assert state.all_logits is not None
             targets = [tokens[done + 1 :][:width] for _, tokens in longer]
             for (row, _), (logp, greedy) in zip(longer, _read(state.all_logits, targets), strict=True):
                 totals[row] = (totals[row][0] + logp, totals[row][1] and greedy)

@@ -101,7 +101,7 @@ class Now:
         return draw(self.processed if logits is None else logits, *keys, self.requests.rows.greedy_rows())
 
 
-Step = Callable[[Now], Tensor | tuple[Tensor, Joint | State]]
+Step = Callable[[Now], Tensor | tuple[Tensor, Joint | State] | None]
 
 
 def decode(
