@@ -14,12 +14,13 @@ from torch import Tensor
 from ..cache.transfer import upload
 from ..errors import ParameterError
 from .chains import chain_of
+from .drawing import Drawn
 from .foreign.huggingface import HFProcessor, TransformersWatermark, is_huggingface
 from .forms import Adapted, Context, Edit, Function, Keep, Processor
 from .members import reasons, unfused_alone
 from .processors import DEFAULT_ORDER
 from .processors.temperature import Temperature
-from .rows import Drawn, Rows
+from .rows import Rows
 
 __all__ = [
     "Context",

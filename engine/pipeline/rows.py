@@ -1,4 +1,4 @@
-"""Rows: the per-row parameters and memory of a pipeline, and the draw of one token a row."""
+"""Rows: the per-row parameters and memory of a pipeline."""
 
 from __future__ import annotations
 
@@ -12,34 +12,14 @@ from torch import Tensor
 
 from ..cache.transfer import upload
 from ..errors import HandloomError, ParameterError
-from ..kernels import dispatch
 from ..kernels.sampling.rules import Rule
-from ..kernels.sampling.sample import sample
+from .drawing import Drawn, draw_rows
 from .edits import Edits
 from .forms import Context, Edit, Keep, Processor, guarded, values_of
 from .members import Member, Plan, merge, put_memory, reasons, remembers, select_memory
 from .processors.temperature import Temperature
 
 NEG_INF = float("-inf")
-
-
-@dataclasses.dataclass
-class Drawn:
-    """One drawn token a row.
-
-    tokens: [B] int64. raw_logprobs: [B] float32, log_softmax of the logits as the model gave them, at the
-    token.
-    logprobs: [B] float32, the same after all processors (greedy rows: without temperature and truncation).
-    processed: [B, V] float32, or None where it was never written. A row whose logits are NaN, or which has no
-    token left, has NaN in a log-probability (and an arbitrary valid token).
-    top: ids int64 and raw log-probabilities float32 [B, n] of the most probable tokens, or None.
-    """
-
-    tokens: Tensor
-    raw_logprobs: Tensor
-    logprobs: Tensor
-    processed: Tensor | None
-    top: tuple[Tensor, Tensor] | None = None
 
 
 class Rows:
@@ -149,7 +129,7 @@ class Rows:
         """The members that are on for at least one row, in order."""
         return [member for member in self.members if any(member.on)]
 
-    def _view(self, member: Member, context: Context) -> Context:
+    def view(self, member: Member, context: Context) -> Context:
         """The step as one member sees it."""
         view = context.view(member.processor, member.ready(self.site), member.memory)
         view.vocab_size, view.eos_token_ids = self.site.vocab_size, self.site.eos_token_ids
@@ -173,10 +153,14 @@ class Rows:
             )
             self._plan.temperature = self._temperature([i for i in fused if self._is_temperature(i)])
             if not all(self.greedy):
-                self._plan.rules = [i if i in self._plan.remembering else self._rule(i) for i in keeps]
+                self._plan.rules = [i if i in self._plan.remembering else self.rule(i) for i in keeps]
             if not self._plan.plain or not all(self.greedy):
                 self._plan.untouched = self._untouched()
         return self._plan
+
+    def forget_plan(self) -> None:
+        """Plan the next draw anew."""
+        self._plan = None
 
     def _is_temperature(self, index: int) -> bool:
         return isinstance(self.members[index].processor, Temperature)
@@ -193,11 +177,11 @@ class Rows:
             temperature = torch.where(self.greedy_rows(), 0.0, temperature)
         return temperature
 
-    def _rule(self, index: int, context: Context | None = None) -> Rule:
+    def rule(self, index: int, context: Context | None = None) -> Rule:
         """The truncation rule of a member, in a step if it has memory."""
         member = self.members[index]
         if context is not None:
-            return member.processor.rule(self._view(member, context))
+            return member.processor.rule(self.view(member, context))
         return member.processor.rule(self.site.view(member.processor, member.ready(self.site), None))
 
     def _untouched(self) -> Tensor | None:
@@ -207,7 +191,7 @@ class Rows:
 
     def apply(self, logits: Tensor, context: Context) -> Tensor:
         """Processed logits [B, V] float32; `logits` itself, which is never written to, when all are off."""
-        return self._run([i for i, member in enumerate(self.members) if any(member.on)], logits, context)
+        return self.run([i for i, member in enumerate(self.members) if any(member.on)], logits, context)
 
     def one_by_one(self, logits: Tensor, context: Context) -> Tensor:
         """Processed logits by every processor's own `apply`, in order: what defines `apply` and `sample`."""
@@ -218,24 +202,26 @@ class Rows:
     def stages(self, logits: Tensor, context: Context) -> Iterator[tuple[Processor, Tensor]]:
         """What each active processor leaves of logits [B, V], in order."""
         for member in self.active():
-            logits = guarded(member.processor, logits, self._view(member, context))
+            logits = guarded(member.processor, logits, self.view(member, context))
             yield member.processor, logits
 
-    def _run(self, members: Sequence[int], logits: Tensor, context: Context) -> Tensor:
+    def run(self, members: Sequence[int], logits: Tensor, context: Context) -> Tensor:
         """Members one by one; neighbours that can edit in place share one copy of the logits."""
         buffer = None
         for i in members:
             member = self.members[i]
-            processor, view = member.processor, self._view(member, context)
+            processor, view = member.processor, self.view(member, context)
             if isinstance(processor, Edit) and processor.in_place:
                 if buffer is None:
                     buffer = torch.nn.functional.pad(logits, (0, 1))
                     logits = buffer[:, :-1]
-                processor.edit_in_place(buffer, view)
+                with self._blaming(member, view) as failed:
+                    processor.edit_in_place(buffer, view)
             else:
                 with self._blaming(member, view) as failed:
                     logits, buffer = guarded(processor, logits, view), None
-                logits = logits.masked_fill(failed[0], NEG_INF) if failed else logits
+            if failed:
+                logits, buffer = logits.masked_fill(failed[0], NEG_INF), None
         return logits.contiguous()  # a softmax over a strided view is several times slower
 
     @contextmanager
@@ -263,7 +249,7 @@ class Rows:
         members = [self.members[i] for i in self.plan().edits]
         if not members:
             return None
-        return Edits(logits, [(member.processor, self._view(member, context)) for member in members])
+        return Edits(logits, [(member.processor, self.view(member, context)) for member in members])
 
     def accept(self, tokens: Tensor, context: Context, *, every_row: bool = False) -> Rows:
         """Rows after `tokens` [B] int64 were committed; give the Context that `apply` or `sample` saw.
@@ -278,7 +264,7 @@ class Rows:
         idle = [] if every_row else (tokens < 0).nonzero().flatten().tolist()
         changed = {}
         for member in stateful:
-            view, memory = self._view(member, context), member.memory
+            view, memory = self.view(member, context), member.memory
             with self._blaming(member, view) as failed:
                 memory = member.processor.accept(memory, tokens if every_row else tokens.clamp(min=0), view)
             if failed:
@@ -315,76 +301,8 @@ class Rows:
         return other
 
     def sample(self, logits: Tensor, context: Context, n_top: int = 0) -> Drawn:
-        """Process raw `logits` [B, V] float32 and draw one token a row; n_top: how many alternatives to tell.
-
-        Edits, temperature and truncation rules at the end of the pipeline run inside `kernels.sample` together
-        with the draw, with the tokens that `apply` and `kernels.draw` would give. On a CPU the edits are made in one
-        copy of the logits instead, which is cheaper there, and where all rows are greedy nothing is drawn.
-        """
-        plan, kernels = self.plan(), implementation(logits.device)
-        if kernels == "torch":
-            processed, edits = self._run([*plan.unfused, *plan.edits], logits, context), None
-            if all(self.greedy):
-                return self._best(plan, logits, processed, context, n_top)
-        else:
-            processed = self._run(plan.unfused, logits, context)
-            edits = self.edits(processed, context)
-        rules = (self._rule(rule, context) if isinstance(rule, int) else rule for rule in plan.rules)
-        seen = kernels != "torch" and processed is logits  # whether the sampler sees what the model gave
-        drawn = sample(
-            processed,
-            seeds=context.seeds,
-            positions=context.positions,
-            streams=context.streams,
-            temperature=plan.temperature,
-            rules=tuple(rules),
-            logprobs="chosen",
-            n_top=n_top if seen else 0,
-            kernels=kernels,
-            **({} if edits is None else edits.arguments()),
-        )
-        # -1 marks a row without a drawable token; its log-probabilities are NaN
-        tokens = drawn.tokens.clamp(min=0)
-        self._note(plan, context, tokens, drawn.logprob, processed if edits is None else edits)
-        raw, final, top = drawn.raw_logprob, drawn.logprob, (drawn.top_ids, drawn.top_logprobs)
-        if raw is None or not seen:
-            raw, top = told(logits, tokens, n_top)
-        if kernels == "torch" and any(self.greedy):
-            # by the formula of a batch without sampling rows, to the last bit
-            final = torch.where(self.greedy_rows(), told(processed, tokens)[0], final)
-        elif plan.plain and all(self.greedy):
-            final = raw
-        elif plan.untouched is not None:
-            final = torch.where(plan.untouched, raw, final)
-        return Drawn(tokens, raw, final, None, top if n_top else None)
-
-    def _best(self, plan: Plan, logits: Tensor, processed: Tensor, context: Context, n_top: int) -> Drawn:
-        """The highest token of every row."""
-        tokens = processed.argmax(-1)
-        raw, top = told(logits, tokens, n_top)
-        final = raw if processed is logits else told(processed, tokens)[0]
-        self._note(plan, context, tokens, final, processed)
-        return Drawn(tokens, raw, final, processed, top)
-
-    def _note(
-        self, plan: Plan, context: Context, tokens: Tensor, logprobs: Tensor, edited: Tensor | Edits
-    ) -> None:
-        """Leave for `accept` of a fused rule with memory what probability any token had in what the rules left."""
-        if not plan.remembering:
-            return
-        temperature = (
-            plan.temperature if plan.temperature is None else plan.temperature.where(plan.temperature > 0, 1)
-        )
-
-        def at(ids: Tensor) -> Tensor:
-            values = edited.at(ids) if isinstance(edited, Edits) else edited.gather(1, ids[:, None])[:, 0]
-            return values if temperature is None else values / temperature
-
-        def logprob(ids: Tensor) -> Tensor:
-            return logprobs if ids is tokens else logprobs + (at(ids) - at(tokens))
-
-        for i in plan.remembering:
-            self._view(self.members[i], context).note(logprob)
+        """Process raw `logits` [B, V] float32 and draw one token a row; n_top: how many alternatives to tell."""
+        return draw_rows(self, logits, context, n_top)
 
     def greedy_rows(self) -> Tensor | None:
         """[B] bool: rows that take the argmax; None when there are none."""
@@ -393,22 +311,3 @@ class Rows:
         if self._greedy_tensor is None:
             self._greedy_tensor = upload(self.greedy, self.site.device, None)
         return self._greedy_tensor
-
-
-def implementation(device: torch.device) -> str | None:
-    """Which kernels `sample` is asked for: "torch" where Triton's cannot run, or only in its interpreter and nobody
-    names it.
-    """
-    return "torch" if dispatch.select("sample", device) == "torch" else None
-
-
-def logprob_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log_softmax(logits [B, V]) at tokens [B], [B] float32; NaN for rows of NaN or of -inf alone."""
-    return told(logits, tokens)[0]
-
-
-def told(logits: Tensor, tokens: Tensor, n_top: int = 0) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Log-probabilities [B] of tokens [B] under logits [B, V], and ids and log-probabilities [B, n] of the highest."""
-    shares = logits.log_softmax(-1)
-    best = shares.topk(n_top) if n_top else None
-    return shares.gather(-1, tokens[:, None])[:, 0], best and (best.indices, best.values)

@@ -8,7 +8,7 @@ from architectures import prompts_of
 from helpers import assert_nothing_leaked, tiny_llama
 
 from handloom import Engine, ParameterError, Pipeline, SamplingParams
-from handloom.processors import Processor
+from handloom.processors import Edit, Keep, Processor
 from handloom.strategies import contrastive_search, speculative
 
 PROMPTS = prompts_of([5, 9, 3, 12])
@@ -46,6 +46,33 @@ def nothing(logits, context):
     return None
 
 
+class Levels(Keep):
+    """Raises inside the sampler."""
+
+    defaults = {"n": 0.0}
+
+    def level(self, statistics, n):
+        return statistics.variance - n
+
+
+class Masses(Keep):
+    """Raises before the sampler, while the step is planned."""
+
+    defaults = {"n": 0.0}
+
+    def mass(self, context):
+        raise ZeroDivisionError("no mass")
+
+
+class Lists(Edit):
+    """Raises among the edits that share a copy of the logits."""
+
+    defaults = {"n": 0.0}
+
+    def listed(self, context):
+        raise TypeError("no list")
+
+
 class Forgets(Processor):
     """Raises when it accepts its second token."""
 
@@ -74,10 +101,20 @@ FAULTS = {
     nan: "processor 'nan' returned NaN",
     infinite: r"processor 'infinite' returned \+inf",
     nothing: r"processor 'nothing' must return logits of shape \[\d, 101\], got None",
+    Levels(
+        1.0
+    ): "processor 'Levels' raised AttributeError: there is no statistic 'variance'; a rule may read maximum",
+    Masses(1.0): "processor 'Masses' raised ZeroDivisionError: no mass",
+    Lists(1.0): "processor 'Lists' raised TypeError: no list",
     Forgets(): "processor 'Forgets' raised KeyError: 'count'",
     StartsBadly(): "processor 'StartsBadly' raised OSError: no file",
 }
-NAMES = [getattr(f, "__name__", type(f).__name__) for f in FAULTS]
+CASES = [
+    pytest.param(fault, message, sampled, id=f"{getattr(fault, '__name__', type(fault).__name__)}-{mode}")
+    for fault, message in FAULTS.items()
+    for mode, sampled in (("greedy", 0.0), ("sampled", 1.0))
+    if sampled or not isinstance(fault, Keep)  # a greedy row is not truncated
+]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +123,7 @@ def model():
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["loop", "program"])
-@pytest.mark.parametrize("sampled", [0.0, 1.0], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(("fault", "message"), FAULTS.items(), ids=NAMES)
+@pytest.mark.parametrize(("fault", "message", "sampled"), CASES)
 def test_its_rows_end_in_error_and_the_others_are_as_they_were(model, fault, message, sampled, graph):
     plain = SamplingParams(max_new_tokens=6, temperature=sampled, seed=5)
     engine = Engine(model, slots=2, graph=graph)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import ParameterError
 from ...loop.generation import Event, Generation
-from ...pipeline.rows import logprob_of
+from ...pipeline.drawing import logprob_of
 from ..kit.requests import Requests, limit, push, stop_ids
 from .acceptance import DRAFT, RULES, block
 from .drafting import DraftModel, Drafts, prompt_lookup

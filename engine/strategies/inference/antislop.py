@@ -10,7 +10,7 @@ import torch
 from ...errors import ParameterError
 from ...kernels.sampling.draw import draw
 from ...loop.generation import Generation
-from ...pipeline.rows import logprob_of
+from ...pipeline.drawing import logprob_of
 from ...state import State
 from ..kit.requests import Requests, push
 

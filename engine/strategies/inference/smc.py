@@ -13,7 +13,7 @@ from ...errors import ParameterError
 from ...kernels.sampling.draw import coin, draw
 from ...loop.generation import Generation
 from ...loop.request import Request
-from ...pipeline.rows import logprob_of
+from ...pipeline.drawing import logprob_of
 from ..kit.particles import effective, log_mean, normalised, systematic
 from ..kit.requests import Requests, push
 

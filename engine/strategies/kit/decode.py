@@ -16,7 +16,7 @@ from ...errors import HandloomError, ParameterError
 from ...kernels.sampling.draw import draw
 from ...loop.generation import Event, Results
 from ...loop.request import Request
-from ...pipeline.rows import logprob_of
+from ...pipeline.drawing import logprob_of
 from ...state import State
 from .joint import Joint
 from .requests import Requests, push

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...kernels.sampling.draw import draw
-from ...pipeline.rows import logprob_of
+from ...pipeline.drawing import logprob_of
 from ...state import State
 from .requests import Requests, stop_ids
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...errors import ParameterError
 from ...kernels.noise.philox import gumbel
 from ...loop.generation import Generation
-from ...pipeline.rows import logprob_of
+from ...pipeline.drawing import logprob_of
 from ..kit.requests import Requests, push
 
 ROOT = 2**29  # stream of the root's noise, clear of those of the beams
