@@ -6,6 +6,7 @@ import pytest
 from served import chat_engine
 
 from handloom.errors import HandloomError
+from handloom.experiments.analysis.trace import PAGE
 from handloom.serve.inspector import steps
 from handloom.serve.protocol.refusals import Refusal
 from handloom.serve.worker import Aside
@@ -28,6 +29,10 @@ def test_any_prefix_goes_on_as_the_whole_does(kind):
     whole = asked(engine, params=params)
     tokens = engine.generate("the quick", max_new_tokens=8, **params).token_ids
     assert whole["output_ids"] == tokens
+    judged = asked(engine, params=params, steps=0, prompt_logprobs=True)["prompt_logprobs"]
+    assert judged[1:] == pytest.approx(
+        engine.generate("the quick", max_new_tokens=1, prompt_logprobs=0).prompt_logprobs[1:], rel=1e-3
+    )
     assert asked(engine, params=params, output_ids=tokens[:5], steps=3)["output_ids"] == tokens
     again = asked(engine, params=params, output_ids=tokens, first=0, steps=0)
     for one, other in zip(again["steps"], whole["steps"], strict=True):
@@ -86,7 +91,8 @@ def test_one_step_is_small_and_its_end_is_told():
         "typical_p": 0.99,
     }
     step = asked(engine, params=params, steps=1, candidates=64)
-    assert len(json.dumps(step)) < 100_000
+    whole = sum(file.stat().st_size for file in PAGE.iterdir()) + len(json.dumps(step))
+    assert whole < 100_000  # bytes: the page, and all that it asks to show a step
     ended = asked(engine, params={"stop_token_ids": list(range(engine.vocab_size))})
     assert ended["finish"] == "stop"
     assert len(ended["steps"]) == 1

@@ -4,7 +4,6 @@ import re
 import shutil
 
 import pytest
-from served import chat_engine, served
 
 from handloom import SamplingParams
 from handloom.experiments.analysis.trace import trace
@@ -15,12 +14,6 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"
 )
 SETTINGS = {"temperature": 1.5, "top_p": 0.8, "repetition_penalty": 1.4}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served(chat_engine(slots=2)) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -151,12 +144,68 @@ def test_a_step_at_a_time_and_errors_in_words(page, server):
     assert 'prompts: ["the quick"]' in code[2]
 
 
+def test_strategies_are_drawn_as_they_go_and_stand_side_by_side(page, server):
+    """Prompt tokens are coloured, too; beams and drafts form a tree, pass by pass, and leave two branches."""
+    generated(page, server, count=3, temperature=0, repetition_penalty=0.5)  # what was said is said again
+    judged = page.evaluate("import('/page/model.js').then(m => m.view.judged)")
+    given = server.engine.encode("the quick")
+    assert judged[0] is None
+    assert judged[1:] == pytest.approx(
+        server.engine.score(server.engine.prefill([given[:1]]), [given[1:]])[0].tolist(), rel=1e-3
+    )
+    assert page.locator("#text i").count() == len(given)
+    assert "rgba" in page.locator("#text i").nth(1).evaluate("mark => getComputedStyle(mark).backgroundColor")
+    page.hover("#text i >> nth=1")
+    assert "by the model" in page.inner_text("#tip")
+
+    page.fill("#count", "30")
+    page.dispatch_event("#count", "change")
+    for number, strategy in enumerate(('{"name": "beam_search", "num_beams": 3}', "speculative"), 2):
+        page.select_option("#branch", "0")
+        page.click('#text b[data-at="0"]')
+        page.fill("#strategy", strategy)
+        page.click("#decode")
+        settled(page, f"document.querySelectorAll('#branch option').length === {number}")
+        last = page.evaluate(
+            "import('/page/model.js').then(m => [m.view.growth.passes.length, m.branch().ids])"
+        )
+        texts = [server.engine.decode([i], skip_special_tokens=False) for i in last[1]]
+        assert page.locator("#twigs .final").count() == len(texts)
+        assert page.input_value("#pass") == str(last[0])
+        page.focus("#pass")
+        page.keyboard.press("Home")
+        page.keyboard.press("ArrowRight")
+        assert page.inner_text("#pass-number") == f"1 of {last[0]}"
+        assert page.locator("#twigs .final").count() == 0
+        assert page.locator("#twigs .kept").count() >= 1
+        page.keyboard.press("End")
+        if strategy == "speculative":
+            accepted, proposed = re.match(r"(\d+) of (\d+) drafted", page.inner_text("#tree-note")).groups()
+            assert page.locator("#twigs .accepted").count() == int(accepted) > 0
+            assert page.locator("#twigs .rejected").count() == int(proposed) - int(accepted)
+        else:
+            assert page.locator("#twigs .dropped").count() > 0
+    page.click("#tree-close")
+    page.select_option("#other", "1")  # beams beside drafts, on one prefix
+    one, two = page.evaluate("import('/page/model.js').then(m => m.view.branches.slice(1).map(b => b.ids))")
+    differs = next(
+        (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+    )
+    assert page.inner_text("#apart") == f"the two are one text up to token {differs}"
+    assert page.locator("#twigs button.final").count() == len(two)
+    page.locator("#twigs button.final").nth(1).click()
+    assert "Token 1" in page.inner_text("#here h2")
+
+
 @pytest.mark.parametrize(("width", "theme"), [(1600, "light"), (400, "dark")])
 def test_it_fits_and_axe_finds_no_serious_violation(page, server, width, theme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     page.set_viewport_size({"width": width, "height": 900})
     page.emulate_media(color_scheme=theme)
     generated(page, server, **SETTINGS)
+    page.fill("#strategy", "beam_search")
+    page.click("#decode")
+    settled(page, "document.querySelector('#twigs .final')")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate("document.documentElement.dataset.theme") == theme
     found = axe.Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]

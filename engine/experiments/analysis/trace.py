@@ -16,7 +16,7 @@ from torch import Tensor
 from ...engine import Engine
 from ...errors import HandloomError, ParameterError
 from ...loop.generation import Generation
-from ...strategies.kit.decode import Now, decode
+from ...strategies.kit.decode import Now, decode, prompt_logprobs
 
 RAW = "model"  # name of the distribution before the first member
 PAGE = Path(__file__).parent / "page"  # the inspector's, which a server shows as it is
@@ -25,6 +25,7 @@ MODULES = (
     "server.js",
     "tokens.js",
     "step.js",
+    "tree.js",
     "controls.js",
     "main.js",
 )  # each after those it imports
@@ -73,11 +74,13 @@ class Trace:
 
     Args:
         generation: as `Engine.generate` gives it. steps: one a token. texts: id -> text.
+        prompt_logprobs: of each prompt token after those before it.
     """
 
     generation: Generation
     steps: Sequence[Step]
     texts: Mapping[int, str]
+    prompt_logprobs: Sequence[float | None] = ()
 
     def __str__(self) -> str:
         lines = [f"{'token':>16}  {'kept':>7}  {'entropy':>7}  removed by each member; greedy token"]
@@ -124,6 +127,7 @@ class Trace:
             "prompt": self.generation.prompt_token_ids,
             "finish": self.generation.finish_reason,
             "seed": self.generation.seed,
+            "prompt_logprobs": rounded([*self.prompt_logprobs]),
             "texts": texts,
             "steps": [rounded(asdict(step)) for step in self.steps],
         }
@@ -187,7 +191,7 @@ def trace(
         if engine.tokenizer is None
         else {i: engine.decode([i], skip_special_tokens=False) for i in sorted(ids)}
     )
-    return Trace(generation, steps, texts)
+    return Trace(generation, steps, texts, prompt_logprobs(engine, engine.requests([prompt])[0].prompt))
 
 
 def followed(

@@ -2,9 +2,12 @@
 import { FIELDS, params, view } from './model.js';
 import { element } from './tokens.js';
 
+const FIRST = { temperature: 'draw', top_k: 'truncation', repetition_penalty: 'repetition' };
+
 export function showFields(onChange) {
   const place = document.getElementById('fields');
   for (const [name, start] of Object.entries(FIELDS)) {
+    if (name in FIRST) place.append(element('h3', '', FIRST[name]));
     const label = element('label', '', name), input = element('input');
     label.htmlFor = input.id = `field-${name}`;
     Object.assign(input, { type: 'number', step: 'any', placeholder: start });

@@ -1,8 +1,9 @@
 // What happens when: generating, changing a parameter, branching, comparing, restoring a link.
 import { branch, FIELDS, link, params, shape, text, unlink, view } from './model.js';
-import { ask, prompted } from './server.js';
+import { ask, follow, prompted } from './server.js';
 import { element, select, showBranches, showText, visible } from './tokens.js';
 import { showStep, showTip } from './step.js';
+import { showGrowth, showTree } from './tree.js';
 import { COPIES, fillFields, showFields, showOrder } from './controls.js';
 
 const by = id => document.getElementById(id);
@@ -28,6 +29,7 @@ async function working(what, action) {
 }
 
 function learn(found) {
+  if (found.prompt_logprobs) view.judged = found.prompt_logprobs;
   Object.assign(view, { promptIds: found.prompt_ids, members: found.members, active: found.active, warnings: found.warnings });
 }
 
@@ -37,6 +39,7 @@ const lineOf = (found, name, from, start, before = []) =>
 function show() {
   showBranches();
   showText();
+  showTree(visit);
   showOrder(changed);
   showStep(pick, apply);
   keep();
@@ -49,10 +52,10 @@ function keep() {
 function generate() {
   view.prompt = by('prompt').value;
   return working('generating …', async current => {
-    const found = await ask({ ...prompted(), params: params(), steps: view.count });
+    const found = await ask({ ...prompted(), params: params(), steps: view.count, prompt_logprobs: true });
     if (!current()) return;
     learn(found);
-    Object.assign(view, { branches: [lineOf(found, 'text', null, 0)], branch: 0, other: -1, at: 0, now: null });
+    Object.assign(view, { branches: [lineOf(found, 'text', null, 0)], branch: 0, other: -1, at: 0, now: null, growth: null });
     show();
   });
 }
@@ -62,8 +65,14 @@ function grow(prefix, count, what, further = {}) {
   const line = branch(), fresh = what !== null;
   return working('generating …', async current => {
     const first = Math.min(prefix.length, fresh ? view.at : line.ids.length);
-    const found = await ask({ prompt_ids: view.promptIds, output_ids: prefix, first, steps: count, params: params(), ...further });
-    if (!current()) return;
+    const asked = { prompt_ids: view.promptIds, output_ids: prefix, first, steps: count, params: params(), ...further };
+    view.growth = further.strategy ? { name: `${what.replace(/^\d+: /, '')}, pass by pass`, passes: [], results: [], shown: null } : null;
+    const found = await (further.strategy ? follow(asked, pass => current() && watched(pass)) : ask(asked));
+    if (!current() || !found) return;
+    if (view.growth) {
+      view.growth.results = found.results;
+      for (const result of found.results) Object.assign(view.texts, result.texts);
+    }
     learn(found);
     view.now = null;
     const grown = lineOf(found, fresh ? what : line.name, fresh ? view.branch : line.from, fresh ? first : line.start, line.steps.slice(0, first));
@@ -76,6 +85,24 @@ function grow(prefix, count, what, further = {}) {
     }
     show();
   });
+}
+
+// One pass more of a strategy; several that come in one frame are drawn once.
+let drawing = false;
+function watched(pass) {
+  view.growth.passes.push(pass);
+  by('tree').hidden = false;
+  if (!drawing) {
+    drawing = true;
+    requestAnimationFrame(() => { drawing = false; if (view.growth) showTree(visit); });
+  }
+  return true;
+}
+
+// A token of the tree of branches.
+function visit({ number, at }) {
+  Object.assign(view, { branch: number, at, now: null });
+  show();
 }
 
 const more = count => branch() ? grow(branch().ids, count, null) : generate();
@@ -116,6 +143,7 @@ function go(at) {
   view.at = at;
   view.now = null;
   select(at);
+  if (!view.growth) showTree(visit);
   showStep(pick, apply);
   keep();
   if (!view.offline && shape() !== branch().shape) changed();
@@ -129,7 +157,7 @@ async function restore(saved) {
     const lines = [];
     for (const { ids, from, start, shape: s } of saved.lines) {
       const asked = lines.length ? { prompt_ids: view.promptIds } : prompted();
-      const found = await ask({ ...asked, output_ids: ids, first: 0, steps: 0, params: JSON.parse(s) });
+      const found = await ask({ ...asked, output_ids: ids, first: 0, steps: 0, params: JSON.parse(s), prompt_logprobs: !lines.length });
       learn(found);
       const name = from === null ? 'text' : `${start}: ${visible(text(ids[start]))}`;
       lines.push({ ...lineOf(found, name, from, start), shape: s });
@@ -166,8 +194,10 @@ function listen() {
     go(Math.round((event.clientX - box.left) / box.width * (branch().ids.length - 1)));
   };
   by('text').onclick = event => { const mark = event.target.closest('b'); if (mark) go(Number(mark.dataset.at)); };
+  by('pass').oninput = () => { view.growth.shown = Number(by('pass').value); showGrowth(); };
+  by('tree-close').onclick = () => { view.growth = null; showTree(visit); };
   for (const place of [by('text'), by('beside')]) {
-    place.onpointerover = event => { const mark = event.target.closest('b'); if (mark) showTip(mark); else by('tip').hidden = true; };
+    place.onpointerover = event => { const mark = event.target.closest('b, i'); if (mark) showTip(mark); else by('tip').hidden = true; };
     place.onpointerleave = () => { by('tip').hidden = true; };
   }
   by('copies').onclick = async event => {
@@ -194,7 +224,7 @@ function open(data) {
   view.offline = true;
   for (const name of ['ask', 'settings']) by(name).hidden = true;
   document.querySelector('main').classList.add('offline');
-  Object.assign(view, { promptIds: data.prompt, texts: data.texts, at: data.steps.length ? 0 : -1 });
+  Object.assign(view, { promptIds: data.prompt, judged: data.prompt_logprobs, texts: data.texts, at: data.steps.length ? 0 : -1 });
   view.branches = [{ ids: data.steps.map(s => s.token), steps: data.steps, finish: data.finish, name: 'text', from: null, start: 0, shape: shape() }];
   const saved = unlink(location.hash);
   if (saved) Object.assign(view, { at: Math.min(saved.at, data.steps.length - 1), colour: saved.colour ?? 'model' });
@@ -210,4 +240,5 @@ if (data) open(data);
 else {
   const saved = unlink(location.hash);
   if (saved) await restore(saved); else fill();
+  if (!branch()) show();
 }

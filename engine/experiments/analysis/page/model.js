@@ -1,14 +1,14 @@
 // What the page shows, and the link that brings it back. A branch is a line of token ids with a step for each.
 
 export const FIELDS = {
-  temperature: 1, top_k: 0, top_p: 1, min_p: 0, typical_p: 1, top_n_sigma: 0, epsilon_cutoff: 0, xtc_probability: 0,
+  temperature: 1, seed: 0, dynatemp_range: 0, mirostat: 0,
+  top_k: 0, top_p: 1, min_p: 0, typical_p: 1, top_n_sigma: 0, epsilon_cutoff: 0, xtc_probability: 0,
   repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0, dry_multiplier: 0, no_repeat_ngram_size: 0,
-  dynatemp_range: 0, mirostat: 0, seed: 0,
 };
 
 export const view = {
   offline: false, prompt: '', chat: false, count: 40, values: {}, extra: '', order: [],
-  promptIds: [], texts: {}, members: [], active: [], warnings: [],
+  promptIds: [], judged: null, growth: null, texts: {}, members: [], active: [], warnings: [],
   branches: [], branch: 0, other: -1, at: -1, colour: 'model', now: null,
 };
 

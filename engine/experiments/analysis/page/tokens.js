@@ -12,23 +12,29 @@ export function element(kind, name = '', content = '') {
   return made;
 }
 
-function shade(step) {
-  if (view.colour === 'entropy') {
-    const entropy = step.stages[0].entropy / 5;
-    return `hsl(${Math.round(120 - 120 * Math.min(1, entropy))} 80% 50% / .35)`;
-  }
-  return `hsl(${Math.round(120 * probability(step, view.colour === 'drawn' ? -1 : 0))} 80% 50% / .35)`;
+// Nothing where it was sure, amber to red the more it was surprised; entropy in blue.
+function shade(mark, amount, hot, most = .5) {
+  const s = Math.max(0, Math.min(1, amount));
+  mark.style.background = s < .02 ? '' : hot ? `hsl(${Math.round(46 - 40 * s)} 90% 52% / ${(.08 + most * s).toFixed(2)})` : `hsl(214 90% 55% / ${(most * s).toFixed(2)})`;
 }
+
+const surprise = p => p > 0 ? -Math.log(p) / 7 : 1;
+const amount = step => view.colour === 'entropy' ? step.stages[0].entropy / 6 : surprise(probability(step, view.colour === 'drawn' ? -1 : 0));
 
 function write(place, line, from) {
   const parts = document.createDocumentFragment();
-  parts.append(element('span', 'given', view.promptIds.map(text).join('')));
+  view.promptIds.forEach((id, at) => {
+    const mark = element('i', 'given', text(id)), p = view.judged?.[at];
+    if (p != null && view.colour !== 'entropy') shade(mark, -p / 7, true, .2);
+    mark.dataset.prompt = at;
+    parts.append(mark);
+  });
   line.ids.forEach((id, at) => {
-    const mark = element('b', '', text(id) || '∅');
+    const mark = element('b', '', text(id) || '∅'), step = line.steps[at];
     mark.dataset.at = at;
-    mark.style.background = shade(line.steps[at]);
+    shade(mark, amount(step), view.colour !== 'entropy');
     if (from !== null && at >= from) mark.classList.add('apart');
-    if (line.steps[at].drawn !== null && line.steps[at].drawn !== undefined) mark.classList.add('chosen');
+    if (step.drawn !== null && step.drawn !== undefined) mark.classList.add('chosen');
     parts.append(mark);
   });
   place.replaceChildren(parts);
@@ -38,7 +44,9 @@ export function showText() {
   const mine = branch(), other = view.branches[view.other], places = [document.getElementById('text'), document.getElementById('beside')];
   const from = other && mine && other !== mine ? divergence(mine, other) : null;
   places[1].hidden = from === null;
-  if (!mine) { places[0].replaceChildren(); return; }
+  document.getElementById('view').hidden = !mine;
+  if (!mine) return;
+  document.getElementById('legend').className = view.colour;
   write(places[0], mine, from);
   if (from !== null) write(places[1], other, from);
   document.getElementById('apart').textContent = from === null ? (mine.finish ? `ended: ${mine.finish}` : '') : `the two are one text up to token ${from}`;
@@ -49,7 +57,9 @@ export function showText() {
 function showLine() {
   const line = document.getElementById('line'), steps = branch().steps, most = Math.max(1e-9, ...steps.map(s => s.stages[0].entropy));
   line.replaceChildren();
+  document.getElementById('chart').hidden = steps.length < 2;
   if (steps.length < 2) return;
+  document.getElementById('most').textContent = `top ${most.toFixed(2)}`;
   line.setAttribute('viewBox', `0 0 ${steps.length - 1} 1`);
   for (const [stage, name] of [[0, 'model'], [-1, 'left']]) {
     const path = document.createElementNS(SVG, 'polyline');
