@@ -31,7 +31,7 @@ UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "o
 
 def stream_to(
     streamer: Any, events: Iterable[Event], prompt_token_ids: Iterable[int] | None = None
-) -> Generation:
+) -> Generation | None:
     """Feed a Hugging Face streamer (`put`, `end`) from `Engine.stream` of one prompt; returns the Generation.
 
     prompt_token_ids: put first, as `generate` does; leave it out to stream the answer alone. Raises

@@ -174,9 +174,9 @@ class Engine(Stepping):
 
     # -- generating
 
-    # For type checkers: one prompt gives one Generation, unless several samples are asked for.
+    # For type checkers: one prompt gives one Generation, unless several samples are asked for; 1 is an int, too.
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
         prompts: One,
         params=None,

@@ -1,8 +1,16 @@
 """Errors that handloom raises: one base class, one subclass for each thing a caller can put right."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class HandloomError(Exception):
-    """Base class of every error that handloom raises on purpose."""
+    """Base class of every error that handloom raises on purpose.
+
+    `results` holds what was generated where only some rows failed and the caller gets nothing but ids otherwise.
+    """
+
+    results: Sequence[Any] = ()
 
 
 class ParameterError(HandloomError, ValueError):

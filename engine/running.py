@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -77,7 +77,8 @@ class Running:
         )
         self.prefill_chunk, self._asked_slots, self._graph = prefill_chunk, slots, graph
         self.fixed_slots, self.compile = fixed_slots, compile
-        self._lock, self._running = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._running: int | None = None
         self._adapt()
         self.max_length = limits.longest(model, max_length)
         self.pool.owner = repr(self)
@@ -156,7 +157,7 @@ class Running:
             finally:
                 self._running = None
 
-    def _in_turns(self, requests: list[Request] | Arrivals) -> Iterator[Event]:
+    def _in_turns(self, requests: list[Request] | Arrivals) -> Generator[Event, None, None]:
         """The events of a run that others may go between."""
         events = None
         try:

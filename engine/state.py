@@ -146,6 +146,7 @@ class State:
                 raise HandloomError(
                     f"keep: row {i} was extended by {fed} tokens, count {count} is not in 0..{fed}"
                 )
+        assert self.before is not None
         kept = upload(numbers, self.logits.device)
         each = torch.arange(len(self), device=self.logits.device)
         logits = self.all_logits[each, (kept - 1).clamp(min=0)]
@@ -185,6 +186,8 @@ class State:
         """What was computed at the drafts of each row's path."""
         device, counts = self.logits.device, [len(path) for path in chosen]
         width = max(1, *counts)
+        assert self.all_logits is not None  # with drafts there are
+        assert self.before is not None
         where = upload([path + [0] * (width - len(path)) for path in chosen], device)
         each = torch.arange(len(rows), device=device)[:, None]
         logits = self.all_logits[each, where]
@@ -239,7 +242,7 @@ class State:
 def check_owner(state: State, pool: BlockPool) -> None:
     """Raise HandloomError unless all rows lie in this pool."""
     for i, row in enumerate(state.rows):
-        if row.table is not None and row.table.pool is not pool:
+        if row.table.pool is not pool:
             raise HandloomError(
                 f"row {i} of the State was made by {row.table.pool.owner}, and this is {pool.owner}: a State goes on "
                 "only in the engine that made it; prefill its tokens here"

@@ -124,6 +124,7 @@ class Stepping(Running):
             return scored(given, state.logits[:, None])
         with self._turn("score"):
             longer = self._extended(state, [row[:-1] or row for row in given], None, False)
+        assert longer.all_logits is not None
         return scored(given, torch.cat((state.logits[:, None], longer.all_logits), 1))
 
     def head(self, hidden: torch.Tensor, *, norm: bool = True) -> torch.Tensor:

@@ -45,13 +45,13 @@ class Row:
     """One sequence as a value: the first `length` cells of `table` are its own.
 
     Args:
-        table: blocks with its keys and values; None for a model outside the pool.
+        table: blocks with its keys and values; none of a model that keeps a cache of its own.
         history: its token ids.
         prompt_length: how many of them were the prompt.
         session: what a model outside the pool keeps for it (see `SoloModel`).
     """
 
-    table: Table | None
+    table: Table
     history: History = field(default_factory=History)
     prompt_length: int = 0
     session: Any = None

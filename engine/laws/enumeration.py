@@ -52,7 +52,8 @@ def exact_distribution(
     Returns:
         The p-value.
     """
-    law, counts = sequence_law(engine, prompt, params, next_logits), Counter()
+    law = sequence_law(engine, prompt, params, next_logits)
+    counts: Counter[tuple[int, ...]] = Counter()
     for start in range(seed, seed + draws, batch):
         count = min(batch, seed + draws - start)
         if samples:
@@ -98,7 +99,8 @@ def sequence_law(
     stops = {*params.stop_token_ids, *params.ends(engine.eos_token_ids)}
     given = next_logits or (lambda ids: naive.next_logits(engine.model, ids))
     rows, paths = bind(engine, request), [()]
-    weights, law = torch.ones(1, dtype=torch.float64), {}
+    weights = torch.ones(1, dtype=torch.float64)
+    law: dict[tuple[int, ...], float] = {}
     for depth in range(params.max_new_tokens):
         ids = [prompt + list(path) for path in paths]
         context = context_of(request, ids, len(prompt), engine)

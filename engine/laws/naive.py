@@ -40,6 +40,7 @@ def run(engine, request: Request) -> Generation:
         streams=[request.sample],
     )
     request.start(engine)
+    assert request.stopper is not None
     while True:
         ids = prompt.ids + request.stopper.token_ids
         logits = next_logits(engine.model, [ids], prompt.embeddings)
@@ -60,7 +61,7 @@ def run(engine, request: Request) -> Generation:
             event = request.end("error", "the logits are NaN or all -inf")
         else:
             event = request.push(int(drawn.tokens), raw, processed, None)
-        if event.finish:
+        if event.generation is not None:
             return event.generation
         rows = rows.accept(drawn.tokens, context)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -15,7 +15,7 @@ from .prefill import Prompts
 from .request import Request
 
 
-def run(engine, requests: list[Request] | Arrivals) -> Iterator[Event]:
+def run(engine, requests: list[Request] | Arrivals) -> Generator[Event, None, None]:
     """Decode `requests` in the engine's slots and yield an Event for every token.
 
     Of Arrivals it takes what has come before each step, until nothing is left. A finished row is replaced by the next

@@ -68,6 +68,16 @@ def test_pyright_finds_the_mistakes_of_a_script_and_nothing_else(tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_mypy_has_nothing_to_say_of_the_rooms_that_it_is_asked_about(pytestconfig):
+    """Those that pyproject.toml lists; after the script's test most of what they import is read already."""
+    pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(pytestconfig.cache.mkdir("mypy"))]
+    path = os.environ | {"MYPYPATH": str(Path(handloom.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_name_of_a_parameter_is_known_to_type_checkers():
     names = {field.name for field in fields(handloom.SamplingParams)}
     assert set(Settings.__annotations__) == names | ALIASES.keys() | SPECIAL
