@@ -206,16 +206,6 @@ def test_the_pair_test_sees_a_dependence():
 
 # Rare tokens
 
-RARE = np.repeat([1e-5, 1e-6, 1.8e-8], [4, 4, 24])  # probabilities of tokens 4 to 35; token 0 has the rest
-RARE_DRAWS = 50_000_000  # 1.6e9 pairs of a draw and a rare token
-
-
-def rare_row():
-    row = np.full(4 + len(RARE), -np.inf, dtype=np.float32)
-    row[0] = 0.0
-    row[4:] = np.log(RARE / (1 - RARE.sum()))
-    return row
-
 
 def coarse_gumbel(words):
     """The naive noise: -log(-log u) with u of 24 bits, u = 0 avoided; its largest value is 16.6.
@@ -226,53 +216,70 @@ def coarse_gumbel(words):
     return -np.log(-np.log(np.maximum(uniform, 2.0**-24)))
 
 
-def rare_hits():
-    """Wins of each rare token with our noise and with the coarse one, and the draws that were looked at closely.
+def chance(noise, probability):
+    """How often a token of this probability wins against one that has all the rest, over all pairs of words.
 
-    A rare token can win only against noise of at least GUMBEL_MIN, thus only with a small word; all 1.6e9 words
+    The other's noise takes 2**16 words in even steps; against each of them the token wins with the words below some
+    limit, as noise falls with its word, and bisection over all 2**32 finds it.
+    """
+    logit = np.float32(math.log(probability / (1 - probability)))
+    rival = noise((np.arange(2**16, dtype=np.uint32) << np.uint32(16)) + np.uint32(2**15))
+    least, most = np.zeros(2**16, np.uint64), np.full(2**16, 2**32, np.uint64)
+    while (least < most).any():
+        word = (least + most) >> np.uint64(1)
+        wins = (word < 2**32) & (logit + noise(word.astype(np.uint32)) > rival)
+        least, most = np.where(wins & (least < most), word + np.uint64(1), least), np.where(wins, most, word)
+    return least.mean() / 2.0**32
+
+
+def test_rare_tokens_keep_their_probability_and_coarse_noise_would_not():
+    """Over every word, not a sample: to 1e-4 of itself down to 1.8e-8, to 1 % at 1e-9, where some four words win.
+
+    Noise from 24 bits has no values beyond 16.6: at 1.8e-8 it loses seven of eight wins, and must fail.
+    """
+    ours = philox.gumbel_from_words_numpy
+    for probability, margin in ((1e-3, 1e-4), (1e-5, 1e-4), (1e-6, 1e-4), (1.8e-8, 1e-4), (1e-9, 1e-2)):
+        assert abs(chance(ours, probability) / probability - 1) < margin, probability
+    assert chance(coarse_gumbel, 1.8e-8) < 0.15 * 1.8e-8
+    assert abs(chance(coarse_gumbel, 1e-5) / 1e-5 - 1) < 0.01  # the control differs in the tail alone
+
+
+RARE = np.repeat([1e-5, 1e-6], 4)  # probabilities of tokens 4 to 11; token 0 has the rest
+RARE_DRAWS = 10_000_000  # 8e7 pairs of a draw and a rare token
+
+
+def rare_hits():
+    """Wins of each rare token among the draws.
+
+    A rare token can win only against noise of at least GUMBEL_MIN, thus only with a small word; all 8e7 words
     are made, and draws in which none is small go to token 0 without a look at the logarithms.
     """
-    row = rare_row()
-    limits = np.minimum(2.0**32 * np.exp(row[4:] - philox.GUMBEL_MIN) * 1.001 + 300, 2.0**32).astype(
-        np.uint64
-    )
-    lanes = limits.reshape(-1, 4).T
+    row = torch.full((4 + len(RARE),), -torch.inf)
+    row[0] = 0.0
+    row[4:] = torch.from_numpy(np.log(RARE / (1 - RARE.sum())))
+    limits = 2.0**32 * np.exp(row[4:].numpy() - philox.GUMBEL_MIN) * 1.001 + 300
+    lanes = limits.astype(np.uint64).reshape(-1, 4).T
     counters = np.arange(1, 1 + len(RARE) // 4, dtype=np.uint64)[None]
-    size = 1000
+    size, close = 5000, []
     seeds, streams = np.full(size, 2026), np.zeros(size, np.int64)
-    candidates = []
     for start in range(0, RARE_DRAWS, size):
         positions = np.arange(start, start + size)
         even, odd = philox.philox_lanes_numpy(seeds, positions, streams, counters)
         small = (even[0] < lanes[0]) | (odd[0] < lanes[1]) | (even[1] < lanes[2]) | (odd[1] < lanes[3])
-        candidates.append(positions[small.any(axis=1)])
-    candidates = np.concatenate(candidates)
-    ours, coarse = np.zeros(len(row)), np.zeros(len(row))
-    for positions in np.array_split(candidates, len(candidates) // 5000 + 1):
-        keys = [np.full(len(positions), 2026), positions, np.zeros(len(positions), np.int64)]
-        tokens = draw_reference(
-            torch.from_numpy(row).expand(len(positions), -1), *map(torch.from_numpy, keys)
-        )
-        ours += np.bincount(tokens.numpy(), minlength=len(row))
-        words = philox.philox_words_numpy(*keys, np.arange(len(row)))
-        coarse += np.bincount((row + coarse_gumbel(words)).argmax(axis=1), minlength=len(row))
-    return ours[4:], coarse[4:]
+        close.append(positions[small.any(axis=1)])
+    hits = np.zeros(len(row))
+    for positions in torch.from_numpy(np.concatenate(close)).split(5000):
+        tokens = draw_reference(row.expand(len(positions), -1), torch.full_like(positions, 2026), positions)
+        hits += np.bincount(tokens.numpy(), minlength=len(row))
+    return hits[4:]
 
 
 @pytest.mark.slow
-def test_rare_tokens_keep_their_probability_and_coarse_noise_would_not():
-    """2e8 trials at 1e-5 (2,000 hits expected) and at 1e-6 (200), 1.2e9 trials at 1.8e-8 (21.6).
+def test_rare_tokens_are_drawn_as_often_as_they_should():
+    """4e7 trials at 1e-5 (400 hits expected) and at 1e-6 (40).
 
-    Limits: 6 standard deviations for the first two (false alarm 2e-9), and 5 ... 50 hits for the last, which
-    Poisson(21.6) misses with probability 7e-6. Noise from 24 bits has no values beyond 16.6, where most winners
-    of the last group lie: it expects 2.7 hits there, and must fail.
+    Limits: 6 standard deviations (false alarm 2e-9), and 10 ... 80 hits, which Poisson(40) misses with 1e-8.
     """
-    ours, coarse = rare_hits()
-    for probability, expected in ((1e-5, 2000), (1e-6, 200)):
-        hits = ours[probability == RARE].sum()
-        assert abs(hits - expected) < 6 * math.sqrt(expected), probability
-    assert 5 <= ours[RARE == 1.8e-8].sum() <= 50
-    assert coarse[RARE == 1.8e-8].sum() < 5
-    assert abs(coarse[RARE == 1e-5].sum() - 2000) < 6 * math.sqrt(
-        2000
-    )  # the control differs in the tail alone
+    hits = rare_hits()
+    assert abs(hits[RARE == 1e-5].sum() - 400) < 6 * math.sqrt(400)
+    assert 10 < hits[RARE == 1e-6].sum() < 80
