@@ -1,7 +1,5 @@
 """The GPU check on a CPU, tiny: its sections, its clock, its interruptions, and the verdicts about its aims."""
 
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -9,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__ as gpu_check
 from benchmarks.gpu import checks, targets
@@ -18,7 +17,13 @@ from benchmarks.gpu.turns import Turns
 from benchmarks.support.common import read
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = {"large_rivals", "small_rivals", "compiled_steps", "many_rows_rivals"}
+
+
+@pytest.fixture
+def uncompiled():
+    """What would be compiled runs as it is: `test_speed` compiles every compiled side."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def made_up(*found, name="made_up", seconds=9.0, pause=0.0, check=False):
@@ -50,8 +55,8 @@ def dry(name):
     return found
 
 
-@pytest.mark.parametrize("name", ["recorded_steps", "recorded_rules", "silent_steps"])
-def test_checks_of_the_engine_are_well_on_a_cpu(name, tmp_path):
+@pytest.mark.parametrize("name", ["recorded_steps", "recorded_rules", "silent_steps", "compiled_steps"])
+def test_checks_of_the_engine_are_well_on_a_cpu(name, tmp_path, uncompiled):
     assert run_section(dry(name), DRY, tmp_path / "turns", tmp_path / "rows.jsonl")
     (row,) = read(tmp_path / "rows.jsonl")
     assert (row["check"], row["failed"], row["complete"]) == (name, 0, True)
@@ -71,10 +76,8 @@ def test_a_recorded_step_that_draws_otherwise_is_a_failure(monkeypatch):
     assert any("llama, turn 0, request" in text for text in found if text)
 
 
-@pytest.mark.parametrize(
-    "name", [s.name for s in SECTIONS if not s.cuda and not s.is_check and s.name not in SLOW]
-)
-def test_timings_run_to_their_end_and_keep_every_row(name, tmp_path):
+@pytest.mark.parametrize("name", [s.name for s in SECTIONS if not s.cuda and not s.is_check])
+def test_timings_run_to_their_end_and_keep_every_row(name, tmp_path, uncompiled):
     assert run_section(dry(name), DRY, tmp_path / "turns", tmp_path / "rows.jsonl")
     rows = read(tmp_path / "rows.jsonl")
     assert rows
@@ -234,20 +237,29 @@ def test_sections_by_name_and_size():
         chosen(["contxts"], False)
 
 
+def told_to(monkeypatch, *arguments):
+    """The exit status of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *map(str, arguments)])
+    monkeypatch.chdir(ROOT)
+    return gpu_check.main()
+
+
 @pytest.mark.slow
-def test_the_whole_command_end_to_end(tmp_path):
-    """Compiled sides too; some minutes on a slow machine."""
+def test_the_whole_command_end_to_end(tmp_path, monkeypatch, capsys):
+    """A section runs in a process of its own."""
     output = tmp_path / "rows.jsonl"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--jobs", "1", "--output", output]
-    command += [part for name in ("silent_steps", "small_rivals") for part in ("--only", name)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = read(output)
-    assert [row for row in rows if row.get("failed")] == []
-    assert [row["skipped"] for row in rows if "skipped" in row] == []
-    assert {"handloom compile", "generate static+compile", "loop"} <= {row.get("side") for row in rows}
-    assert "not measured" in done.stdout
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert told_to(monkeypatch, "--dry", "--only", "silent_steps", "--output", output) == 0
+    row, *aims = read(output)
+    assert (row["check"], row["failed"], row["complete"]) == ("silent_steps", 0, True)
+    assert {aim["met"] for aim in aims} == {"not measured"}
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so_and_fails(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert told_to(monkeypatch) == 2
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_fused_layers_that_compute_something_else_are_a_failure(monkeypatch):

@@ -5,6 +5,8 @@ a value on the host while recording raises, as it does in a capture; recording l
 recording allocated is poisoned before every replay, as another graph of the same pool may have used it.
 """
 
+import functools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +31,8 @@ def refuse(what: str):
 
 
 def tensors_of(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):  # as most results are
+        return [value]
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
 
 
@@ -53,7 +57,7 @@ class Recording(TorchDispatchMode):
             refuse(name)
         self._keep(func, args, kwargs)
         out = func(*args, **kwargs)
-        self._note(lambda: func(*args, **kwargs), out, (args, kwargs))
+        self._note(functools.partial(func, *args, **kwargs), out, (args, kwargs))
         return out
 
     def launch(self, executor, args, kwargs):
@@ -73,11 +77,11 @@ class Recording(TorchDispatchMode):
         return out
 
     def _note(self, call, out, given):
-        known = {place(t) for t in tensors_of(given)}
-        for tensor in tensors_of(out):
-            if place(tensor) not in known and place(tensor) not in self.before:
-                self.made[place(tensor)] = tensor
-        self.calls.append((call, out, given))
+        made = tensors_of(out)
+        fresh = {place(tensor): tensor for tensor in made if place(tensor) not in self.before}
+        for at in fresh.keys() - {place(tensor) for tensor in tensors_of(given)} if fresh else ():
+            self.made[at] = fresh[at]
+        self.calls.append((call, [(tensor, place(tensor)) for tensor in made], given))
 
     def _keep(self, func, args, kwargs):
         for spec, value in [*zip(func._schema.arguments, args, strict=False)] + [
@@ -99,8 +103,7 @@ class Recording(TorchDispatchMode):
 
     def _poison(self):
         for tensor in self.made.values():
-            storage = tensor.untyped_storage()
-            storage.copy_(torch.full((len(storage),), 0xFF, dtype=torch.uint8).untyped_storage())
+            tensor.untyped_storage().fill_(0xFF)
 
     @torch.no_grad()
     def replay(self):
@@ -108,8 +111,8 @@ class Recording(TorchDispatchMode):
         self._poison()
         self.replays += 1
         for call, out, _ in self.calls:
-            for old, new in zip(tensors_of(out), tensors_of(call()), strict=True):
-                if place(old) != place(new):
+            for (old, at), new in zip(out, tensors_of(call()), strict=True):
+                if place(new) != at:
                     old.copy_(new)
 
 

@@ -1,4 +1,4 @@
-"""The offline compile report tells a broken limit, and the GPU check says so where there is no GPU."""
+"""The offline compile report tells a broken limit, and the main builds keep theirs."""
 
 import json
 import os
@@ -71,36 +71,55 @@ def test_settings_share_builds():
     assert found["... with penalties, biases"] == ["group", "list", *four[1:]]
 
 
-def figures_of(beginning):
-    """Figures of the builds for sm_90 whose names begin so, compiled in a process that does not interpret."""
+MAIN = (
+    "llama-8b",
+    "gpt-oss",
+    "merge 16",
+    "nf4, double",
+    "8B o, one row",
+    "residual and norm 4096",
+    "rotate 128, one token",
+)
+PROGRAM = """
+import json, sys
+from benchmarks.compile import attention_variants as v, fused_variants, nf4_variants
+from benchmarks.compile.__main__ import compile_case
+from benchmarks.compile.sampling_variants import cases
+
+chosen = [case for case in cases("sm_90") if case[0].startswith(("loop ", "row "))]
+figures = {case[0]: compile_case(*case, "sm_90") for case in chosen}
+builds = [*v.builds(), *nf4_variants.builds("sm_90"), *fused_variants.builds("sm_90")]
+main = [build for build in builds if build.name in sys.argv[1:]]
+print(json.dumps([figures, len(main), [wrong for b in main for wrong in v.excess(b, v.measure(b, "sm_90"))]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """For sm_90, in one process that does not interpret: figures of loops and rows, the number of MAIN, excesses."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = (
-        "import json; from benchmarks.compile.__main__ import compile_case; "
-        "from benchmarks.compile.sampling_variants import cases; "
-        f"chosen = [case for case in cases('sm_90') if case[0].startswith({beginning!r})]; "
-        "print(json.dumps({case[0]: compile_case(*case, 'sm_90') for case in chosen}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    command = [sys.executable, "-c", PROGRAM, *MAIN]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_instructions_a_logit():
+def test_instructions_a_logit(compiled):
     """First launch, bfloat16, sm_90, triton 3.9: 4.7, 16.1, 42.9 and 5.6. Before, 45 without noise, 138 with it."""
     most = {"maxima": 5.0, "sums": 17.0, "noise": 45.0, "edits": 1.3 * 5.0}
     assert set(most) == set(LOADS)
-    for name, figures in figures_of("loop ").items():
+    found = {name: figures for name, figures in compiled[0].items() if name.startswith("loop ")}
+    assert len(found) == len(most)
+    for name, figures in found.items():
         assert figures["a_logit"] <= most[name.removeprefix("loop ")], (name, figures)
         assert figures["spills"] == 0
 
 
-def test_barriers_of_a_row():
+def test_barriers_of_a_row(compiled):
     """The second launch: 94 at most on a row's path, 120 registers (triton 3.9); before, 287 and 168. Of the 94 some 15
     are the loop that bounds a mass, which rows skip whose first rule is another: at most 80 on theirs."""
-    figures = figures_of("row ")["row bf16"]
+    figures = compiled[0]["row bf16"]
     assert figures["path"] <= 95
     assert figures["registers"] <= 128
     assert figures["spills"] <= 16
@@ -116,39 +135,6 @@ def test_builds_with_limits_of_their_own(target):
     assert [len(part) for part in builds] == [27, 9, 30]
 
 
-MAIN = (
-    "llama-8b",
-    "gpt-oss",
-    "merge 16",
-    "nf4, double",
-    "8B o, one row",
-    "residual and norm 4096",
-    "rotate 128, one token",
-)
-
-
-def test_the_main_builds_keep_their_limits_on_sm_90():
-    """Attention, 4-bit products and fused layers, one or two builds of each kernel, in a process that compiles."""
-    pytest.importorskip("triton")
-    program = (
-        "import sys\n"
-        "from benchmarks.compile import attention_variants as v, fused_variants, nf4_variants\n"
-        "found = [*v.builds(), *nf4_variants.builds('sm_90'), *fused_variants.builds('sm_90')]\n"
-        "chosen = [build for build in found if build.name in sys.argv[1:]]\n"
-        "wrong = [w for b in chosen for w in v.excess(b, v.measure(b, 'sm_90'))]\n"
-        "print(len(chosen), *wrong, sep='\\n')"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", program, *MAIN]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split("\n", 1) == [str(len(MAIN)), ""]
-
-
-def test_gpu_check_without_a_gpu_says_so_and_fails():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu"], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 2
-    assert "no CUDA device" in done.stderr
+def test_the_main_builds_keep_their_limits_on_sm_90(compiled):
+    """Attention, 4-bit products and fused layers, one or two builds of each kernel."""
+    assert compiled[1:] == [len(MAIN), []]
