@@ -32,6 +32,11 @@ settings.register_profile(
 settings.load_profile("handloom")
 
 
+def pytest_collection_modifyitems(items):
+    """The dear ones begin, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish():
     """What was imported stays: no collection of garbage looks at it again, and every test that leaks nothing asks for
     one."""

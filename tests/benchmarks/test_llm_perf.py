@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmark_runs import Ticks, run_decode
+import transformers
+import typer
+from benchmark_runs import Ticks, options, rows_of
+from typer.testing import CliRunner
 
 from benchmarks.decode import llm_perf
+from benchmarks.decode.__main__ import main
 from benchmarks.decode.llm_perf import Contender, Protocol, latency, memory, report
 from benchmarks.decode.sides import Timeline
 from benchmarks.decode.speed import Subject
@@ -26,8 +30,18 @@ CONFIG = {"name", "backend", "scenario", "launcher", "environment", "print_repor
 def perf(tmp_path_factory):
     """Rows of the protocol with one iteration, and the folder of its reports."""
     folder = tmp_path_factory.mktemp("perf")
-    options = ("--preset", "llm-perf", "--duration", "0", "--reports", str(folder))
-    return run_decode(folder, *options)[1], folder
+    path, app = folder / "decode.jsonl", typer.Typer()
+    app.command()(main)
+    told = ("--preset", "llm-perf", "--duration", "0", "--reports", str(folder))
+    threads, verbosity = torch.get_num_threads(), transformers.logging.get_verbosity()
+    try:
+        done = CliRunner().invoke(app, options(path, *told))
+    finally:
+        torch.set_num_threads(threads)
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    assert done.exit_code == 0, done.output
+    return rows_of(path, done.stdout)[1], folder
 
 
 def test_defaults_are_those_of_llm_perf():

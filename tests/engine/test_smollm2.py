@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_nothing_leaked, forced, recorded
+from helpers import assert_nothing_leaked, forced, recorded, tiny_llama
 
 from handloom import Engine, SamplingParams
 
@@ -18,7 +18,7 @@ PROMPTS = [
     "A",
     "Die Hauptstadt von Deutschland ist Berlin. Die Hauptstadt von Italien ist",
 ]
-BUDGETS = [12, 7, 16, 9, 5, 8]
+BUDGETS = [8, 5, 10, 6, 3, 4]
 
 
 @pytest.fixture
@@ -134,27 +134,37 @@ def test_a_stop_string_across_token_borders(engine):
     assert engine.chat(QUESTION, stop="What").token_ids == ANSWER
 
 
+@pytest.fixture(scope="module")
+def speller(smollm2_engine):
+    """SmolLM2's tokenizer before a tiny model, which says what it is forced to."""
+    tokenizer = smollm2_engine.tokenizer
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    engine = Engine(tiny_llama(vocab_size=len(tokenizer), **sizes), tokenizer, eos_token_ids=[2])
+    yield engine
+    assert_nothing_leaked(engine)
+
+
 SCRIPTS = ["I ❤️ 🦜👩‍👩‍👧 and 🇫🇷!", "你好，世界。今天", "naïve ŝtrato — “ﬁn”", "안녕 こん"]
 
 
 @pytest.mark.parametrize("text", SCRIPTS, ids=["emoji", "Chinese", "accents", "Korean"])
-def test_characters_split_across_tokens_arrive_whole(engine, text):
-    ids = engine.tokenizer(text)["input_ids"]
+def test_characters_split_across_tokens_arrive_whole(speller, text):
+    ids = speller.tokenizer(text)["input_ids"]
     assert len(ids) > len(text.split())
     said = SamplingParams(forced_tokens=forced(ids), max_new_tokens=len(ids))
-    events = list(engine.stream("Say:", said))
+    events = list(speller.stream("Say:", said))
     assert [e.token_id for e in events] == ids
     assert "".join(e.text for e in events) == events[-1].generation.text == text
     assert not any("\ufffd" in e.text for e in events)
     held = [i for i, e in enumerate(events) if not e.text]
     assert held or all(
-        engine.decode([i]) for i in ids
+        speller.decode([i]) for i in ids
     )  # something was held back where a token is no character
     # Cut inside a character, what is left of it is shown as such and no more.
     if held:
-        cut = engine.generate("Say:", said.replace(max_new_tokens=held[0] + 1))
-        assert cut.text == engine.tokenizer.decode(ids[: held[0] + 1])
-    stop = engine.generate("Say:", said.replace(stop=text[-1]))
+        cut = speller.generate("Say:", said.replace(max_new_tokens=held[0] + 1))
+        assert cut.text == speller.tokenizer.decode(ids[: held[0] + 1])
+    stop = speller.generate("Say:", said.replace(stop=text[-1]))
     assert stop.text == text[: text.index(text[-1])]
 
 
@@ -171,17 +181,17 @@ def test_prompts_in_other_scripts(engine):
 def test_quantised_it_still_knows(smollm2, kind):
     engine = Engine.from_pretrained(str(smollm2), quantization=kind, device="cpu")
     assert engine.capabilities.path == "attention"
-    generation = engine.chat(QUESTION, max_new_tokens=12)
+    generation = engine.chat(QUESTION, max_new_tokens=8)
     assert "Paris" in generation.text
     ids = generation.prompt_token_ids
-    assert generation.token_ids == theirs(engine.model, ids, 12)[: generation.n_new]
+    assert generation.token_ids == theirs(engine.model, ids, 8)[: generation.n_new]
     assert [g.n_new for g in engine.generate(PROMPTS[:3], max_new_tokens=2)] == [2] * 3
     assert_nothing_leaked(engine)
 
 
 def test_bfloat16_in_fixed_slots_gives_the_same_bits_whatever_shares_the_batch(smollm2):
     engine = Engine.from_pretrained(str(smollm2), dtype="bfloat16", device="cpu", slots=3, fixed_slots=True)
-    params = SamplingParams(max_new_tokens=6, temperature=0.7, seed=1)
+    params = SamplingParams(max_new_tokens=4, temperature=0.7, seed=1)
     together = engine.generate(PROMPTS[:5], params)
     for index in (0, 3, 4):
         alone = engine.generate(PROMPTS[index], params)
@@ -215,6 +225,6 @@ def test_a_padded_batch_equals_its_texts(engine):
 
 def test_the_model_is_left_as_it_was(engine):
     ids = engine.encode(PROMPTS[0])
-    before = theirs(engine.model, ids, 8)
-    engine.generate(PROMPTS, max_new_tokens=4)
-    assert theirs(engine.model, ids, 8) == before
+    before = theirs(engine.model, ids, 4)
+    engine.generate(PROMPTS, max_new_tokens=2)
+    assert theirs(engine.model, ids, 4) == before

@@ -109,7 +109,7 @@ def test_two_workers_give_the_records_of_one_process(folder, tmp_path):
         rows = [{"id": f"r{i}", "prompt": prompt} for i, prompt in enumerate(SOURCE["prompts"])]
         options = {
             "fn_constructor_kwargs": {"model": model, "params": PARAMS},
-            "concurrency": 2,
+            "concurrency": 1,
             "batch_size": 2,
         }
         made = ray.data.from_items(rows).map_batches(Generate, **options).take_all()

@@ -49,7 +49,8 @@ def found(pattern: str, printed: str) -> list[tuple[int, str]]:
 @pytest.mark.slow
 def test_mypy_finds_the_mistakes_of_a_script_and_nothing_else(pytestconfig, tmp_path):
     pytest.importorskip("mypy")
-    cache = str(pytestconfig.cache.mkdir("mypy"))
+    kept = pytestconfig.cache.mkdir("mypy") if hasattr(pytestconfig, "cache") else tmp_path / "cache"
+    cache = str(kept)
     printed = check(["mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", cache], tmp_path)
     assert found(r"^script\.py:(\d+): error: .*\[([a-z-]+)\]$", printed) == mistakes(0), printed
 

@@ -75,6 +75,7 @@ def test_the_programs_fuse_every_member_that_can_be(monkeypatch):
     assert min(seen.values()) >= 5
 
 
+@pytest.mark.slow
 def test_programs_in_the_kernels():
     """Twelve programs, in a process of its own, because a stray pointer in the interpreter ends the process."""
     pytest.importorskip("triton")

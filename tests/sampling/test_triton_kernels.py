@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 SHARES = 2  # processes that divide the checks among them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 def test_kernels_compute_what_the_references_do(share):
     """A process of its own, because a stray pointer in the interpreter ends the process."""

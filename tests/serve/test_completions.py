@@ -6,7 +6,7 @@ import itertools
 import httpx
 import openai
 import pytest
-from served import until
+from helpers import until
 
 from handloom import SamplingParams
 

@@ -7,7 +7,8 @@ import threading
 import httpx
 import openai
 import pytest
-from served import chat_engine, served, until
+from helpers import until
+from served import chat_engine, served
 
 from handloom.serve.protocol.reading import Limits
 

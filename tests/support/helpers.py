@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -121,3 +122,11 @@ def outcome(generation) -> tuple:
         generation.logprobs,
         generation.raw_logprobs,
     )
+
+
+def until(condition, seconds: float = 120.0) -> None:
+    """Wait for a condition that another thread or process brings about."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.005)

@@ -32,8 +32,8 @@ class Launches(TorchDispatchMode):
 
 
 @contextmanager
-def launches():
-    """Count, with every kernel of ours in Triton's interpreter."""
+def launches(run: bool = True):
+    """Count, with every kernel of ours in Triton's interpreter, or `run=False` none: what they would write is noise."""
     import triton.runtime.interpreter as interpreter
 
     original, counted = interpreter.GridExecutor.__call__, Launches()
@@ -42,7 +42,7 @@ def launches():
         counted.names.append(executor.fn.__name__)
         counted.quiet = True
         try:
-            return original(executor, *args, **kwargs)
+            return original(executor, *args, **kwargs) if run else None
         finally:
             counted.quiet = False
 
@@ -71,6 +71,6 @@ def step_feed(engine, cells: int = 5) -> Feed:
 def launches_of_a_step(engine) -> list[str]:
     """What one step of one row launches, the model's ends included."""
     feed = step_feed(engine)
-    with launches() as names:
+    with launches(run=False) as names:
         engine.runner.forward(feed)
     return names

@@ -2,11 +2,10 @@
 
 import copy
 import threading
-import time
 from contextlib import contextmanager
 
 import uvicorn
-from helpers import assert_nothing_leaked, tiny_llama
+from helpers import assert_nothing_leaked, tiny_llama, until
 from tiny_tokenizers import CHAT, byte_level
 
 from handloom import Engine
@@ -38,14 +37,6 @@ def served(engine: Engine, **options):
         yield server
     finally:
         runner.should_exit = True
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
         assert_nothing_leaked(engine)
-
-
-def until(condition, seconds: float = 20.0) -> None:
-    """Wait for a condition that another thread brings about."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.005)

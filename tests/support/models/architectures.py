@@ -463,19 +463,22 @@ def prompts_of(lengths: list[int], seed: int = 5) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
+def forget(model: PreTrainedModel, prompt: list[int]) -> None:
+    """Clear what recurrent_gemma keeps inside its modules, which a one-token prompt would inherit."""
+    if model.config.model_type == "recurrent_gemma":
+        model(torch.tensor([prompt]), use_cache=False)
+
+
 @torch.no_grad()
 def greedy_reference(model: PreTrainedModel, prompts: list[list[int]], n: int | list[int]) -> list[list[int]]:
     """New tokens of `model.generate`, greedy, one row at a time, so without padding.
 
     prompts: id lists. n: tokens to generate, one for all or one per prompt.
-
-    recurrent_gemma keeps its recurrent state inside its modules, and a one-token prompt inherits what the
-    last sequence left there; a forward without a cache clears it.
     """
     counts = [n] * len(prompts) if isinstance(n, int) else n
     answers = []
     for prompt, count in zip(prompts, counts, strict=True):
-        model(torch.tensor([prompt]), use_cache=False)
+        forget(model, prompt)
         output = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -493,7 +496,7 @@ def logits_reference(model: PreTrainedModel, prompt: list[int], answer: list[int
 
     Row i is for the token after `prompt + answer[:i]`.
     """
-    model(torch.tensor([prompt]), use_cache=False)
+    forget(model, prompt)
     output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
