@@ -5,7 +5,7 @@ import threading
 
 import httpx
 import pytest
-from served import until
+from helpers import until
 
 from handloom import strategies
 
