@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ParameterError
@@ -59,6 +60,20 @@ def put_memory(memory: Any, row: int, fresh: Any) -> Any:
     for name, tensor in memory.items():
         tensor[row] = fresh[name][0]
     return memory
+
+
+def joined(parts: Sequence[Member]) -> Member:
+    """One processor's rows of several values, in order; their memory, if any, is of one make."""
+    settings, on = ([each for part in parts for each in getattr(part, name)] for name in ("settings", "on"))
+    memory = parts[0].memory
+    if isinstance(memory, dict):
+        memory = {name: torch.cat([part.memory[name] for part in parts]) for name in memory}
+    elif memory is not None:
+        rows = [part.memory.select([i]) for part in parts for i in range(len(part.on))]
+        memory = memory.select([0] * len(rows))
+        for row, own in enumerate(rows):
+            memory = memory.put(row, own)
+    return parts[0].copy(settings=settings, on=on, values=None, memory=memory)
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ from ..kernels.sampling.rules import Rule
 from .drawing import Drawn, draw_rows
 from .edits import Edits
 from .forms import Context, Edit, Keep, Processor, guarded, values_of
-from .members import Member, Plan, merge, put_memory, reasons, remembers, select_memory
+from .members import Member, Plan, joined, merge, put_memory, reasons, remembers, select_memory
 from .processors.temperature import Temperature
 
 NEG_INF = float("-inf")
@@ -298,6 +298,15 @@ class Rows:
         )
         other.size, other.params, other.chains = len(rows), pick(self.params), pick(self.chains)
         other.greedy, other._greedy_tensor, other._plan = pick(self.greedy), None, None
+        return other
+
+    @classmethod
+    def concat(cls, parts: Sequence[Rows]) -> Rows:
+        """The rows of several values that were selected from one, in order."""
+        other = parts[0]._with([joined(members) for members in zip(*(p.members for p in parts), strict=True)])
+        for name in ("params", "chains", "greedy"):
+            setattr(other, name, [each for part in parts for each in getattr(part, name)])
+        other.size, other._greedy_tensor, other._plan = len(other.params), None, None
         return other
 
     def sample(self, logits: Tensor, context: Context, n_top: int = 0) -> Drawn:

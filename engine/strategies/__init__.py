@@ -30,10 +30,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ParameterError
-from .acceleration.drafting import prompt_lookup
-from .acceleration.early_exit import early_exit
-from .acceleration.speculative import Speculation, speculative
-from .acceleration.suffixes import JacobiDraft, SuffixDraft
+from .acceleration.drafting.itself import JacobiDraft, early_exit
+from .acceleration.drafting.texts import SuffixDraft, prompt_lookup
+from .acceleration.speculative import speculative
+from .acceleration.verify import Speculation
 from .continuous.soft_thinking import mixture_of_inputs, soft_thinking
 from .degeneration.adaptive import adaptive_contrastive_search
 from .degeneration.cautious import cautious

@@ -16,8 +16,8 @@ from ..loop.intake import encoded, one_params
 from ..params.aliases import MODES
 from ..params.reading import asks
 from ..params.sampling_params import SamplingParams
-from .acceleration.drafting import prompt_lookup
-from .acceleration.early_exit import early_exit
+from .acceleration.drafting.itself import early_exit
+from .acceleration.drafting.texts import prompt_lookup
 from .acceleration.speculative import speculative
 from .degeneration.contrastive import contrastive_search
 from .guidance.classifier_free import classifier_free_guidance

@@ -14,7 +14,6 @@ from ...errors import ParameterError
 from ...loop.generation import Event
 from ...loop.loop import blame
 from ...loop.request import Prefilled, Request
-from ...pipeline.members import put_memory, select_memory
 from ...pipeline.pipeline import Context, Rows
 from ...state import State
 
@@ -86,6 +85,15 @@ class Requests:
         keys = torch.cat([self.seeds, fresh.seeds]), torch.cat([self.streams, fresh.streams])
         return Requests(self.asked + fresh.asked, rows, *keys, max(self.forks, fresh.forks))
 
+    @classmethod
+    def concat(cls, parts: Sequence[Requests]) -> Requests:
+        """The rows of several values that were selected from one, in order: `State.concat` for what goes with it."""
+        asked = tuple(each for part in parts for each in part.asked)
+        keys = (torch.cat([getattr(part, name) for part in parts]) for name in ("seeds", "streams"))
+        return cls(
+            asked, Rows.concat([part.rows for part in parts]), *keys, max(part.forks for part in parts)
+        )
+
     def __len__(self) -> int:
         return len(self.asked)
 
@@ -138,14 +146,28 @@ class Requests:
         """The context of a State whose rows are these."""
         return self.context(lambda: state.tokens, state.lengths)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a processor of a row has memory, which advances token by token."""
+        return any(member.memory is not None for member in self.rows.active())
+
     def accept(self, tokens: Tensor, context: Context) -> Requests:
         """Requests after tokens [B] were committed; a row with token -1 committed nothing."""
-        rows = self.rows.accept(tokens.clamp(min=0), context)
-        idle = (tokens < 0).nonzero().flatten()
-        for old, new in zip(self.rows.members, rows.members, strict=True):
-            for row in idle.tolist() if new is not old else ():
-                new.memory = put_memory(new.memory, row, select_memory(old.memory, torch.tensor([row])))
-        return replace(self, rows=rows)
+        return replace(self, rows=self.rows.accept(tokens, context))
+
+    def after(
+        self, tokens: Tensor, given: Tensor, seen: Callable[[], list[list[int]]], lengths: Tensor
+    ) -> Requests:
+        """Requests after tokens [B] that nobody drew here: memory advances with the context that processors saw.
+
+        Args:
+            given: `[B, V]` what the pipeline is given before them. seen, lengths: the ids before them, see `context`.
+        """
+        if not self.remembers:
+            return self
+        context = self.context(seen, lengths)
+        self.rows.apply(given, context)
+        return self.accept(tokens, context)
 
     def branch(self, engine, state: State, rows: Sequence[int], tokens: Tensor, given: Tensor | None = None):
         """Forks of some rows of a State, each a token further: the State and the Requests of them.
@@ -156,9 +178,9 @@ class Requests:
         """
         given = state.logits if given is None else given
         state, requests = state.select(rows), self.select(rows)
-        context = requests.at(state)
-        requests.rows.apply(given[list(rows)], context)  # memory advances with the context that apply saw
-        return engine.step(state, tokens), requests.accept(tokens, context)
+        if requests.remembers:
+            requests = requests.after(tokens, given[list(rows)], lambda: state.tokens, state.lengths)
+        return engine.step(state, tokens), requests
 
     def open(self, row: int, engine) -> Request:
         """A running request for this row, to which its tokens are pushed; the clock of `max_time` starts now."""

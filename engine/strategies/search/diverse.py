@@ -6,8 +6,8 @@ import torch
 
 from ...errors import ParameterError
 from ...loop.generation import Generation
-from ..kit.requests import Requests
-from .hypotheses import NEVER, Hypotheses
+from ..kit.beams import Beams
+from ..kit.hypotheses import Hypotheses
 
 
 @torch.no_grad()
@@ -35,69 +35,28 @@ def diverse_beam_search(
             f"num_beams={num_beams} is a multiple of num_beam_groups={num_beam_groups}, num_return_sequences="
             f"{num_return_sequences} from 1 to it, and diversity_penalty={diversity_penalty} at least 0"
         )
-    state, requests = Requests.start(engine, prompts, params, **overrides)
-    rule, count = (size, length_penalty, early_stopping), len(state)
-    searches = [
-        [Hypotheses(requests, row, engine, *rule) for _ in range(num_beam_groups)] for row in range(count)
-    ]
-    live = [(row, group) for row in range(count) for group in range(num_beam_groups)]
-    fan = [row for row, _ in live for _ in range(size)]
-    state, requests, trails = state.select(fan), requests.select(fan), [[]] * len(fan)
-    scores = torch.full((len(live), size), NEVER, device=state.logits.device)
-    scores[:, 0] = 0.0  # at first the beams of a group are equal: only one may go on
-    while live:
-        raw, context = state.logits.log_softmax(-1), requests.at(state)
-        taken, picks, going = raw.new_zeros(count, raw.shape[1]), [], []
-        owners = torch.tensor([row for row, _ in live for _ in range(size)], device=raw.device)
-        for group in range(num_beam_groups):
-            penalised = raw - diversity_penalty * taken[owners]
-            processed = requests.rows.apply(penalised, context)
-            total = (processed.unflatten(0, scores.shape) + scores[..., None]).flatten(1)
-            for i, (row, own) in enumerate(live):
-                if own != group:
-                    continue
-                search = searches[row][group]
-                values, best = total[i].topk(min(max(2, 1 + len(search.stops)) * size, total.shape[1]))
-                parents, tokens = (best // raw.shape[1] + i * size).tolist(), (best % raw.shape[1]).tolist()
-                grown = [
-                    [*trails[p], (t, *torch.stack([raw[p, t], processed[p, t]]).tolist())]
-                    for p, t in zip(parents, tokens, strict=True)
-                ]
-                ended = torch.tensor(search.advance(tokens), device=raw.device)
-                for j in ended[:size].nonzero().flatten().tolist():
-                    if values[j] > NEVER:
-                        search.offer(values[j], grown[j])
-                stops = torch.tensor([token in search.stops for token in tokens], device=raw.device)
-                kept, order = (values + stops * NEVER).topk(size)
-                chosen = torch.tensor([tokens[j] for j in order.tolist()], device=raw.device)
-                taken[row].index_add_(0, chosen, torch.ones_like(chosen, dtype=taken.dtype))
-                if search.open(kept[0], ended):
-                    going.append((row, group))
-                    picks += [
-                        (parents[j], tokens[j], grown[j], kept[n]) for n, j in enumerate(order.tolist())
-                    ]
-        live = going
-        if live:
-            beams, tokens, trails, values = zip(*picks, strict=True)
-            scores, tokens = torch.stack(values).view(-1, size), torch.tensor(tokens, device=raw.device)
-            state, requests = requests.branch(engine, state, beams, tokens, raw)
-            live, scores, order = _sorted(live, scores)
-            rows = [i * size + b for i in order for b in range(size)]
-            state, requests, trails = state.select(rows), requests.select(rows), [trails[r] for r in rows]
-    return [result for groups in searches for result in _best(groups, num_return_sequences)]
+    rule = size, length_penalty, early_stopping
+    beams = Beams(engine, prompts, params, *rule, groups=num_beam_groups, **overrides)
+    group = {search: number % num_beam_groups for number, search in enumerate(beams.searches)}
+    while beams.live:
+        raw, _, context = beams.look()
+        taken = {search.row: torch.zeros_like(raw[0]) for search in beams.live}
+        picks = [[]] * len(beams.live)
+        for number in range(num_beam_groups):
+            cost = torch.stack([taken[search.row] for search in beams.live]).repeat_interleave(size, 0)
+            processed = beams.requests.rows.apply(raw - diversity_penalty * cost, context)
+            for i, found in enumerate(beams.candidates(raw, processed)):
+                if group[search := beams.live[i]] == number:
+                    picks[i] = beams.settle(search, found)
+                    for each in picks[i]:
+                        taken[search.row][each.token] += 1
+        beams.go(picks, raw)
+    groups = [beams.searches[i : i + num_beam_groups] for i in range(0, len(group), num_beam_groups)]
+    return [result for own in groups for result in best(own, num_return_sequences)]
 
 
-def _sorted(live, scores):
-    """Groups of a prompt side by side again."""
-    order = sorted(range(len(live)), key=live.__getitem__)
-    return [live[i] for i in order], scores[order], order
-
-
-def _best(groups: list[Hypotheses], count: int) -> list[Generation]:
+def best(groups: list[Hypotheses], count: int) -> list[Generation]:
     """The best finished sequences of all groups of a prompt."""
-    first = groups[0]
-    first.finished = sorted((pair for group in groups for pair in group.finished), key=lambda pair: -pair[0])
-    results = first.results(count)
-    for result, (score, _) in zip(results, first.finished, strict=False):
-        result.extra["score"] = score
-    return results
+    found = [pair for group in groups for pair in group.finished]
+    groups[0].finished = sorted(found, key=lambda pair: -pair[0])
+    return groups[0].results(count)

@@ -148,8 +148,8 @@ def test_ratio_with_certain_drafts_has_the_exact_law():
 def test_a_wrong_rule_is_caught(monkeypatch):
     """The law test has teeth: accepting every draft token is noticed."""
 
-    def always(processed, proposed, q, context, greedy):
-        chosen, _ = acceptance.ratio(processed, proposed, q, context, greedy)
+    def always(processed, proposed, q, context, greedy, sources):
+        chosen, _ = acceptance.ratio(processed, proposed, q, context, greedy, sources)
         return torch.where(proposed < 0, chosen[:, None], proposed)[:, 0], -(proposed < 0).long()[:, 0]
 
     monkeypatch.setitem(acceptance.RULES, "ratio", always)

@@ -9,7 +9,7 @@ from helpers import assert_nothing_leaked, recorded, tiny_llama
 from handloom import Engine, ParameterError, SamplingParams, laws
 from handloom.strategies import speculative
 from handloom.strategies.acceleration.acceptance import block, ratio
-from handloom.strategies.acceleration.drafting import Drafts
+from handloom.strategies.acceleration.drafting.drafts import Drafts
 
 PROMPTS = [[5, 9, 17, 5, 9], [40], [3, 3, 8, 21, 60, 2, 11, 3, 3], [7, 70, 7, 70]]
 TREE = {"num_draft": (3, 2)}
@@ -116,21 +116,16 @@ P, Q = torch.tensor([[1 / 3, 2 / 3]]), torch.tensor([[2 / 3, 1 / 3]])
 def drawn(rows, rule):
     """How many of two draft tokens a rule accepts in each of many rows, with p = (1/3, 2/3) and q = (2/3, 1/3)."""
     keys = {"seeds": torch.arange(rows), "streams": torch.zeros(rows, dtype=torch.long)}
-    fake = SimpleNamespace(**keys)
-    fake.rows = SimpleNamespace(apply=lambda logits, context: logits, greedy_rows=lambda: None)
-    fake.context = lambda tokens, lengths: SimpleNamespace(positions=lengths, **keys)
-    fake.accept = lambda tokens, context: fake
     lines = torch.multinomial(Q[0], 2 * rows, True, generator=torch.Generator().manual_seed(0)).view(rows, 2)
-    drafts = Drafts.certain(lines.tolist(), [2] * rows)
-    drafts.laws = Q.expand(rows, 3, 2)
-    logits = P.log().expand(rows, 3, 2)
     if rule == "block":
-        told = block(fake, [[0]] * rows, drafts, logits)
-        return sum((told()[1] >= 0).float() for _ in range(3))
+        context = SimpleNamespace(positions=torch.ones(rows, dtype=torch.long), **keys)
+        places = block(P.log().expand(rows, 3, 2), lines, Q.expand(rows, 3, 2), context, None)[1]
+        return (places >= 0).sum(1).float()
     going, count = torch.ones(rows, dtype=torch.bool), torch.zeros(rows)
     for j in range(2):
         context = SimpleNamespace(positions=torch.full((rows,), 1 + j), **keys)
-        going &= ratio(logits[:, j], lines[:, j : j + 1], drafts.laws[:, j], context, None)[1] >= 0
+        law = Q.expand(rows, 1, 2)
+        going &= ratio(P.log().expand(rows, 2), lines[:, j : j + 1], law, context, None)[1] >= 0
         count += going
     return count
 
@@ -150,10 +145,79 @@ def test_candidates_are_tried_one_after_the_other():
     p, q = (torch.tensor([each]).expand(rows, 3) for each in ([0.2, 0.5, 0.3], [0.8, 0.1, 0.1]))
     for second, share in ((1, 1.0), (2, 2 / 3)):
         proposed = torch.tensor([[0, second]]).expand(rows, 2)
-        tokens, place = ratio(p.log(), proposed, q, context, None)
+        tokens, place = ratio(p.log(), proposed, q[:, None], context, None)
         assert (place == 0).float().mean().item() == pytest.approx(0.25, abs=0.035)
         assert (place == 1).float().mean().item() == pytest.approx(0.75 * share, abs=0.04)
         assert (tokens[place < 0] == 1).all()  # behind token 2 only token 1 is left
+
+
+# -- several drafts
+
+
+def test_merged_drafts_by_hand():
+    """A line of a model and two of a function: one beginning in common; every source keeps its own tries and laws."""
+    model = Drafts(1, torch.arange(12.0).view(1, 1, 3, 4))
+    model.add(0, 2, model.add(0, 1, -1))
+    both = Drafts.merged([model, Drafts.certain([[[1, 3], [0]]], [2])], torch.zeros(1, 4))
+    assert (both.tokens, both.parents) == ([[1, 2, 3, 0]], [[-1, 0, 0, -1]])
+    assert both.below(0, -1) == [(0, 0), (0, 1), (3, 1)]
+    assert both.below(0, 0) == [(1, 0), (2, 1)]
+    assert both.laws.shape == (1, 2, 5, 4)
+    assert both.laws[0, 0, :2].tolist() == [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]]
+    assert both.laws[0, 1, :2].tolist() == [
+        [0.0, 1.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 1.0],
+    ]  # sure of its first child
+    assert not both.laws[0, :, 2:].any()
+
+
+def test_two_sources_that_propose_one_token():
+    """p = (.2, .8), two sources of q = (.8, .2) that both say 0: by 1/4 the first; what is left of p is (0, 1)."""
+    rows = 4000
+    keys = {"seeds": torch.arange(rows), "positions": torch.ones(rows, dtype=torch.long)}
+    context = SimpleNamespace(streams=torch.zeros(rows, dtype=torch.long), **keys)
+    p, q = torch.tensor([[0.2, 0.8]]).expand(rows, 2), torch.tensor([[[0.8, 0.2]] * 2]).expand(rows, 2, 2)
+    for said, second in (([0, 0], 0.0), ([0, 1], 1.0)):
+        proposed, sources = (torch.tensor([each]).expand(rows, 2) for each in (said, [0, 1]))
+        _, place = ratio(p.log(), proposed, q, context, None, sources)
+        assert (place == 0).float().mean().item() == pytest.approx(0.25, abs=0.035)
+        assert (place[place != 0] == 1).float().mean().item() == second
+
+
+@pytest.mark.parametrize("widths", [2, (2, 1)], ids=str)
+def test_the_law_with_several_drafts(widths):
+    """Two models, and one beside a function: false alarms one in 10^6 each."""
+    target, one, two = (
+        Engine(tiny_llama(vocab_size=4, eos_token_id=3, num_hidden_layers=layers)) for layers in (2, 1, 3)
+    )
+    params = SamplingParams(temperature=1.5, max_new_tokens=4)
+    for drafts in ([one, two], [one, forked_small]):
+        options = {"draft": drafts, "num_draft": widths}
+        laws.exact_distribution(speculative, target, [1, 2, 3], params, draws=600, batch=600, **options)
+
+
+def forked_small(tokens, count):
+    return [[(tokens[-1] + place) % 4 for place in range(count)]]
+
+
+def test_several_drafts_are_one_tree(engine, draft):
+    """Greedy: the tokens of plain decoding, as few passes as the better draft needs, each prompt as it is alone."""
+    plain = engine.generate(PROMPTS, max_new_tokens=11)
+    alone = speculative(engine, PROMPTS, draft=draft, num_draft=3, max_new_tokens=11)
+    both = speculative(engine, PROMPTS, draft=[draft, forked], num_draft=3, max_new_tokens=11)
+    assert tokens_of(both) == tokens_of(plain)
+    assert all(one.passes <= other.passes for one, other in zip(both, alone, strict=True))
+    perfect = speculative(engine, PROMPTS, draft=[draft, engine], num_draft=3, max_new_tokens=11)
+    assert all(r.passes == 1 + -(-10 // 4) for r in perfect)
+    laws.batch_equals_solo(
+        speculative,
+        engine,
+        PROMPTS,
+        EVERYTHING,
+        draft=[draft, Engine(tiny_llama(num_hidden_layers=3))],
+        num_draft=(2, 1),
+    )
+    assert_nothing_leaked(engine)
 
 
 def test_it_streams(engine, draft):
@@ -172,8 +236,9 @@ def test_it_streams(engine, draft):
     [
         ({"num_draft": (2, 0)}, "holds a 0"),
         ({"num_draft": (2, 2), "rule": "block"}, "one line of drafts"),
+        ({"num_draft": 2, "rule": "block", "draft": [forked, forked]}, "one line of drafts"),
     ],
 )
 def test_what_it_cannot_do_is_an_error(engine, draft, options, message):
     with pytest.raises(ParameterError, match=message):
-        speculative(engine, PROMPTS, draft=draft, max_new_tokens=4, **options)
+        speculative(engine, PROMPTS, max_new_tokens=4, **{"draft": draft, **options})

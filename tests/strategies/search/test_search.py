@@ -19,6 +19,7 @@ from handloom.strategies import (
     lookahead,
     stochastic_beam,
 )
+from handloom.strategies.kit.beams import Candidate
 from handloom.strategies.search.constrained import banked
 from handloom.strategies.search.phrases import Progress
 
@@ -171,16 +172,20 @@ def test_progress_by_hand():
 
 
 def test_banks_by_hand():
-    one = Progress.start([[1], [2]])
-    half, full = one.add(1), one.add(1).add(2)
+    """Rows that have said nothing, and one of two words; tokens 1 and 2 are the words."""
+    nothing = Progress.start([[1], [2]])
     beams = [
-        (-1.0, "a", 0, one),
-        (-3.0, "b", 0, full),
-        (-2.0, "c", 0, half),
-        (-4.0, "d", 0, full),
-        (-1.5, "e", 0, one),
+        Candidate(value, row, token, 0.0, 0.0)
+        for value, row, token in [(-1.0, 0, 9), (-3.0, 1, 2), (-2.0, 0, 1), (-4.0, 2, 2), (-1.5, 0, 8)]
     ]
-    assert [beam[1] for beam in banked(beams)] == ["b", "c", "a", "d", "e"]
+    order = banked(beams, [nothing, nothing.add(1), nothing.add(1)])
+    assert [beams.index(each) for each in order] == [
+        1,
+        2,
+        0,
+        3,
+        4,
+    ]  # two words, one, none; then the second of each
 
 
 # -- laws

@@ -1,11 +1,32 @@
-"""Drafts from texts that were seen: suffix decoding (arXiv 2411.04975) and Jacobi trajectories (arXiv 2402.02057)."""
+"""Drafts from texts that were seen: prompt lookup (Saxena 2023) and suffix decoding (arXiv 2411.04975)."""
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from ...errors import ParameterError
+from ....errors import ParameterError
+
+
+def prompt_lookup(tokens: list[int], count: int, max_ngram: int = 3) -> list[int]:
+    """What followed the last few tokens when they occurred before; [] if they never did (Saxena 2023).
+
+    Args:
+        tokens: ids of one sequence, prompt included.
+        count: how many tokens are wanted, >= 0; fewer come back where the text ends.
+        max_ngram: longest run of tokens to look for; shorter ones are tried after it.
+
+    The latest occurrence that has `count` tokens behind it wins, else the earliest.
+    """
+    last = tokens[-1] if tokens else None
+    ends = [i + 1 for i, token in enumerate(tokens[:-1]) if token == last]
+    for size in range(2, max_ngram + 1):
+        longer = [end for end in ends if end >= size and tokens[end - size] == tokens[-size]]
+        if not longer:
+            break
+        ends = longer
+    end = max((end for end in ends if end + count <= len(tokens)), default=ends[0] if ends else len(tokens))
+    return tokens[end : end + count]
 
 
 class SuffixDraft:
@@ -63,38 +84,3 @@ class SuffixDraft:
             if found:
                 return found
         return Counter()
-
-
-class JacobiDraft:
-    """Drafts for `speculative` of the model's own guesses: a pass over a wrong draft still says what would follow.
-
-    The most probable tokens behind a rejected draft are n-grams that the model is about to say (the trajectory of a
-    Jacobi iteration); a pool of them, by their first token, is what lookahead decoding verifies. No second model, and
-    no extra rows: a guess costs nothing but its place in the next pass.
-
-    Args:
-        size: n-grams kept for each first token, >= 1.
-    """
-
-    def __init__(self, size: int = 8):
-        if size < 1:
-            raise ParameterError(f"a pool keeps size >= 1 n-grams, got {size}")
-        self.size = size
-        self.pool: dict[int, OrderedDict[tuple[int, ...], None]] = defaultdict(OrderedDict)
-
-    def observe(self, tokens: list[int], draft: list[int], best: list[int]) -> None:
-        """After a pass over a row's last token and its draft: `best` is what the model would say behind each."""
-        for at in range(len(best) - 1):
-            grams = self.pool[best[at]]
-            grams[tuple(best[at + 1 :])] = None
-            grams.move_to_end(tuple(best[at + 1 :]))
-            if len(grams) > self.size:
-                grams.popitem(last=False)
-
-    def __call__(self, tokens: list[int], count: int) -> list[int]:
-        """Up to `count` draft tokens behind a row; before anything was guessed, its last token again."""
-        grams = self.pool.get(tokens[-1])
-        found = list(next(reversed(grams))) if grams else []
-        while found and len(found) < count and self.pool.get(found[-1]):
-            found += next(reversed(self.pool[found[-1]]))
-        return (found or [tokens[-1]] * count)[:count]
