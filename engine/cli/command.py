@@ -46,7 +46,7 @@ def main() -> None:
     """Run the command `handloom` with the arguments of this process."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(_with_parameters(command))
-    app(prog_name="handloom")
+    app(options.spelled(sys.argv[1:]), prog_name="handloom")
 
 
 def _with_parameters(function):

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
@@ -17,7 +17,10 @@ from ..params.sampling_params import SamplingParams
 
 Strategy = Annotated[
     str | None,
-    typer.Option(help="A decoding strategy of handloom.strategies by name, such as contrastive_search."),
+    typer.Option(
+        help="A decoding strategy of handloom.strategies by name, such as contrastive_search; its own options follow "
+        "as --alpha 0.6 or -O alpha=0.6."
+    ),
 ]
 StrategyOptions = Annotated[
     list[str] | None,
@@ -68,16 +71,42 @@ def strategy_events(name: str | None, given: tuple[str, ...]) -> Callable[..., I
             raise ParameterError(f"--option {given[0]} is an option of a strategy: name one with --strategy")
         return lambda engine, prompts, params: engine.stream(prompts, params)
     from ..strategies import named
-    from ..strategies.modes import Mode
+    from ..strategies.modes import Mode, own_options
 
     strategy, chosen = named(name), {}
-    known = [each for each in list(inspect.signature(strategy).parameters)[3:-1] if each != "stream"]
+    known = own_options(strategy)
     for each in given:
         key, equals, value = each.partition("=")
         if not equals or key not in known:
             raise ParameterError(f"--option {each}: {name} takes name=value of {', '.join(known) or 'none'}")
         chosen[key] = _json(key, value)
     return lambda engine, prompts, params: Mode(engine, strategy, params, chosen).events(prompts)
+
+
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """The command's arguments, with options of the strategy that is named, `--alpha 0.6`, as `-O alpha=0.6`.
+
+    Where a sampling parameter has the same name, the strategy's own is meant.
+    """
+    pairs = [
+        (*each.partition("="), after) for each, after in zip(arguments, [*arguments[1:], ""], strict=True)
+    ]
+    values = [value if equals else after for name, equals, value, after in pairs if name == "--strategy"]
+    if not values:
+        return list(arguments)
+    from ..strategies import named
+    from ..strategies.modes import own_options
+
+    try:
+        known = own_options(named(values[-1]))
+    except ParameterError:  # the command says so when it runs
+        return list(arguments)
+    found, rest = [], iter(arguments)
+    for each in rest:
+        name, equals, value = each.partition("=")
+        option = name[2:].replace("-", "_") if name.startswith("--") else None
+        found += ["-O", f"{option}={value if equals else next(rest, '')}"] if option in known else [each]
+    return found
 
 
 def described() -> dict[str, tuple[str, str]]:

@@ -181,6 +181,10 @@ ELSEWHERE: dict[str, tuple[tuple, str]] = {
     "force_words_ids": (([],), _BEAM),
     "penalty_alpha": ((0,), "contrastive search is a strategy: see handloom.strategies.contrastive_search"),
     "dola_layers": ((), "DoLa is a strategy: see handloom.strategies.dola"),
+    "custom_generate": (
+        (),
+        "a strategy is called by itself: strategies.named(name)(engine, prompts, params)",
+    ),
     "assistant_model": ((), _SPECULATIVE),
     "prompt_lookup_num_tokens": ((0,), _SPECULATIVE),
     "speculation_type": ((), _SPECULATIVE),
@@ -235,4 +239,5 @@ ELSEWHERE: dict[str, tuple[tuple, str]] = {
 MODES = (
     *("num_beams", "num_beam_groups", "constraints", "force_words_ids", "penalty_alpha", "dola_layers"),
     *("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "guidance_scale"),
+    "custom_generate",
 )

@@ -223,8 +223,8 @@ def _count_the_prompt(values: Values) -> None:
 
 
 _CACHE = "how keys and values are kept; the engine has a cache of its own"
-_ASSISTANT = "read only beside an assistant model or a draft, which are refused"
-_BEAMS = "read by beam search alone: handloom.strategies.beam_search honours it"
+_ASSISTANT = "read only beside an assistant model or a draft"
+_BEAMS = "read by beam search alone: set num_beams beside it"
 _SPEED = "how transformers runs the same computation"
 _RECORD = "where the configuration comes from"
 

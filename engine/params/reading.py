@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import ParameterError
 from .aliases import ALIASES, ELSEWHERE, SPECIAL, Values
 from .checks import Check, is_number, scalar, to_list
-from .dialects import DIALECTS, Dialect
+from .dialects import DIALECTS, HF_WITHOUT_EFFECT, Dialect
 
 
 def read(settings: Mapping[str, Any], dialect: Dialect, checks: Mapping[str, Check], base: Mapping) -> Values:
@@ -87,7 +87,8 @@ def _unknown(spelling: Any, dialect: Dialect, checks: Mapping[str, Check]) -> st
     """What to say about a name that nobody knows here."""
     message = f"unknown sampling parameter {spelling!r}"
     if any(spelling in other.ignored for other in DIALECTS.values()):
-        return f"{message}: it does not concern decoding, leave it out"
+        why = HF_WITHOUT_EFFECT.get(spelling, "it does not concern decoding, leave it out")
+        return f"{message}: {why}"
     if dialect.name == "handloom":
         for other in DIALECTS.values():
             if spelling in other.aliases or spelling in other.special:

@@ -152,6 +152,7 @@ class Modes(TypedDict, total=False):
     num_assistant_tokens: int | None
     prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int | None
+    custom_generate: Any
 
 
 class OneCall(Single, Modes, total=False):

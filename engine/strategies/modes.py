@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..engine import Engine
 from ..errors import ParameterError
@@ -28,6 +30,12 @@ from .search.diverse import diverse_beam_search
 
 BEAMS = ("num_beams", "length_penalty", "early_stopping", "num_return_sequences")
 GROUPS = ("num_beam_groups", "diversity_penalty")
+REPOSITORIES = {
+    "group-beam-search": "diverse_beam_search"
+}  # of transformers-community, named otherwise than here
+KEPT: WeakKeyDictionary[Engine, tuple[tuple, Engine]] = (
+    WeakKeyDictionary()
+)  # the last draft made for an engine
 
 
 def generate(engine: Engine, prompts, config=None, **settings) -> Generation | list[Generation]:
@@ -36,7 +44,8 @@ def generate(engine: Engine, prompts, config=None, **settings) -> Generation | l
     penalty_alpha with top_k: contrastive search. dola_layers: DoLa. num_beams: beam search; with num_beam_groups
     diverse, with constraints or force_words_ids constrained. guidance_scale, negative_prompt_ids: classifier-free
     guidance. assistant_model (an Engine or a model), assistant_early_exit, prompt_lookup_num_tokens: speculative
-    decoding. None of them: `Engine.generate`, which leads here where it is given one of them.
+    decoding. custom_generate: a strategy by its name (or its repository's), or a function such as `decode` helps to
+    write, with its own arguments beside it. None of them: `Engine.generate`, which leads here where it is given one.
 
     Args:
         engine, prompts: as for `Engine.generate`.
@@ -150,11 +159,29 @@ def mode(engine: Engine, given: Mapping[str, Any]) -> tuple[Callable, dict, dict
         negative = negative.tolist() if hasattr(negative, "tolist") else negative
         found.append((classifier_free_guidance, {"guidance_scale": scale, "negative_prompts": negative}))
     found += speculation(engine, rest)
+    if (asked := take("custom_generate", None)) is not None:
+        found = custom(asked, rest, found)
     if len(found) > 1:
         names = ", ".join(strategy.__name__ for strategy, _ in found)
         raise ParameterError(f"the config asks for {names}; set the fields of one of them")
     strategy, options = found[0] if found else (Engine.generate, {})
     return strategy, options, rest
+
+
+def custom(asked, rest: dict[str, Any], found: list) -> list[tuple[Callable, dict]]:
+    """The strategy that is named, with the arguments that are its own, and what was found beside it."""
+    name = asked if callable(asked) else asked.rpartition("/")[2]
+    name = REPOSITORIES.get(name, name)
+    strategy = name if callable(name) else import_module(__package__).named(name.replace("-", "_"))
+    own = {each: rest.pop(each) for each in own_options(strategy) if each in rest}
+    fields = next((options for other, options in found if other is strategy), {})
+    return [(strategy, fields | own), *(each for each in found if each[0] is not strategy)]
+
+
+def own_options(strategy: Callable) -> list[str]:
+    """Names of the arguments that a strategy takes beside prompts and parameters."""
+    known = inspect.signature(strategy).parameters.values()
+    return [each.name for each in known if each.kind is each.KEYWORD_ONLY and each.name != "stream"]
 
 
 def phrases(constraint) -> list:
@@ -170,7 +197,16 @@ def speculation(engine: Engine, rest: dict[str, Any]) -> list[tuple[Callable, di
     if (lookup := rest.pop("prompt_lookup_num_tokens", None)) is not None:
         drafts.append((lambda tokens, most: prompt_lookup(tokens, most, ngram), lookup))
     if (layers := rest.pop("assistant_early_exit", None)) is not None:
-        drafts.append((early_exit(engine, layers), count))
+        parts = tuple(map(id, engine.model.modules()))
+        drafts.append((kept(engine, (layers, *parts), partial(early_exit, engine, layers)), count))
     if (model := rest.pop("assistant_model", None)) is not None:
-        drafts.append((model if hasattr(model, "prefill") else Engine(model, slots=engine.slots), count))
+        make = partial(Engine, model, slots=engine.slots)
+        drafts.append((model if hasattr(model, "prefill") else kept(engine, (id(model),), make), count))
     return [(speculative, {"draft": draft, "num_draft": most or 5}) for draft, most in drafts]
+
+
+def kept(engine: Engine, key: tuple, make: Callable[[], Engine]) -> Engine:
+    """A draft of this engine's, made once: the last one is kept, with its model, as long as the engine is."""
+    if KEPT.get(engine, ((),))[0] != key:
+        KEPT[engine] = key, make()
+    return KEPT[engine][1]

@@ -1,16 +1,18 @@
 """Modes: what a GenerationConfig or a name asks for is the strategy, with the tokens of transformers."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from helpers import tiny_llama
+from helpers import text_engine, tiny_llama
 from transformers import GenerationConfig
 
 from handloom import Engine, ParameterError, SamplingParams, strategies
-from handloom.cli.options import strategy_events
+from handloom.cli.options import spelled, strategy_events
 from handloom.strategies import generate, named
-from handloom.strategies.modes import mode
+from handloom.strategies.modes import KEPT, mode
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
 
@@ -119,6 +121,66 @@ def test_an_assistant_gives_the_tokens_of_transformers(engine):
     assert ids(strategies.speculative(engine, PROMPTS, **tree, **settings)) == theirs
 
 
+def test_a_draft_that_is_asked_for_again_is_made_once(engine):
+    """An assistant's engine, and the first layers', are kept until another one is asked for, or the engine is gone."""
+    assistants = [tiny_llama(num_hidden_layers=1) for _ in range(2)]
+    asked = [{"assistant_model": a} for a in (*assistants[:1] * 2, assistants[1])] + [
+        {"assistant_early_exit": 1}
+    ] * 2
+    drafts = [mode(engine, each)[1]["draft"] for each in asked]
+    assert drafts[0] is drafts[1]
+    assert [d.model for d in drafts[1:3]] == assistants
+    assert drafts[3] is drafts[4]
+    own = Engine(engine.model)
+    mode(own, asked[0])
+    assert KEPT[own][1] is not KEPT[engine][1]
+    watch = weakref.ref(KEPT[own][1])
+    del own
+    gc.collect()
+    assert watch() is None
+    layers, engine.model.model.layers = engine.model.model.layers, copy.deepcopy(engine.model.model.layers)
+    assert mode(engine, asked[3])[1]["draft"] is not drafts[3]  # the model's layers are others now
+    engine.model.model.layers = layers
+
+
+def test_a_strategy_by_name_or_as_a_function(engine):
+    """`custom_generate` of `Engine.generate`: ours by name, as transformers calls them, or a function."""
+    direct = ids(strategies.contrastive_search(engine, PROMPTS, k=3, alpha=0.3, max_new_tokens=5))
+    for name in (
+        "contrastive_search",
+        "transformers-community/contrastive-search",
+        strategies.contrastive_search,
+    ):
+        asked = {"custom_generate": name, "max_new_tokens": 5}
+        assert ids(engine.generate(PROMPTS, k=3, alpha=0.3, **asked)) == direct
+        assert ids(engine.generate(PROMPTS, {"penalty_alpha": 0.3, "top_k": 3, **asked})) == direct
+    groups = {
+        "custom_generate": "transformers-community/group-beam-search",
+        "num_beams": 4,
+        "num_beam_groups": 2,
+    }
+    direct = ids(
+        strategies.diverse_beam_search(engine, PROMPTS, num_beams=4, num_beam_groups=2, max_new_tokens=5)
+    )
+    assert ids(engine.generate(PROMPTS, max_new_tokens=5, **groups)) == direct
+    with pytest.raises(ParameterError, match="did you mean 'dola'"):
+        engine.generate(PROMPTS, custom_generate="dolla")
+    with pytest.raises(ParameterError, match="contrastive_search, dola"):
+        engine.generate(PROMPTS, custom_generate="contrastive_search", dola_layers="low")
+    with pytest.raises(ParameterError, match="unknown sampling parameter 'beta'"):
+        engine.generate(PROMPTS, custom_generate="dola", beta=3)
+
+
+def test_phrases_may_be_texts():
+    engine = text_engine()
+    asked = {"num_beams": 4, "max_new_tokens": 6}
+    spelled = [engine.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("to", "be", "or")]
+    by_ids = strategies.constrained_beam_search(engine, ["a"], constraints=[spelled[0], spelled[1:]], **asked)
+    by_text = engine.generate(["a"], force_words_ids=["to", ["be", "or"]], **asked)
+    assert ids(by_text) == ids(by_ids)
+    assert "to" in by_text[0].text
+
+
 def test_two_modes_are_refused(engine):
     with pytest.raises(ParameterError, match="contrastive_search, dola"):
         generate(engine, PROMPTS, penalty_alpha=0.6, top_k=4, dola_layers="low")
@@ -158,6 +220,23 @@ def test_a_strategy_from_the_command_line(engine):
     ):
         with pytest.raises(ParameterError, match=message):
             strategy_events(name, options)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (
+            "hi --strategy contrastive_search --alpha 0.6 --k=4",
+            "hi --strategy contrastive_search -O alpha=0.6 -O k=4",
+        ),
+        ("--n 4 --strategy=smc --temperature 1", "-O n=4 --strategy=smc --temperature 1"),
+        ("--strategy beam_search --num-beams 3 --top-k 5", "--strategy beam_search -O num_beams=3 --top-k 5"),
+        ("hi --alpha 3", "hi --alpha 3"),
+        ("--strategy no_such --alpha 3", "--strategy no_such --alpha 3"),
+    ],
+)
+def test_options_of_a_strategy_are_options_of_the_command(given, read):
+    assert spelled(given.split()) == read.split()
 
 
 def test_strategies_by_name():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...pipeline.rows import logprob_of
-from ..kit.requests import Requests
+from ..kit.requests import Requests, padded
 from .acceptance import RULES, block
 from .drafting.drafts import Drafts
 
@@ -24,22 +24,22 @@ class Spots:
     """
 
     def __init__(self, requests: Requests, tokens, drafts: Drafts, logits: Tensor):
-        self.requests, self.drafts, texts, levels = requests, drafts, {}, {}
+        self.requests, self.tokens, self.drafts, paths, levels = requests, tokens, drafts, {}, {}
         for row, parents in enumerate(drafts.parents):
-            texts[row, -1] = tokens[row]
+            paths[row, -1] = []
             for place, parent in enumerate(parents):
-                texts[row, place] = [*texts[row, parent], drafts.tokens[row][place]]
-        for at, ids in texts.items():
-            levels.setdefault(requests.remembers * (len(ids) - len(tokens[at[0]])), []).append(at)
+                paths[row, place] = [*paths[row, parent], drafts.tokens[row][place]]
+        for at, ids in paths.items():
+            levels.setdefault(len(ids) if requests.remembers else 0, []).append(at)
         order = [at for _, level in sorted(levels.items()) for at in level]
         self.number = {at: spot for spot, at in enumerate(order)}
-        self.texts, self.rows = [texts[at] for at in order], [row for row, _ in order]
+        self.paths, self.rows = [paths[at] for at in order], [row for row, _ in order]
         self.where = torch.tensor([[row, place + 1] for row, place in order], device=logits.device).unbind(1)
         self.given, self.kept, self.failures, found = logits[self.where], [], {}, []
         for depth, level in sorted(levels.items()):
             mine = [self.number[at] for at in level]
             above = [self.number[row, drafts.parents[row][place]] for row, place in level if depth]
-            last = [self.texts[spot][-1] for spot in mine]
+            last = [self.paths[spot][-1] for spot in mine if depth]
             forks = self.after(above, last) if depth else requests.select([row for row, _ in level])
             context = forks.context(*self._seen(mine))
             found.append(forks.rows.apply(self.given[mine], context))
@@ -49,15 +49,17 @@ class Spots:
 
     def _seen(self, spots: Sequence[int]):
         """What `Requests.context` takes."""
-        texts = [self.texts[spot] for spot in spots]
-        return lambda: texts, torch.tensor([*map(len, texts)], device=self.given.device)
+        texts = [(self.tokens[self.rows[spot]], self.paths[spot]) for spot in spots]
+        lengths = torch.tensor([len(text) + len(path) for text, path in texts], device=self.given.device)
+        return lambda: [text + path for text, path in texts], lengths
 
     def after(self, spots: Sequence[int], tokens: Sequence[int]) -> Requests:
         """Requests one token [N] behind each of some spots [N]."""
         if not self.requests.remembers:
             return self.requests.select([self.rows[spot] for spot in spots])
         forks = Requests.concat([kept.select([i]) for kept, i in (self.kept[spot] for spot in spots)])
-        return forks.after(padded([tokens], self.given)[0], self.given[list(spots)], *self._seen(spots))
+        ids = torch.tensor(tokens, device=self.given.device)
+        return forks.after(ids, self.given[list(spots)], *self._seen(spots))
 
     def judged(self, rule: str) -> list[list[int]]:
         """The token that goes on behind each spot, and which of those proposed there it is, or -1."""
@@ -67,34 +69,26 @@ class Spots:
         return torch.stack([chosen.clamp(min=0), number], 1).tolist()
 
     def _one_by_one(self, rule) -> tuple[Tensor, Tensor]:
-        laws, requests, below = self.drafts.laws, self.requests.select(self.rows), []
+        laws, requests, ids, sources = self.drafts.laws, self.requests.select(self.rows), [], []
         for row, place in self.number:
             tries = self.drafts.below(row, place)
-            below.append([(self.drafts.tokens[row][child], source) for child, source in tries])
-        tokens, sources = (
-            padded([[each[n] for each in own] for own in below], self.given, 1) for n in (0, 1)
-        )
+            ids.append([self.drafts.tokens[row][child] for child, _ in tries])
+            sources.append([source for _, source in tries])
+        ids, sources = (padded(each, self.given.device, 1) for each in (ids, sources))
         q = None if laws is None else laws.transpose(1, 2)[self.where]
-        context, greedy = requests.context(*self._seen(range(len(below)))), requests.rows.greedy_rows()
-        return rule(self.processed, tokens, q, context, greedy, sources)
+        context, greedy = requests.context(*self._seen(range(len(ids)))), requests.rows.greedy_rows()
+        return rule(self.processed, ids, q, context, greedy, sources)
 
     def _as_lines(self) -> tuple[Tensor, Tensor]:
-        laws, requests, lines = self.drafts.laws, self.requests, padded(self.drafts.tokens, self.given)
+        laws, requests, lines = self.drafts.laws, self.requests, padded(self.drafts.tokens, self.given.device)
         dense = self.processed.new_zeros(len(requests), lines.shape[1] + 1, self.given.shape[1])
         dense[self.where] = self.processed
         context = requests.context(*self._seen([self.number[row, -1] for row in range(len(requests))]))
-        q = None if laws is None else laws[:, 0]
-        chosen, number = block(dense, lines, q, context, requests.rows.greedy_rows())
+        law = None if laws is None else laws[:, 0]
+        chosen, number = block(dense, lines, law, context, requests.rows.greedy_rows())
         return chosen[self.where], number[self.where]
 
     def logprobs(self, spots: Sequence[int], tokens: Sequence[int]) -> list[list[float]]:
         """Log-probabilities of tokens [N] behind spots [N], the model's and the pipeline's; NaN where none is left."""
-        laws, ids = (self.given, self.processed), padded([tokens], self.given)[0]
+        laws, ids = (self.given, self.processed), padded([tokens], self.given.device)[0]
         return torch.stack([logprob_of(law[list(spots)], ids) for law in laws], 1).tolist()
-
-
-def padded(rows: Sequence[Sequence[int]], like: Tensor, least: int = 0) -> Tensor:
-    """Ids [B, n] int64 of ragged rows, -1 behind their ends, n >= least."""
-    wide = max(least, *map(len, rows))
-    ids = [[*row, *[-1] * (wide - len(row))] for row in rows]
-    return torch.tensor(ids, dtype=torch.long, device=like.device).view(len(rows), wide)

@@ -11,7 +11,16 @@ from ..kit.decode import decode
 
 
 def soft_thinking(
-    engine, prompts, params=None, *, end=None, stop_entropy=0.1, stop_length=256, most=None, **options
+    engine,
+    prompts,
+    params=None,
+    *,
+    end=None,
+    stop_entropy=0.1,
+    stop_length=256,
+    most=None,
+    stream=False,
+    **options,
 ) -> list[Generation]:
     """Think in concept tokens: feed sum_v p(v) e(v), p what the pipeline leaves, until the thought ends; then decode.
 
@@ -32,6 +41,7 @@ def soft_thinking(
     if stop_length < 1 or (most is not None and most < 1):
         raise ParameterError(f"soft thinking takes stop_length and most >= 1, got {stop_length} and {most}")
     sure: dict = {}
+    over = set()
 
     def step(now):
         p = now.logprobs.exp()
@@ -41,23 +51,20 @@ def soft_thinking(
         for row, request in enumerate(now.live):
             sure[request] = sure.get(request, 0) + 1 if entropy[row] < stop_entropy else 0
             length = len(request.stopper.token_ids)
-            if not request.extra.get("over") and end is not None and (
+            if request not in over and end is not None and (
                 sure[request] >= stop_length or (most is not None and length >= most)
             ):  # fmt: skip
                 soft[row] = end
-            thinking.append(not request.extra.get("over"))
+            thinking.append(request not in over)
             request.extra["thought"] = request.extra.get("thought", 0) + thinking[-1]
             if end is not None and int(soft[row]) == end:
-                request.extra["over"] = True
+                over.add(request)
         inside = torch.tensor(thinking, device=soft.device)
         tokens = torch.where(inside, soft, hard)
         mixed = inside if end is None else inside & (tokens != end)
         return tokens, fed(now, tokens, p, mixed)
 
-    results = decode(engine, prompts, params, step=step, **options)
-    for result in results:
-        result.extra.pop("over", None)
-    return results
+    return decode(engine, prompts, params, step=step, stream=stream, **options)
 
 
 def mixture_of_inputs(engine, prompts, params=None, *, beta=1.0, stream=False, **options) -> list[Generation]:

@@ -20,7 +20,7 @@ def grammar_aligned(
 
     Masking alone gives another law: it does not see that a beginning may hardly end as it must. Each iteration draws
     a sample from p times the mass that is known to remain behind each token (1 where nothing is known), and then
-    lowers the masses along it. An iteration costs what a sample costs.
+    lowers the masses along it. A token costs one pass of one row for each prompt and iteration.
 
     Args:
         prompts, params, options: as for `decode`, with temperature > 0.

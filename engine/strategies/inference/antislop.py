@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -48,40 +50,31 @@ def antislop(
     places = [
         [(state.select([i]), requests.select([i]), requests.open(i, engine))] for i in range(len(state))
     ]
-    costs: list[dict[tuple[int, int], float]] = [{} for _ in places]
+    costs: list[Counter] = [Counter() for _ in places]
     rewinds, results, live = [[] for _ in places], {}, list(range(len(places)))
     while live:
         tips = [places[row][-1] for row in live]
-        state = State.concat([tip[0] for tip in tips])
-        logits = state.logits.clone()
+        state, requests = State.concat([tip[0] for tip in tips]), Requests.concat([tip[1] for tip in tips])
+        logits, context = state.logits.clone(), requests.at(state)
         for i, row in enumerate(live):
             for (place, token), cost in costs[row].items():
                 if place == len(places[row]) - 1:
                     logits[i, token] -= cost
-        chosen, told, after = [], [[], []], []
-        for i, (_, mine, _) in enumerate(tips):
-            context = mine.at(tips[i][0])
-            processed = mine.rows.apply(logits[i : i + 1], context)
-            streams = context.streams + AGAIN * len(rewinds[live[i]])
-            token = draw(processed, context.seeds, context.positions, streams, mine.rows.greedy_rows()).clamp(
-                min=0
-            )
-            told[0].append(float(logprob_of(state.logits[i : i + 1], token)))
-            told[1].append(float(logprob_of(processed, token)))
-            chosen.append(int(token))
-            after.append(mine.accept(token, context))
-        longer, going = engine.step(state, chosen), []
-        for i, row in enumerate(live):
+        processed = requests.rows.apply(logits, context)
+        again = torch.tensor([len(rewinds[row]) for row in live], device=logits.device)
+        keys = context.seeds, context.positions, context.streams + AGAIN * again
+        tokens = draw(processed, *keys, requests.rows.greedy_rows()).clamp(min=0)
+        told = torch.stack([logprob_of(law, tokens) for law in (state.logits, processed)], 1).tolist()
+        longer, after, going = engine.step(state, tokens), requests.accept(tokens, context), []
+        for i, (row, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
             running = tips[i][2].fork()
-            event = push(running, chosen[i], told[0][i], told[1][i])
+            event = push(running, token, *told[i])
             start = match_start(engine, running.stopper.token_ids, banned)
             if start is not None and len(rewinds[row]) < most_rewinds:
-                tokens = running.stopper.token_ids
-                costs[row] = {key: cost for key, cost in costs[row].items() if key[0] <= start}
-                costs[row][start, tokens[start]] = costs[row].get((start, tokens[start]), 0.0) + (
-                    float("inf") if strength is None else strength
-                )
-                rewinds[row].append((start, engine.decode(tokens[start:])))
+                said = running.stopper.token_ids
+                costs[row] = Counter({key: cost for key, cost in costs[row].items() if key[0] <= start})
+                costs[row][start, said[start]] += math.inf if strength is None else strength
+                rewinds[row].append((start, engine.decode(said[start:])))
                 places[row] = places[row][: start + 1]
                 going.append(row)
             elif event.finish:
@@ -89,7 +82,7 @@ def antislop(
                 results[row] = event.generation
                 places[row] = []
             else:
-                places[row].append((longer.select([i]), after[i], running))
+                places[row].append((longer.select([i]), after.select([i]), running))
                 going.append(row)
         live = going
     return [results[row] for row in sorted(results)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -42,11 +43,9 @@ def power_sampling(
     state, requests = Requests.start(engine, prompts, params, **overrides)
     if any(requests.rows.greedy):
         raise ParameterError("power sampling needs temperature > 0")
-    for member in requests.rows.active():
-        if member.memory is not None:
-            raise ParameterError(
-                f"power sampling rewinds texts: {member.processor.name}, which has memory, cannot"
-            )
+    if requests.remembers:
+        names = [member.processor.name for member in requests.rows.active() if member.memory is not None]
+        raise ParameterError(f"power sampling rewinds texts: {names[0]}, which has memory, cannot")
     rows = range(len(state))
     rooms = [limit(request, engine) for request in requests.asked]
     texts, accepted, tried = [Walk([], [], []) for _ in rows], [0] * len(state), [0] * len(state)
@@ -58,7 +57,7 @@ def power_sampling(
             engine, fed, requests, [end - cut for cut, end in zip(cuts, ends, strict=True)], streams=stream,
             power=alpha,
         )  # fmt: skip
-        return [joined(texts[row], cuts[row], new[row]) for row in rows]
+        return [texts[row].then(cuts[row], new[row]) for row in rows]
 
     for block in range(1, blocks + 1):
         ends = [math.ceil(room * block / blocks) for room in rooms]
@@ -80,28 +79,17 @@ def power_sampling(
                 if chance[row] < math.exp(min(0.0, gain)):
                     accepted[row] += 1
                     texts[row] = new[row]
-    results = []
-    for row, text in enumerate(texts):
-        request = requests.open(row, engine)
-        request.extra |= {"accepted": accepted[row], "moves": tried[row]}
-        for each in zip(text.tokens, text.raw_logprobs, text.logprobs, strict=True):
-            event = request.push(*each, None)
-            if event.finish:
-                break
-        results.append(event.generation or request.end("length").generation)
-    return results
+    told = [{"accepted": taken, "moves": count} for taken, count in zip(accepted, tried, strict=True)]
+    running = [requests.open(row, engine) for row in rows]
+    return [text.told(replace(run, extra=own)) for text, run, own in zip(texts, running, told, strict=True)]
 
 
 def power_smc(engine, prompts, params=None, *, alpha=4.0, n=64, **options) -> list[Generation]:
-    """n weighted samples of p(x)^alpha; see `smc`, whose proposal draws from p^alpha of each token."""
+    """n weighted samples of p(x)^alpha; see `smc`, whose proposal draws from p^alpha of each token.
+
+    A token costs one pass of at most n rows for each prompt.
+    """
     return smc(engine, prompts, params, n=n, alpha=alpha, **options)
-
-
-def joined(text: Walk, cut: int, new: Walk) -> Walk:
-    """The first `cut` tokens of a text and what comes behind them."""
-    parts = ("tokens", "raw_logprobs", "logprobs", "proposed")
-    lists = [getattr(text, part)[:cut] + getattr(new, part) for part in parts]
-    return Walk(*lists, ended=new.ended or (text.ended and cut == len(text.tokens)))
 
 
 def target(text: Walk, alpha: float) -> float:

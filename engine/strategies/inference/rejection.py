@@ -19,7 +19,8 @@ def weighted_rejection(
     """n weighted samples a prompt of p, given that every token is allowed; see `smc`.
 
     Tokens are drawn without replacement until one is allowed, so that only few are checked; its weight is an unbiased
-    estimate of the allowed mass, made of these draws and `checks` more (Des Raj's, one of the unbiased ones).
+    estimate of the allowed mass, made of these draws and `checks` more (Des Raj's, one of the unbiased ones). A token
+    costs one pass of at most n rows for each prompt.
 
     Args:
         prompts, params, options: as for `smc`.

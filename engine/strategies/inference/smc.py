@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,38 +10,14 @@ from torch import Tensor
 from ...errors import ParameterError
 from ...kernels.sampling.draw import coin, draw
 from ...loop.generation import Generation
-from ...loop.request import Request
 from ...pipeline.drawing import logprob_of
-from ..kit.particles import effective, log_mean, normalised, systematic
+from ..kit.drawing import Keys
+from ..kit.particles import Cloud
 from ..kit.requests import Requests, push
 
 RESAMPLE = 2**27  # noise stream of the resampling
 Twist = Callable[[Sequence[list[int]], Sequence[bool]], Sequence[float]]
-Proposal = Callable[[Tensor, Sequence[list[int]], "Keys"], tuple[Tensor, Tensor]]
-
-
-@dataclass
-class Keys:
-    """Noise keys of R rows: int64 `[R]` each."""
-
-    seeds: Tensor
-    positions: Tensor
-    streams: Tensor
-
-
-@dataclass(eq=False)
-class Particle:
-    """One of a prompt's weighted sequences; `result` when it has ended."""
-
-    request: Request
-    weight: float = 0.0
-    twist: float = 0.0
-    result: Generation | None = None
-
-    def fork(self, weight: float) -> Particle:
-        """A copy that goes on by itself."""
-        result = self.result and replace(self.result, extra=dict(self.result.extra))
-        return Particle(self.request.fork(), weight, self.twist, result)
+Proposal = Callable[[Tensor, Sequence[list[int]], Keys], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -78,57 +52,38 @@ def smc(
     state, requests = Requests.start(engine, prompts, params, **overrides)
     if any(requests.rows.greedy) or any(request.params.n != 1 for request in requests.asked):
         raise ParameterError("SMC takes temperature > 0, and n as its own argument")
-    count = len(state)
-    clouds = [[Particle(requests.open(row, engine)) for _ in range(n)] for row in range(count)]
-    evidence, resampled = [0.0] * count, [0] * count
-    live = [(row, slot) for row in range(count) for slot in range(n)]
+    clouds = [Cloud([requests.open(row, engine) for _ in range(n)]) for row in range(len(state))]
+    live = [(row, slot) for row in range(len(state)) for slot in range(n)]
+    choose, seeds, step = proposal or tempered(alpha), requests.seeds, 0
     state, requests = (part.select([row for row, _ in live]) for part in (state, requests))
-    choose = proposal or tempered(alpha)
     while live:
-        context = requests.at(state)
+        step += 1
+        context, particles = requests.at(state), [clouds[row].particles[slot] for row, slot in live]
         streams = torch.tensor([slot for _, slot in live], device=requests.streams.device)
         processed = requests.rows.apply(state.logits, context)
-        particles = [clouds[row][slot] for row, slot in live]
         texts = [list(particle.request.stopper.token_ids) for particle in particles]
-        tokens, gained = choose(
-            processed.log_softmax(-1), texts, Keys(requests.seeds, context.positions, streams)
-        )
+        keys = Keys(requests.seeds, context.positions, streams)
+        tokens, gained = choose(processed.log_softmax(-1), texts, keys)
         lost, tokens = tokens < 0, tokens.clamp(min=0)
-        raw = logprob_of(state.logits, tokens)
         logprobs = logprob_of(processed, tokens).masked_fill(lost, torch.nan)
-        told = [x.tolist() for x in (tokens, raw, logprobs)]
-        events = [push(particle.request, *each) for particle, *each in zip(particles, *told, strict=True)]
+        told = torch.stack([logprob_of(state.logits, tokens), logprobs, gained.float()], 1).tolist()
+        texts = [[*text, token] for text, token in zip(texts, tokens.tolist(), strict=True)]
+        pushed = zip(particles, texts, told, strict=True)
+        events = [push(each.request, text[-1], *laws[:2]) for each, text, laws in pushed]
         ended = [event.finish is not None for event in events]
-        values = [0.0] * len(live)
-        if twist is not None:
-            values = list(twist([[*text, t] for text, t in zip(texts, told[0], strict=True)], ended))
-        for i, particle in enumerate(particles):
-            particle.result = events[i].generation
-            dead = events[i].finish == "error" or values[i] == -math.inf
-            particle.weight += -math.inf if dead else float(gained[i]) + float(values[i]) - particle.twist
-            particle.twist = float(values[i])
-        requests, places = requests.accept(tokens, context), {place: i for i, place in enumerate(live)}
-        live, sources = [], []
+        values = [0.0] * len(live) if twist is None else map(float, twist(texts, ended))
+        for particle, event, laws, value in zip(particles, events, told, values, strict=True):
+            particle.weigh(event, laws[2], value)
+        places, live, sources = {place: i for i, place in enumerate(live)}, [], []
+        u = coin(seeds, torch.full_like(seeds, step), torch.full_like(seeds, RESAMPLE)).tolist()
         for row, cloud in enumerate(clouds):
-            weights, ancestors = [particle.weight for particle in cloud], list(range(n))
-            running = any(particle.result is None for particle in cloud)
-            if running and max(weights) > -math.inf and effective(weights) < threshold * n:
-                step = max(len(particle.request.stopper.token_ids) for particle in cloud)
-                u = float(coin(*(torch.tensor([key]) for key in (cloud[0].request.seed, step, RESAMPLE))))
-                ancestors = systematic(normalised(weights), u)
-                evidence[row] += log_mean(weights)
-                resampled[row] += 1
-                clouds[row] = [cloud[a].fork(0.0) for a in ancestors]
-            for slot, ancestor in enumerate(ancestors):
-                if clouds[row][slot].result is None:
-                    live.append((row, slot))
-                    sources.append(places[row, ancestor])
+            ancestors = cloud.resample(threshold, u[row])
+            live += [(row, slot) for slot in cloud.live()]
+            sources += [places[row, ancestors[slot]] for slot in cloud.live()]
         if live:
-            state, requests = state.select(sources), requests.select(sources)
-            state = engine.step(state, tokens[sources])
-    return [
-        result for row, cloud in enumerate(clouds) for result in weighed(cloud, evidence[row], resampled[row])
-    ]
+            requests = requests.accept(tokens, context).select(sources)
+            state = engine.step(state.select(sources), tokens[sources])
+    return [result for cloud in clouds for result in cloud.results()]
 
 
 def tempered(alpha: float) -> Proposal:
@@ -140,13 +95,3 @@ def tempered(alpha: float) -> Proposal:
         return tokens, logits.logsumexp(-1)
 
     return propose
-
-
-def weighed(cloud: list[Particle], evidence: float, resampled: int) -> list[Generation]:
-    """A prompt's particles with their weights."""
-    weights = [particle.weight for particle in cloud]
-    total = evidence + log_mean(weights)
-    for slot, (particle, weight) in enumerate(zip(cloud, normalised(weights), strict=True)):
-        particle.result.sample = slot
-        particle.result.extra |= {"weight": weight, "log_evidence": total, "resampled": resampled}
-    return [particle.result for particle in cloud]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -12,28 +10,7 @@ from ...errors import ParameterError
 from ...loop.generation import Generation
 from ...state import State
 from ..kit.decode import decode
-
-
-@dataclass
-class Node:
-    """A beginning of the output: its State (a value, so the tree can hold it), visits and mean value."""
-
-    state: State | None
-    priors: dict[int, float] = field(default_factory=dict)
-    children: dict[int, Node] = field(default_factory=dict)
-    visits: int = 0
-    total: float = 0.0
-
-    def best(self, c: float) -> int:
-        """The token with the largest Q + c p sqrt(visits) / (1 + its visits)."""
-
-        def score(item):
-            token, prior = item
-            child = self.children.get(token)
-            mean, visits = (child.total / child.visits, child.visits) if child and child.visits else (0.0, 0)
-            return mean + c * prior * math.sqrt(self.visits) / (1 + visits)
-
-        return max(self.priors.items(), key=score)[0]
+from .tree import Node
 
 
 def tree_search(
@@ -77,18 +54,12 @@ def tree_search(
         for _ in range(simulations):
             paths, texts, leaves = [], [], []
             for root, request in zip(tree, now.live, strict=True):
-                path, node, text = [root], root, list(request.stopper.token_ids)
-                while node.priors:
-                    token = node.best(c)
-                    text.append(token)
-                    parent, node = node, node.children.setdefault(token, Node(None))
-                    path.append(node)
-                    if not node.visits:
-                        if token not in stops and parent.state.rows[0].length + 1 < now.engine.max_length:
-                            leaves.append((node, parent.state, token))
-                        break
+                path, text = root.walk(c)
                 paths.append(path)
-                texts.append(text)
+                texts.append([*request.stopper.token_ids, *text])
+                fresh = len(path) > 1 and not path[-1].visits and text[-1] not in stops
+                if fresh and path[-2].state.rows[0].length + 1 < now.engine.max_length:
+                    leaves.append((path[-1], path[-2].state, text[-1]))
             for path, worth in zip(paths, value(texts), strict=True):
                 for node in path:
                     node.visits, node.total = node.visits + 1, node.total + float(worth)

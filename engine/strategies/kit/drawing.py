@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ...kernels.sampling.draw import draw
 
 COIN = 2**31  # streams of the tosses, clear of all others
+
+
+@dataclass
+class Keys:
+    """Noise keys of R rows: int64 `[R]` each."""
+
+    seeds: Tensor
+    positions: Tensor
+    streams: Tensor
 
 
 def one_hot(tokens: Tensor, like: Tensor) -> Tensor:
@@ -48,3 +59,11 @@ def without_replacement(logits: Tensor, count: int, seeds, positions, streams, g
         if len(found) < count:
             logits = logits.scatter(1, found[-1].clamp(min=0)[:, None], -torch.inf)
     return torch.stack(found, 1)
+
+
+def conditioned(noisy: Tensor, limit: Tensor) -> Tensor:
+    """Perturbed log-probabilities `[R, V]`, given that their maximum in each row is `limit [R]` (appendix B.3)."""
+    top = noisy.amax(-1, keepdim=True)
+    v = limit[:, None] - noisy + torch.log1p(-(noisy - top).exp())
+    result = limit[:, None] - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
+    return torch.where(noisy == top, limit[:, None], result).masked_fill(noisy == -torch.inf, -torch.inf)

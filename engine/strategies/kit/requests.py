@@ -125,14 +125,8 @@ class Requests:
             lengths: int64 [B], how many ids that is.
         """
         device = self.seeds.device
-
-        def history() -> Tensor:
-            ids = tokens()
-            longest = max(map(len, ids))
-            return torch.tensor([row + [-1] * (longest - len(row)) for row in ids], device=device)
-
         return Context(
-            tokens=history,
+            tokens=lambda: padded(tokens(), device),
             lengths=lengths,
             prompt_lengths=torch.tensor([len(request.prompt) for request in self.asked], device=device),
             seeds=self.seeds,
@@ -216,3 +210,10 @@ def limit(request: Request, engine) -> int:
     """The most tokens that this request may generate."""
     total = min(engine.max_length, request.params.max_length or engine.max_length)
     return min(request.params.max_new_tokens, total - len(request.prompt))
+
+
+def padded(rows: Sequence[Sequence[int]], device, least: int = 0) -> Tensor:
+    """Ids [B, n] int64 of ragged rows, -1 behind their ends, n >= least."""
+    wide = max([least, *map(len, rows)])
+    ids = [[*row, *[-1] * (wide - len(row))] for row in rows]
+    return torch.tensor(ids, dtype=torch.long, device=device).view(len(rows), wide)

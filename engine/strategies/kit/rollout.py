@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...kernels.sampling.draw import draw
+from ...loop.generation import Generation
+from ...loop.request import Request
 from ...pipeline.drawing import logprob_of
 from ...state import State
 from .requests import Requests, stop_ids
@@ -25,6 +27,20 @@ class Walk:
     logprobs: list[float]
     proposed: list[float] = field(default_factory=list)
     ended: bool = False
+
+    def then(self, cut: int, other: Walk) -> Walk:
+        """The first `cut` tokens, and what another one draws behind them."""
+        ours, theirs = ([w.tokens, w.raw_logprobs, w.logprobs, w.proposed] for w in (self, other))
+        lists = [mine[:cut] + new for mine, new in zip(ours, theirs, strict=True)]
+        return Walk(*lists, ended=other.ended or (self.ended and cut == len(self.tokens)))
+
+    def told(self, request: Request) -> Generation:
+        """The result of a running request that says this."""
+        for each in zip(self.tokens, self.raw_logprobs, self.logprobs, strict=True):
+            event = request.push(*each, None)
+            if event.finish:
+                return event.generation
+        return request.end("length").generation
 
 
 @torch.no_grad()

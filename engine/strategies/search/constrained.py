@@ -11,7 +11,7 @@ from ...errors import ParameterError
 from ...loop.generation import Generation
 from ..kit.beams import Beams, Candidate
 from ..kit.hypotheses import NEVER, Hypotheses
-from .phrases import Progress
+from .phrases import Progress, spelled
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def constrained_beam_search(
 
     Args:
         prompts, params, overrides, length_penalty, early_stopping, num_return_sequences: as for `beam_search`.
-        constraints: phrases (lists of token ids) that all must be said, in any order; or lists of phrases, any one of
-            which will do. Texts become ids with `engine.encode`.
+        constraints: phrases that all must be said, in any order; or lists of phrases, any one of which will do. A
+            phrase is a list of token ids, or a text with the space that it begins with, such as " Paris".
         num_beams: live sequences a prompt, >= 2.
 
     Returns:
@@ -39,7 +39,7 @@ def constrained_beam_search(
             f"constrained beam search takes num_beams >= 2 and num_return_sequences from 1 to it, got {num_beams} "
             f"and {num_return_sequences}"
         )
-    nothing = Progress.start(constraints)
+    nothing = Progress.start([spelled(engine, each) for each in constraints])
     beams = Beams(engine, prompts, params, num_beams, length_penalty, early_stopping, **overrides)
     progress = [nothing] * len(beams.state)
     spare: dict[Hypotheses, list] = {search: [] for search in beams.searches}

@@ -10,6 +10,17 @@ from ...errors import ParameterError
 Alternatives = tuple[tuple[int, ...], ...]  # phrases of token ids, any of which will do
 
 
+def spelled(engine, phrase):
+    """Token ids of a phrase, or of a list of phrases, that may be texts."""
+    if not isinstance(phrase, str):
+        return [spelled(engine, each) if isinstance(each, str) else each for each in phrase]
+    if engine.tokenizer is None:
+        raise ParameterError(
+            f"constraint {phrase!r} is no phrase of token ids, and no tokenizer is here to make it one"
+        )
+    return engine.tokenizer(phrase, add_special_tokens=False)["input_ids"]
+
+
 @dataclass(frozen=True)
 class Progress:
     """A sequence's progress through constraints: at most one is under way, and a break starts it over.
@@ -53,9 +64,8 @@ class Progress:
         """How much has been said: a constraint counts as many points as the longest phrase has tokens."""
         longest, under_way = max(map(self._size, range(len(self.wanted)))), self.current is not None
         done = len(self.wanted) - len(self.pending) - under_way
-        return done * longest + (
-            longest - self._size(self.current[0]) + len(self.current[1]) if under_way else 0
-        )
+        missing = self._size(self.current[0]) - len(self.current[1]) if under_way else longest
+        return done * longest + longest - missing
 
     def next(self) -> list[int]:
         """Tokens that bring it on."""

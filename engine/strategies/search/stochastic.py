@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
 
 from ...errors import ParameterError
 from ...kernels.noise.philox import gumbel
 from ...loop.generation import Generation
 from ...pipeline.drawing import logprob_of
+from ..kit.drawing import conditioned
 from ..kit.requests import Requests, push
 
 ROOT = 2**29  # stream of the root's noise, clear of those of the beams
@@ -34,9 +36,8 @@ def stochastic_beam(engine, prompts, params=None, *, k=4, **overrides) -> list[G
     state, requests = Requests.start(engine, prompts, params, **overrides)
     if any(requests.rows.greedy) or any(r.params.n != 1 for r in requests.asked):
         raise ParameterError("stochastic beam search takes temperature > 0 and n=1: k says how many")
-    count = len(state)
-    zero = torch.zeros(1, dtype=torch.long, device=state.logits.device)
-    perturbed = gumbel(requests.seeds, state.lengths, zero.expand(count) + ROOT, zero)[:, 0]
+    count, zero = len(state), torch.zeros_like(state.lengths)
+    perturbed = gumbel(requests.seeds, state.lengths, zero + ROOT, zero[:1])[:, 0]
     live = [
         (row, requests.open(row, engine)) for row in range(count)
     ]  # prompt and running request of each row
@@ -46,57 +47,45 @@ def stochastic_beam(engine, prompts, params=None, *, k=4, **overrides) -> list[G
         processed = requests.rows.apply(state.logits, context)
         grown = logp[:, None] + processed.log_softmax(-1)  # [R, V]
         slots = torch.tensor([owners[:i].count(owner) for i, owner in enumerate(owners)], device=grown.device)
-        noise = gumbel(
-            requests.seeds, context.positions, slots, torch.arange(grown.shape[1], device=grown.device)
-        )
-        scores = conditioned(grown + noise, perturbed)
-        picks = []
+        ids = torch.arange(grown.shape[1], device=grown.device)
+        scores = conditioned(grown + gumbel(requests.seeds, context.positions, slots, ids), perturbed)
+        rows, chosen = [], []
         for owner in sorted(set(owners)):
-            rows = [i for i, other in enumerate(owners) if other == owner]
-            value, where = scores[rows].flatten().topk(min(k + 1, len(rows) * grown.shape[1]))
-            found = [
-                (float(g), rows[w // grown.shape[1]], w % grown.shape[1])
-                for g, w in zip(value, where.tolist(), strict=True)
-            ]
-            old = [(g, None, entry) for g, entry in done[owner]]
-            best = sorted([each for each in found if each[0] > -torch.inf] + old, key=lambda each: -each[0])[
-                : k + 1
-            ]
-            done[owner] = [(g, entry) for g, row, entry in best if row is None]
-            picks += [(row, token) for _, row, token in best if row is not None]
-        rows = [row for row, _ in picks]
-        tokens = torch.tensor([token for _, token in picks], dtype=torch.long, device=grown.device)
+            mine = [row for row, other in enumerate(owners) if other == owner]
+            values, where = scores[mine].flatten().topk(min(k + 1, len(mine) * len(ids)))
+            found = [(g, divmod(w, len(ids))) for g, w in zip(values.tolist(), where.tolist(), strict=True)]
+            found = [(g, place) for g, place in found if g > -torch.inf] + done[owner]
+            found = sorted(found, key=lambda each: -each[0])[: k + 1]
+            done[owner] = [each for each in found if not isinstance(each[1], tuple)]
+            rows += [mine[each[1][0]] for each in found if isinstance(each[1], tuple)]
+            chosen += [each[1][1] for each in found if isinstance(each[1], tuple)]
         if not rows:
             break
-        laws = state.logits[rows], processed[rows]
-        told = [tokens.tolist(), *(logprob_of(law, tokens).tolist() for law in laws)]
-        branches = [live[row][1].fork() for row in rows]
-        events = [push(branch, *each) for branch, *each in zip(branches, *told, strict=True)]
+        tokens = torch.tensor(chosen, device=grown.device)
         logp, perturbed = grown[rows, tokens], scores[rows, tokens]
-        for i, event in enumerate(events):
-            if event.finish:
-                done[owners[rows[i]]].append((float(perturbed[i]), (float(logp[i]), event.generation)))
-        keep = [i for i, event in enumerate(events) if not event.finish]
-        live = [(owners[rows[i]], branches[i]) for i in keep]
+        laws = logprob_of(state.logits[rows], tokens), logprob_of(processed[rows], tokens), logp, perturbed
+        live, keep, branches = [], [], [(owners[row], live[row][1].fork()) for row in rows]
+        told = torch.stack(laws, 1).tolist()
+        for i, ((owner, request), token, own) in enumerate(zip(branches, chosen, told, strict=True)):
+            result = push(request, token, *own[:2]).generation
+            if result is None:
+                live.append((owner, request))
+                keep.append(i)
+            else:
+                result.extra |= {"logp": own[2], "perturbed": own[3]}
+                done[owner].append((own[3], result))
         if live:
             state, requests = requests.branch(engine, state, [rows[i] for i in keep], tokens[keep])
             logp, perturbed = logp[keep], perturbed[keep]
     return [result for found in done for result in weighed(sorted(found, key=lambda each: -each[0]), k)]
 
 
-def conditioned(noisy: Tensor, limit: Tensor) -> Tensor:
-    """Perturbed log-probabilities `[R, V]`, given that their maximum in each row is `limit [R]` (appendix B.3)."""
-    top = noisy.amax(-1, keepdim=True)
-    v = limit[:, None] - noisy + torch.log1p(-(noisy - top).exp())
-    result = limit[:, None] - v.clamp(min=0) - torch.log1p((-v.abs()).exp())
-    return torch.where(noisy == top, limit[:, None], result).masked_fill(noisy == -torch.inf, -torch.inf)
-
-
 def weighed(found: list, k: int) -> list[Generation]:
-    """The k best with their weights."""
-    kappa = found[k][0] if len(found) > k else -torch.inf
-    for rank, (g, (logp, generation)) in enumerate(found[:k]):
-        inclusion = -torch.expm1(-torch.tensor(logp - kappa, dtype=torch.float64).exp())
-        generation.sample, generation.extra["perturbed"] = rank, g
-        generation.extra["weight"] = float(torch.tensor(logp, dtype=torch.float64).exp() / inclusion)
-    return [generation for _, (_, generation) in found[:k]]
+    """The k best of pairs (perturbed log-probability, result), with their weights."""
+    kappa = found[k][0] if len(found) > k else -math.inf
+    for rank, (_, result) in enumerate(found[:k]):
+        logp = result.extra.pop("logp")
+        result.sample = rank  # P(logp + Gumbel noise > kappa) = 1 - exp(-exp(logp - kappa))
+        inclusion = -math.expm1(-math.exp(min(logp - kappa, 700.0)))
+        result.extra["weight"] = math.exp(logp) / inclusion
+    return [result for _, result in found[:k]]

@@ -14,7 +14,7 @@ def bayes_risk(
 ) -> list[Generation]:  # fmt: skip
     """argmax over the samples h of the mean of utility(h, r) over the samples r, h itself included.
 
-    Costs n samples a prompt, which is prefilled once, and n * n utilities.
+    A token costs one pass of n rows for each prompt, which is prefilled once; and there are n * n utilities.
 
     Args:
         prompts, params, overrides: as for `Engine.generate`, with temperature > 0.

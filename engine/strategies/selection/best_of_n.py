@@ -19,7 +19,7 @@ def best_of_n(
     score: Callable[[Generation], float] | None = None,
     **overrides,
 ) -> list[Generation]:
-    """The best of n samples of each prompt.
+    """The best of n samples of each prompt, which is prefilled once; a token costs one pass of n rows for each.
 
     Args:
         prompts, params, overrides: as for `Engine.generate`, with temperature > 0.
