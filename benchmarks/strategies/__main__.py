@@ -73,6 +73,10 @@ TWO = {
     "ensemble": ("ensemble", lambda half: {"others": [half]}),
     "speculative, half model": ("speculative", lambda half: {"draft": half, "num_draft": 4}),
     "speculative, as a block": ("speculative", lambda half: {"draft": half, "num_draft": 4, "rule": "block"}),
+    "speculative, two drafts": (
+        "speculative",
+        lambda half: {"draft": [half, strategies.prompt_lookup], "num_draft": 4},
+    ),
     "speculative, tree": ("speculative", lambda half: {"draft": half, "num_draft": (3, 2, 1)}),
 }
 # name -> fields of transformers' config for the same mode: of the project's version, and of 4.49
