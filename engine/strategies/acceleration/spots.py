@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...pipeline.rows import logprob_of
 from ..kit.requests import Requests, padded
 from .acceptance import RULES, block
 from .drafting.drafts import Drafts
@@ -17,6 +16,7 @@ class Spots:
     """Each row's last token and all of its drafts, at once; where a processor has memory, depth after depth.
 
     number: of the spot at (row, place), place -1 for the row's last token. failures: why a spot has no token.
+    given, processed: [N, V] logits of the spots, the model's and what the pipeline leaves.
 
     Args:
         requests: of the rows. tokens: committed ids of each row. drafts: what is proposed behind them.
@@ -36,16 +36,19 @@ class Spots:
         self.paths, self.rows = [paths[at] for at in order], [row for row, _ in order]
         self.where = torch.tensor([[row, place + 1] for row, place in order], device=logits.device).unbind(1)
         self.given, self.kept, self.failures, found = logits[self.where], [], {}, []
+        self.whole = requests.select(self.rows)
         for depth, level in sorted(levels.items()):
             mine = [self.number[at] for at in level]
             above = [self.number[row, drafts.parents[row][place]] for row, place in level if depth]
             last = [self.paths[spot][-1] for spot in mine if depth]
-            forks = self.after(above, last) if depth else requests.select([row for row, _ in level])
+            first = self.whole if len(levels) == 1 else requests
+            forks = self.after(above, last) if depth else first
             context = forks.context(*self._seen(mine))
-            found.append(forks.rows.apply(self.given[mine], context))
-            self.failures |= {spot: context.failures.get(i) for i, spot in enumerate(mine)}
+            found.append(forks.rows.apply(self.given if forks is self.whole else self.given[mine], context))
+            failures = context.failures
+            self.failures |= {spot: failures.get(i) for i, spot in enumerate(mine)}
             self.kept += [(forks, i) for i in range(len(mine))]
-        self.processed = torch.cat(found)
+        self.processed = torch.cat(found) if len(found) > 1 else found[0]
 
     def _seen(self, spots: Sequence[int]):
         """What `Requests.context` takes."""
@@ -54,9 +57,9 @@ class Spots:
         return lambda: [text + path for text, path in texts], lengths
 
     def after(self, spots: Sequence[int], tokens: Sequence[int]) -> Requests:
-        """Requests one token [N] behind each of some spots [N]."""
+        """Requests one token [B] behind a spot of each row."""
         if not self.requests.remembers:
-            return self.requests.select([self.rows[spot] for spot in spots])
+            return self.requests
         forks = Requests.concat([kept.select([i]) for kept, i in (self.kept[spot] for spot in spots)])
         ids = torch.tensor(tokens, device=self.given.device)
         return forks.after(ids, self.given[list(spots)], *self._seen(spots))
@@ -69,7 +72,7 @@ class Spots:
         return torch.stack([chosen.clamp(min=0), number], 1).tolist()
 
     def _one_by_one(self, rule) -> tuple[Tensor, Tensor]:
-        laws, requests, ids, sources = self.drafts.laws, self.requests.select(self.rows), [], []
+        laws, requests, ids, sources = self.drafts.laws, self.whole, [], []
         for row, place in self.number:
             tries = self.drafts.below(row, place)
             ids.append([self.drafts.tokens[row][child] for child, _ in tries])
@@ -87,8 +90,3 @@ class Spots:
         law = None if laws is None else laws[:, 0]
         chosen, number = block(dense, lines, law, context, requests.rows.greedy_rows())
         return chosen[self.where], number[self.where]
-
-    def logprobs(self, spots: Sequence[int], tokens: Sequence[int]) -> list[list[float]]:
-        """Log-probabilities of tokens [N] behind spots [N], the model's and the pipeline's; NaN where none is left."""
-        laws, ids = (self.given, self.processed), padded([tokens], self.given.device)[0]
-        return torch.stack([logprob_of(law[list(spots)], ids) for law in laws], 1).tolist()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...loop.generation import Generation
+from ...pipeline.rows import logprob_of
 from ..kit.requests import Requests, push
 from .spots import Spots
 
@@ -46,7 +49,7 @@ def verify(requests: Requests, live, tokens, drafts, logits: Tensor, rule: str):
         new.append([judged[spot][0] for spot in trail])
         paths.append(path)
     flat = [spot for trail in walked for spot in trail]
-    told = iter(spots.logprobs(flat, [judged[spot][0] for spot in flat]))
+    told = iter(logprobs(spots, flat, [judged[spot][0] for spot in flat]))
     for row, trail in enumerate(walked):
         own = []
         for spot, token, laws in [(spot, judged[spot][0], next(told)) for spot in trail]:
@@ -56,3 +59,11 @@ def verify(requests: Requests, live, tokens, drafts, logits: Tensor, rule: str):
         del new[row][len(own) :], paths[row][len(own) :]
     after = spots.after([trail[-1] for trail in walked], [judged[trail[-1]][0] for trail in walked])
     return after, new, paths, events
+
+
+def logprobs(spots: Spots, numbers: Sequence[int], tokens: Sequence[int]) -> list[list[float]]:
+    """Log-probabilities of tokens behind some spots, the model's and the pipeline's; NaN where no token is left."""
+    ids, laws = torch.tensor(tokens, device=spots.given.device), [spots.given]
+    laws += [] if spots.processed is spots.given else [spots.processed]
+    told = [logprob_of(law[list(numbers)], ids) for law in laws]
+    return torch.stack([told[0], told[-1]], 1).tolist()
