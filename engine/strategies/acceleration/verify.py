@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...loop.generation import Generation
-from ...pipeline.rows import logprob_of
+from ...pipeline.drawing import logprob_of
 from ..kit.requests import Requests, push
 from .spots import Spots
 
