@@ -1,7 +1,11 @@
 """What the server does not do: wrong bodies, strangers, too much at once; always an answer in OpenAI's shape."""
 
+import contextlib
 import itertools
 import json
+import os
+import signal
+import socket
 import threading
 
 import httpx
@@ -10,6 +14,8 @@ import pytest
 from helpers import until
 from served import chat_engine, served
 
+from handloom.cli import serving
+from handloom.errors import ParameterError
 from handloom.serve.protocol.reading import Limits
 
 LONG = {"prompt": "the", "max_tokens": 120, "temperature": 1.0, "ignore_eos": True}
@@ -178,3 +184,42 @@ def test_too_many_wait_and_shutdown_answers_those_who_were_taken(server):
         thread.join()
     assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [120] * 4
     until(lambda: not server.worker.alive)
+
+
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread"
+)
+def test_the_command_ends_on_a_signal_when_what_it_took_is_answered(tmp_path, monkeypatch):
+    with pytest.raises(ParameterError, match="set --api-key"):
+        serving.serve(host="0.0.0.0")
+    engine, answers = chat_engine(), []
+    engine.model.save_pretrained(tmp_path)
+    engine.tokenizer.save_pretrained(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    def answered() -> bool:
+        with contextlib.suppress(httpx.ConnectError):
+            return httpx.get(url + "/health").status_code == 200
+        return False
+
+    def ask() -> None:
+        until(answered, 60)
+        with httpx.stream(
+            "POST", url + "/v1/completions", json=LONG | {"stream": True}, timeout=60
+        ) as answer:
+            for line in answer.iter_lines():
+                if not answers:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                answers.append(line)
+
+    thread, before = threading.Thread(target=ask), signal.signal(signal.SIGTERM, lambda *_: None)
+    thread.start()
+    try:
+        serving.serve(model=str(tmp_path), port=int(url.rpartition(":")[2]), device="cpu", slots=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    thread.join(60)
+    assert answers[-2] == "data: [DONE]"
+    assert json.loads(answers[-4].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert not answered()
