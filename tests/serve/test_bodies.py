@@ -64,7 +64,7 @@ MESSAGES = st.lists(
 @pytest.fixture(scope="module")
 def ask():
     """Post a body to the application itself, without a socket."""
-    server = Server(chat_engine(slots=2, max_length=64), "tiny", limits=Limits(samples=4, seconds=20))
+    server = Server(chat_engine(slots=2, max_length=64), "tiny", limits=Limits(samples=4, seconds=120))
     loop = asyncio.new_event_loop()
     life = server.app.router.lifespan_context(server.app)
     loop.run_until_complete(life.__aenter__())

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+from contextlib import contextmanager
 
 import httpx
 import openai
@@ -21,16 +22,23 @@ from handloom.serve.protocol.reading import Limits
 LONG = {"prompt": "the", "max_tokens": 120, "temperature": 1.0, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def server():
-    limits = Limits(body=20_000, samples=4, waiting=2, seconds=20)
+@contextmanager
+def limited():
+    """A server with small limits, and a client of it."""
+    limits = Limits(body=20_000, samples=4, waiting=2, seconds=120)
     hosts = ("127.0.0.1", "localhost")
     with (
         served(chat_engine(slots=2), limits=limits, hosts=hosts) as running,
-        httpx.Client(timeout=30) as http,
+        httpx.Client(timeout=120) as http,
     ):
         http.base_url = running.url
         running.http = http
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server():
+    with limited() as running:
         yield running
 
 
@@ -169,8 +177,15 @@ def test_what_takes_too_long_is_given_up(server, monkeypatch):
     until(lambda: server.worker.pending == 0)
 
 
-def test_too_many_wait_and_shutdown_answers_those_who_were_taken(server):
-    threads, answers = [], []
+@pytest.fixture
+def ending():
+    """A server that the test ends."""
+    with limited() as running:
+        yield running
+
+
+def test_too_many_wait_and_shutdown_answers_those_who_were_taken(ending):
+    server, threads, answers = ending, [], []
     for _ in range(4):
         ask = lambda: answers.append(server.http.post("/v1/completions", json=LONG))  # noqa: E731
         threads.append(threading.Thread(target=ask))

@@ -25,7 +25,7 @@ def served(engine: Engine, **options):
     """A running server and its address; it must have given every block back when it ends."""
     server = Server(engine, "tiny", **options)
     config = uvicorn.Config(
-        server.app, port=0, log_level="warning", lifespan="on", timeout_graceful_shutdown=20
+        server.app, port=0, log_level="warning", lifespan="on", timeout_graceful_shutdown=120
     )
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run, daemon=True)
