@@ -195,7 +195,9 @@ def test_guidance_of_zero_decodes_the_negative_prompts(wide):
     ]
 
 
-@pytest.mark.parametrize("name", ["cfg from the last token", "contrastive", "dexperts", "dola", "fudge"])
+@pytest.mark.parametrize(
+    "name", ["cfg from the last token", "contrastive", "dexperts", "mixture", "dola", "fudge"]
+)
 def test_batch_equals_solo_and_sampling_pipelines_compose(wide, name):
     strategy, options, _ = CASES[name]
     beside = [Engine(tiny_llama(num_hidden_layers=n)) for n in (1, 2)]
@@ -205,6 +207,17 @@ def test_batch_equals_solo_and_sampling_pipelines_compose(wide, name):
         SamplingParams(max_new_tokens=4, temperature=0.8, min_p=0.05, seed=3, stop_token_ids=[2, 5, 8]),
     ]
     laws.batch_equals_solo(strategy, wide, PROMPTS, params, **options(beside))
+
+
+def test_every_prompt_has_its_own_question(wide):
+    """Context-aware decoding of three prompts with three questions: each as it is alone."""
+    questions, warm = [[9], [40, 2], [11]], {"temperature": 1.0, "seed": 4, "max_new_tokens": 5}
+    together = context_aware(wide, PROMPTS, questions=questions, **warm)
+    for prompt, question, result in zip(PROMPTS, questions, together, strict=True):
+        (alone,) = context_aware(
+            wide, [prompt], SamplingParams(**{**warm, "seed": result.seed}), questions=[question]
+        )
+        assert result.token_ids == alone.token_ids
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 5.0])

@@ -275,6 +275,20 @@ def test_nothing_banned_is_generate_and_patterns_count():
     assert (len(kept.extra["rewinds"]), kept.n_new) == (3, 4)
 
 
+def test_rewinds_of_a_batch_are_those_of_each_prompt():
+    """Rows go back at different times, and with them the memory of mirostat and of the penalties."""
+    engine = text_engine()
+    params = [
+        SamplingParams(temperature=1.0, seed=5, max_new_tokens=n, mirostat=2, repetition_penalty=1.2)
+        for n in (9, 6, 8)
+    ]
+    options = {"patterns": ["[aeiou]"], "strength": 3.0, "most_rewinds": 9}
+    laws.batch_equals_solo(antislop, engine, ["The tree", "a", "Once"], params, **options)
+    found = antislop(engine, ["The tree", "a", "Once"], params, **options)
+    assert len({len(r.extra["rewinds"]) for r in found}) > 1
+    assert_nothing_leaked(engine)
+
+
 # -- tree search
 
 
@@ -322,6 +336,7 @@ def test_tree_search_by_hand(tiny):
     ("strategy", "options"),
     [
         (smc, {"n": 3, "twist": favour, "temperature": 1.0, "seed": 3, "threshold": 1.0}),
+        (power_smc, {"n": 3, "temperature": 1.0, "seed": 3, "threshold": 1.0}),
         (power_sampling, {"blocks": 2, "moves": 2, "temperature": 1.0, "seed": 3}),
         (weighted_rejection, {"n": 2, "allowed": odd_after_even, "temperature": 1.0, "seed": 3}),
         (grammar_aligned, {"allowed": trap, "iterations": 3, "temperature": 1.0, "seed": 3}),
