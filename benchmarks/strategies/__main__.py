@@ -102,6 +102,7 @@ COLUMNS = {
     "peak_mib": "peak MiB",
     "transformers": "transformers",
     "transformers_tokens_per_second": "its tokens/s",
+    "transformers_passes_per_token": "its passes",
     "times_transformers": "times",
 }
 ALONE = {"speculative"}  # modes that transformers runs one prompt at a time
@@ -240,6 +241,8 @@ def main(
         if other:
             row["transformers"] = other["transformers"]
             row["transformers_tokens_per_second"] = other["tokens_per_second"]
+            if "passes_per_token" in other:  # the exact count, which holds on any device
+                row["transformers_passes_per_token"] = other["passes_per_token"]
             row["times_transformers"] = round(row["tokens_per_second"] / other["tokens_per_second"], 2)
         rows.append(row)
         show("strategies, eight prompts at once", COLUMNS, rows[-1:])

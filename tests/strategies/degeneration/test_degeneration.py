@@ -73,6 +73,10 @@ def test_n_grams_by_hand():
     assert model.probability(3) == pytest.approx(0.9 + 0.09 + 0.01 / 5)
     assert model.probability(1) == pytest.approx(0.01 * 2 / 5)
     assert model.probability(7) == 0
+    # the authors' code: count / (total + 1), and what was not seen leaves its weight to the shorter ones
+    assert model.penalty(3) == pytest.approx(0.9 / 2 + 0.1 * 0.9 / 2 + 0.01 / 5)
+    assert model.penalty(1) == pytest.approx(2 / 5)
+    assert NGrams(3, 0.9).penalty(1) == 0
     alone = NGrams(1, 0.9)
     alone.read([4])
     assert (alone.probability(4), alone.weights) == (1.0, {1: 1.0})
@@ -100,6 +104,8 @@ def test_they_become_greedy_search(engine):
         assert [
             r.token_ids for r in frustratingly_simple(engine, PROMPTS, max_new_tokens=8, **limit)
         ] == plain
+    same = frustratingly_simple(engine, PROMPTS, rule="code", alpha=0.0, max_new_tokens=8)
+    assert [r.token_ids for r in same] == plain
     echo = [[7, 70] * 6]
     apart = frustratingly_simple(engine, echo, k=20, alpha=0.9, max_new_tokens=30)
     assert apart[0].token_ids != engine.generate(echo, max_new_tokens=30)[0].token_ids
@@ -185,6 +191,7 @@ def test_batch_equals_solo(engine, strategy, options):
     [
         (lambda e: adaptive_contrastive_search(e, PROMPTS, q=0), "q > 0"),
         (lambda e: frustratingly_simple(e, PROMPTS, alpha=2), "FSD takes"),
+        (lambda e: frustratingly_simple(e, PROMPTS, rule="x"), "FSD takes"),
         (lambda e: cautious(e, PROMPTS, marks=[1], low=2, high=1), "CNTP takes"),
         (lambda e: cautious(e, PROMPTS), "needs marks"),
     ],
