@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..errors import PoolExhausted
+from .prefixes import Prefixes
 from .storage import Store, zeros
 from .transfer import upload
 
@@ -73,12 +74,9 @@ class BlockPool:
         self.dropped: deque[tuple[int, ...]] = deque()  # of Tables that are gone; given back when it matters
         self.owner = "an engine"  # in words, for whoever is given rows that are not its own
         self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
-        self._prefix: dict[tuple, int] = {}
-        self._names: dict[int, tuple] = {}
-        self._uids: dict[int, int] = {}
+        self.prefixes = Prefixes(block_size)
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._dirty: list[int] = []  # handed out, and not yet scrubbed
-        self._next_uid = 1
         self.high_water = RESERVED
         self.copies = 0
         if max_blocks is not None:
@@ -156,7 +154,7 @@ class BlockPool:
         for block in blocks:
             self.refs[block] -= 1
             if self.refs[block] == 0:
-                if block in self._names:
+                if block in self.prefixes:
                     self._idle[block] = None
                 else:
                     self._put_back(block)
@@ -335,28 +333,11 @@ class BlockPool:
 
     def match(self, tokens) -> tuple[int, ...]:
         """Blocks that already hold the longest known prefix of `tokens`, leaving at least one token to compute."""
-        found, parent = [], 0
-        for start in range(0, len(tokens) - self.block_size, self.block_size):
-            block = self._prefix.get((parent, tuple(tokens[start : start + self.block_size])))
-            if block is None:
-                break
-            found.append(block)
-            parent = self._uids[block]
-        return tuple(found)
+        return self.prefixes.match(tokens)
 
     def register(self, table: Table, tokens) -> list[int]:
         """Make the full blocks of `tokens`, held by `table`, known to `match`; those that were not are returned."""
-        named: list[int] = []
-        if not self.prefix_cache:
-            return named
-        parent = 0
-        for i in range(len(tokens) // self.block_size):
-            key = (parent, tuple(tokens[i * self.block_size : (i + 1) * self.block_size]))
-            if key not in self._prefix:
-                self._name(table.blocks[i], key)
-                named.append(table.blocks[i])
-            parent = self._uids[self._prefix[key]]
-        return named
+        return self.prefixes.add(table.blocks, tokens) if self.prefix_cache else []
 
     def unregister(self, blocks) -> None:
         """Forget prefixes that were registered too early: what their blocks hold was never computed."""
@@ -364,14 +345,8 @@ class BlockPool:
             if block in self._idle:
                 del self._idle[block]
                 self._forget(block)
-            elif block in self._names:
-                del self._prefix[self._names.pop(block)], self._uids[block]
-
-    def _name(self, block: int, key: tuple) -> None:
-        if block in self._names:  # known behind a twin that is gone by now
-            del self._prefix[self._names[block]]
-        self._prefix[key], self._names[block], self._uids[block] = block, key, self._next_uid
-        self._next_uid += 1
+            elif block in self.prefixes:
+                self.prefixes.remove(block)
 
     def clear_prefixes(self) -> None:
         """Forget every kept prefix that nobody uses."""
@@ -382,12 +357,10 @@ class BlockPool:
     def forget_prefixes(self) -> None:
         """Forget every prefix, those in use too: what they hold is of another model."""
         self.clear_prefixes()
-        for index in (self._prefix, self._names, self._uids):
-            index.clear()
+        self.prefixes.clear()
 
     def _forget(self, block: int) -> None:
-        del self._prefix[self._names.pop(block)]
-        del self._uids[block]
+        self.prefixes.remove(block)
         self._put_back(block)
 
     def _put_back(self, block: int) -> None:
@@ -415,6 +388,6 @@ class BlockPool:
         assert not len(lost), f"blocks {lost.tolist()} are not exactly one of used, free, kept"
         low = self._free[: self.high_water].sum()
         assert (self._free_count, self._free_low) == (self._free.sum(), low), "free blocks are miscounted"
-        assert set(self._prefix.values()) == set(self._names) == set(self._uids), "prefix index out of step"
+        self.prefixes.check()
         for store in self.stores:
             assert not store.keys[:, ZERO].any(), "the zero block was written"

@@ -266,7 +266,7 @@ def zero_block_written(pool, table):
 
 
 def prefix_of_a_free_block(pool, table):
-    pool._prefix[0, (9, 9, 9, 9)] = int(pool._free.nonzero()[0][0])
+    pool.prefixes.blocks[0, (9, 9, 9, 9)] = int(pool._free.nonzero()[0][0])
 
 
 def block_twice(pool, table):

@@ -267,7 +267,7 @@ def test_a_thousand_requests_leave_nothing_behind(texts):
     serve(200)
     capacity, before = texts.pool.capacity, alive()
     serve(800)
-    assert len(texts.pool._prefix) <= capacity
+    assert len(texts.pool.prefixes.blocks) <= capacity
     assert alive() - before < 100  # one object kept for each request would make 800
     assert reasons >= {"length", "stop"}
     assert texts.pool.capacity == capacity

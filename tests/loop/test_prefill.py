@@ -7,10 +7,10 @@ from architectures import ARCHITECTURES, prompts_of
 from helpers import POISON, assert_nothing_leaked, outcome, poisoned, recorded, tiny_llama
 
 from handloom import Engine, SamplingParams
-from handloom.engine import PASS
 from handloom.forward.filling import Filling, advance
 from handloom.forward.passes import Pass
 from handloom.loop import prefill as prefilling
+from handloom.running import PASS
 
 LENGTHS = [7, 3, 11, 1, 20, 9, 33, 2]
 

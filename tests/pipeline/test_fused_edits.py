@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from handloom import Engine, SamplingParams
 from handloom.kernels.sampling.reference import apply_edits
-from handloom.pipeline import rows as rows_module
+from handloom.pipeline import drawing
 from handloom.pipeline.members import unfused_alone
 from handloom.pipeline.pipeline import Context, Pipeline
 from handloom.pipeline.processors import (
@@ -37,7 +37,7 @@ VOCAB = 150
 
 def fused_everywhere(monkeypatch):
     """Let a CPU build the edits of the sampler too, as a device does."""
-    monkeypatch.setattr(rows_module, "implementation", lambda device: None)
+    monkeypatch.setattr(drawing, "implementation", lambda device: None)
 
 
 def check(program, moves):
