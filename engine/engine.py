@@ -238,7 +238,8 @@ class Engine(Stepping):
                 for event in events:
                     if event.generation is not None:
                         results[event.request, event.sample] = event.generation
-                        bar.update()
+                        if bar is not None:
+                            bar.update()
             except KeyboardInterrupt:
                 log.warning("interrupted: %d of %d results are complete", len(results), len(requests))
         for request in requests:
@@ -334,7 +335,9 @@ class Engine(Stepping):
 
 
 def _bar(total: int, progress: bool | None):
+    shown = total > 1 and sys.stderr.isatty() if progress is None else progress
+    if not shown:
+        return nullcontext()
     from tqdm.auto import tqdm
 
-    shown = total > 1 and sys.stderr.isatty() if progress is None else progress
-    return tqdm(total=total, disable=not shown, unit="request", dynamic_ncols=True)
+    return tqdm(total=total, unit="request", dynamic_ncols=True)

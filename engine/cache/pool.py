@@ -79,6 +79,7 @@ class BlockPool:
         self._dirty: list[int] = []  # handed out, and not yet scrubbed
         self.high_water = RESERVED
         self.copies = 0
+        self.moves = 0  # how often the cells have moved
         if max_blocks is not None:
             capacity = min(capacity, max_blocks + RESERVED)
         self._resize(max(capacity, RESERVED + 1))
@@ -140,9 +141,11 @@ class BlockPool:
     def retain(self, table: Table) -> None:
         """Count the references of a new Table."""
         self._tables.add(table)
-        for block in table.blocks:
-            self.refs[block] += 1
-            if self.refs[block] == 1:
+        if not table.blocks:
+            return
+        self.refs[np.array(table.blocks)] += 1  # no block is twice in a table
+        if self._idle:
+            for block in table.blocks:
                 self._idle.pop(block, None)
 
     def settle(self) -> None:
@@ -151,13 +154,13 @@ class BlockPool:
             self._release(self.dropped.popleft())
 
     def _release(self, blocks: tuple[int, ...]) -> None:
-        for block in blocks:
-            self.refs[block] -= 1
-            if self.refs[block] == 0:
-                if block in self.prefixes:
-                    self._idle[block] = None
-                else:
-                    self._put_back(block)
+        where = np.array(blocks, np.intp)
+        self.refs[where] -= 1
+        for block in where[self.refs[where] == 0].tolist():
+            if block in self.prefixes:
+                self._idle[block] = None
+            else:
+                self._put_back(block)
 
     # -- allocation
 
@@ -251,7 +254,9 @@ class BlockPool:
             behind = range(after + 1, after + 1 + count)
             if count == 1 or free[behind[0] : behind[-1] + 1].all():
                 return behind
-        edges = np.flatnonzero(np.diff((free & ~self._claimed).view(np.int8), prepend=0, append=0))
+        open_ = np.zeros(len(free) + 2, bool)
+        np.greater(free, self._claimed, out=open_[1:-1])  # free, and claimed by nobody
+        edges = np.flatnonzero(open_[1:] != open_[:-1])
         starts, lengths = edges[::2], edges[1::2] - edges[::2]
         fits = np.flatnonzero(lengths >= room)
         if not len(fits):
@@ -269,6 +274,7 @@ class BlockPool:
         self._free = np.concatenate((self._free, np.ones(extra, bool)))
         self._claimed = np.concatenate((self._claimed, np.zeros(extra, bool)))
         self.capacity = capacity
+        self.moves += 1
         self._layers.clear()
         self.stores = [store.resized(capacity, self.high_water) for store in self.stores]
 

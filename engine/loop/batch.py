@@ -19,6 +19,8 @@ from ..pipeline.pipeline import Context
 from .request import Request
 
 IDLE = (TRASH,)
+AHEAD = 4  # blocks that a row is given at a time, as far as it may need them
+FULL = 1 << 62
 # Tensors with one entry per slot, which move with their rows when the batch shrinks.
 _PER_SLOT = ("logits", "tokens", "stops", "history", "cells", "table")
 
@@ -81,10 +83,11 @@ class Batch:
         self.requests: list[Request | None] = [None] * size
         self.rows: list[Row | None] = [None] * size
         self.lengths = np.zeros(size, np.int64)
+        self.ends = np.zeros(size, np.int64)  # cells that each row has blocks for; FULL once it needs no more
         self.occupied = np.zeros(size, bool)  # slots that hold a request
         self.claims: list = [None] * size
         self._running: list[int] | None = []  # None: to be looked up
-        self._spare = 0  # steps in which no row comes to the end of a block
+        self._spare = 0  # steps in which no row comes to the end of its blocks
         self._left: list[int] = []  # slots whose tensors still hold a row that has gone
         self.cache: PagedCache | None = None
         self.sampler = engine.pipeline.bind(
@@ -124,8 +127,8 @@ class Batch:
                 failed.append((request, str(error)))
                 continue
             slot = free.pop(0)
-            self.requests[slot], self.rows[slot], self.lengths[slot] = request, row, row.length
-            self.occupied[slot] = True
+            self.requests[slot], self.lengths[slot], self.occupied[slot] = request, row.length, True
+            self._seat(slot, row)
             if self.model.paged:
                 more = request.blocks(self.block) - len(row.table)
                 self.claims[slot] = self.pool.claim(row.table.blocks[-1] + 1, more)
@@ -214,23 +217,40 @@ class Batch:
     def _grow(self) -> list[tuple[int, str]]:
         """New blocks for the slots that are at the end of theirs."""
         exhausted, grown = [], []
-        for slot in np.flatnonzero((self.lengths % self.block == 0) & self.occupied).tolist():
-            row, length = self.rows[slot], int(self.lengths[slot])
-            if not len(row.table) * self.block <= length < self.requests[slot].room:
-                continue
+        for slot in np.flatnonzero(self.occupied & (self.lengths >= self.ends)).tolist():
+            row, first = self.rows[slot], len(self.rows[slot].table)
             try:
-                self.rows[slot] = row = self._own_tail(row, length)
+                self._seat(slot, self._further(row, self._needed(slot) - first))
             except PoolExhausted as error:
                 exhausted.append((slot, str(error)))  # what it leaves may be enough for the others
                 break
-            first = length // self.block
-            grown += [(slot, first + i, block) for i, block in enumerate(row.table.blocks[first:])]
+            grown += [(slot, first + i, b) for i, b in enumerate(self.rows[slot].table.blocks[first:])]
         if grown:
             self._map(np.array(grown).T)
         self.pool.clean()
         if self.running and not exhausted:
-            self._spare = int((self.block - self.lengths[self.occupied] % self.block).min()) - 1
+            self._spare = int((self.ends - self.lengths)[self.occupied].min()) - 1
         return exhausted
+
+    def _further(self, row: Row, needed: int) -> Row:
+        """The row with some more blocks; with one, where the pool has no more."""
+        cells = len(row.table) * self.block
+        try:
+            table = self.pool.writable(row.table, cells, min(AHEAD, needed) * self.block)
+        except PoolExhausted:
+            table = self.pool.writable(row.table, cells, self.block)
+        return replace(row, table=table)
+
+    def _seat(self, slot: int, row: Row) -> None:
+        """Let a slot have a row, or the same row with more blocks."""
+        self.rows[slot] = row
+        if self.model.paged:
+            full = len(row.table) >= self._needed(slot)
+            self.ends[slot] = FULL if full else len(row.table) * self.block
+
+    def _needed(self, slot: int) -> int:
+        """Blocks that a slot's row may come to need."""
+        return min(self.requests[slot].blocks(self.block), -(-(self.history.shape[1] - 1) // self.block))
 
     def _own_tail(self, row: Row, length: int) -> Row:
         """The row with the block of cell `length` to itself, up to the block's end."""
@@ -319,7 +339,7 @@ class Batch:
         """Compute the whole row again where the model changes all its rotations; the feed repeats its last cell."""
         request = self.requests[slot]
         row, _ = self.model.prefill(request.prompt.ids + request.stopper.token_ids)
-        self.rows[slot] = row
+        self._seat(slot, row)
         self.pool.filled[row.table.blocks[-1]] = self.block
         self._map(np.array([(slot, i, block) for i, block in enumerate(row.table.blocks)]).T)
 
@@ -338,7 +358,8 @@ class Batch:
             part = getattr(self, name).index_select(0, where)
             getattr(other, name)[tuple(slice(length) for length in part.shape)] = part
         other.numbers[:, :n] = self.numbers.index_select(1, where)
-        other.lengths[:n], other.occupied[:n] = self.lengths[index], self.occupied[index]
+        for name in ("lengths", "ends", "occupied"):
+            getattr(other, name)[:n] = getattr(self, name)[index]
         other._running = None
         for name in ("requests", "rows", "claims"):
             getattr(other, name)[:n] = [getattr(self, name)[i] for i in index]

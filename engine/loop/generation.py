@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, SupportsIndex, overload
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 PREVIEW = 200  # characters of text in a repr
 ROW = 72  # characters of text in a row of `Results`
@@ -136,8 +136,7 @@ class Generation:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One step of one running sample, as `stream()` yields it.
 
     Args:

@@ -75,10 +75,13 @@ class GraphBatch(Batch):
         self._current = None
         super().clear(slot)
 
-    @torch.no_grad()
     def draw(self) -> Step:
         """Draw and start the forward pass behind; the results are on their way before the pass begins."""
-        key, program = self._find()
+        current = self._current
+        if current is None or current[0] != self._blocks() or self.programs.moved():
+            self._current = None
+            current = None, *self._find()
+        _, key, program = current
         if program is None:
             self._run(key)
         else:
@@ -108,6 +111,7 @@ class GraphBatch(Batch):
         context.tokens = self.history
         return context
 
+    @torch.no_grad()
     def _sample(self) -> None:
         """Draw a token for every slot and append it; memory is updated where it lies."""
         context = self.context()
@@ -157,10 +161,6 @@ class GraphBatch(Batch):
         """The recorded step for what sits in the slots now, its tensors up to date, and its key; or None."""
         if self.programs is None:
             return None, None
-        if self.programs.moved():
-            self._current = None
-        if self._current is not None and self._current[0] == self._blocks():
-            return self._current[1:]
         live = self._live() if self._whole() else []
         key = self._key(live)
         program = self.programs.find(key)
@@ -169,6 +169,7 @@ class GraphBatch(Batch):
             self._current = self._blocks(), key, program
         return key, program
 
+    @torch.no_grad()
     def _run(self, key) -> None:
         """A step that is not recorded, or not yet."""
         if not self._whole():

@@ -125,7 +125,7 @@ def another_strategy(engine, params, defaults, overrides):
         for g in given
         if hasattr(g, "to_diff_dict") or isinstance(g, Mapping)
     ]
-    if not any(asks(name, each.get(name)) for each in mappings for name in MODES):
+    if not any(asks(name, each[name]) for each in mappings for name in each.keys() & MODES):
         return None
     return import_module("...strategies.modes", __name__).routed(engine, params, defaults, overrides)
 

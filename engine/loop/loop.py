@@ -37,7 +37,8 @@ def run(engine, requests: list[Request] | Arrivals) -> Generator[Event, None, No
                 batch = widened(engine, batch, waiting, len(prompts), most)
             if not (waiting or prompts or batch.running):
                 break
-            yield from admit(engine, batch, prompts, waiting)
+            if waiting or prompts:
+                yield from admit(engine, batch, prompts, waiting)
             yield from prepare(batch)
             if not batch.running:
                 continue
@@ -145,16 +146,16 @@ def abandon(batch: Batch, error: Exception) -> Iterator[Event]:
 
 def collect(batch: Batch, step: Step) -> Iterator[Event]:
     """Hand each drawn token to its request; those that finish leave their slot."""
-    for slot, (request, (token, raw, processed, *top)) in enumerate(
-        zip(step.requests, step.read(), strict=True)
-    ):
+    for slot, (request, row) in enumerate(zip(step.requests, step.read(), strict=True)):
         if request is None:
             continue
-        if math.isnan(raw) or math.isnan(processed):
+        token, raw, processed = row if len(row) == 3 else row[:3]
+        if raw != raw or processed != processed:  # NaN
             reason = blame(raw) if math.isnan(raw) else step.failures.get(slot, blame(raw))
             event = request.end("error", f"request {request.index}: {reason}")
         else:
-            best = [int(i) for i in top[: len(top) // 2]], top[len(top) // 2 :]
+            top = row[3:]
+            best = ([int(i) for i in top[: len(top) // 2]], top[len(top) // 2 :]) if top else ((), ())
             event = request.push(int(token), raw, processed, best)
         if event.finish:
             batch.clear(slot)

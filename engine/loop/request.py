@@ -97,9 +97,8 @@ class Request:
 
     def push(self, token: int, raw: float, processed: float, top: tuple[list, list] | None) -> Event:
         """Take one drawn token; the event tells what may be shown, and whether it was the last."""
-        self.first = (
-            self.first or time.monotonic()
-        )  # a search sets it: it tells its tokens when it is through
+        if not self.first:  # a search sets it: it tells its tokens when it is through
+            self.first = time.monotonic()
         self.raw_logprobs.append(raw)
         self.logprobs.append(processed)
         if self.params.logprobs is not None:
@@ -126,17 +125,9 @@ class Request:
         return self.end("cancelled").generation
 
     def _event(self, emission: Emission, token, processed, raw) -> Event:
-        result = self._generation() if emission.finish else None
-        return Event(
-            request=self.index,
-            sample=self.sample,
-            token_id=token,
-            text=emission.text,
-            logprob=processed,
-            raw_logprob=raw,
-            finish=emission.finish,
-            generation=result,
-        )
+        text, finish, _ = emission
+        result = self._generation() if finish else None
+        return Event(self.index, self.sample, token, text, processed, raw, finish, result)
 
     def _generation(self) -> Generation:
         stopper, now = self.stopper, time.monotonic()

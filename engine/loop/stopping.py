@@ -1,6 +1,7 @@
 """When a request ends, and which text may be shown before it does."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -150,6 +151,7 @@ class Stopper:
         self.stop_reason: int | str | None = None
         self._eos = params.ends(eos_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids or ())
+        self._terminators = self._eos | self._stop_ids
         skips = tokenizer is not None and params.skip_special_tokens
         specials = special_tokens(tokenizer) if stop and skips else {}
         self._special_stops = {
@@ -162,6 +164,8 @@ class Stopper:
             self._detokenizer = Detokenizer(tokenizer, prompt_ids, params.skip_special_tokens)
         totals = [t for t in (params.max_length, max_total) if t is not None]
         self._max_total = min(totals, default=None)
+        limits = [params.max_new_tokens, *(total - len(prompt_ids) for total in totals)]
+        self._last = min((limit for limit in limits if limit is not None), default=math.inf)
         self._deltas: list[str] = []  # one per token, before hold-back and trimming
         self._emitted: list[str] = []
         self._clock = clock
@@ -212,19 +216,23 @@ class Stopper:
             raise HandloomError(f"the request has finished ({self.finish_reason}) before token {token_id}")
         token_id = int(token_id)
         self.token_ids.append(token_id)
-        terminator = self._terminator(token_id)
-        if terminator is not None:
-            return self._push_terminator(token_id, *terminator)
+        if token_id in self._terminators:
+            return self._push_terminator(token_id, *self._terminator(token_id))
         armed = len(self.token_ids) >= self.params.min_new_tokens
         if armed and token_id in self._special_stops:
             return self._push_special_stop(self._special_stops[token_id])
-        delta = self._detokenizer.push(token_id) if self._detokenizer else ""
+        text = delta = self._detokenizer.push(token_id) if self._detokenizer else ""
         self._deltas.append(delta)
-        text, match = self._search.feed(delta, armed, self.params.include_stop)
-        self._emitted.append(text)
-        if match is not None:
-            return self._end(text, "", "stop", match)
-        reason = self._criterion() or self._limit()
+        if self._search.strings:
+            text, match = self._search.feed(delta, armed, self.params.include_stop)
+            if match is not None:
+                self._emitted.append(text)
+                return self._end(text, "", "stop", match)
+        if text:
+            self._emitted.append(text)
+        reason = self._criterion() if self._criteria else None
+        if reason is None and (len(self.token_ids) >= self._last or self.params.max_time is not None):
+            reason = self._limit()
         return Emission(text) if reason is None else self._end(text, self._flush(), *reason)
 
     def push_many(self, token_ids: Iterable[int]) -> list[Emission]:
@@ -253,13 +261,11 @@ class Stopper:
             return Emission("", self.finish_reason, self.stop_reason)
         return self._end("", self._flush(), reason, stop_reason)
 
-    def _terminator(self, token_id: int) -> tuple[str, bool] | None:
-        """Return the finish reason of an EOS or stop token and whether its text is shown, else None."""
+    def _terminator(self, token_id: int) -> tuple[str, bool]:
+        """Return the finish reason of an EOS or stop token, and whether its text is shown."""
         if token_id in self._eos:
             return "eos", self.params.include_stop or not self.params.skip_special_tokens
-        if token_id in self._stop_ids:
-            return "stop", self.params.include_stop
-        return None
+        return "stop", self.params.include_stop
 
     def _push_terminator(self, token_id: int, reason: str, visible: bool) -> Emission:
         if visible and self._detokenizer:
@@ -316,13 +322,13 @@ class StopSearch:
     `held` is the longest end of the text that a stop string begins with.
     """
 
-    __slots__ = ("_first", "_longest", "_strings", "held")
+    __slots__ = ("_first", "_longest", "held", "strings")
 
     def __init__(self, strings: Iterable[str]):
         self.held = ""
-        self._strings = tuple(strings)
-        self._first = frozenset(s[0] for s in self._strings)
-        self._longest = max(map(len, self._strings), default=0)
+        self.strings = tuple(strings)
+        self._first = frozenset(s[0] for s in self.strings)
+        self._longest = max(map(len, self.strings), default=0)
 
     def feed(self, text: str, armed: bool = True, include_stop: bool = False) -> tuple[str, str | None]:
         """Append `text`; return the text that is now safe to show and the stop string found, or None.
@@ -332,7 +338,7 @@ class StopSearch:
             armed: whether a stop string completed by it counts.
             include_stop: cut after the stop string rather than before it.
         """
-        if not self._strings or not text:
+        if not self.strings or not text:
             return text, None
         known, buffer = len(self.held), self.held + text
         match = self._find(buffer, known) if armed else None
@@ -352,7 +358,7 @@ class StopSearch:
     def _find(self, buffer: str, known: int) -> tuple[int, int, str] | None:
         """Return (end, start, string) of the first match that ends beyond the `known` characters."""
         best = None
-        for string in self._strings:
+        for string in self.strings:
             start = buffer.find(string, max(0, known - len(string) + 1))
             if start >= 0:
                 found = (start + len(string), start, string)
@@ -364,6 +370,6 @@ class StopSearch:
         for start in range(max(0, len(buffer) - self._longest + 1), len(buffer)):
             if buffer[start] in self._first:
                 tail = buffer[start:]
-                if any(len(s) > len(tail) and s.startswith(tail) for s in self._strings):
+                if any(len(s) > len(tail) and s.startswith(tail) for s in self.strings):
                     return start
         return len(buffer)

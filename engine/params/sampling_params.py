@@ -211,9 +211,8 @@ class SamplingParams:
 
     def _fill(self, values: Mapping[str, Any]) -> None:
         """Set every field, absent ones and None to the default, and check the fields against each other."""
-        for field in dataclasses.fields(self):
-            value = values.get(field.name)
-            object.__setattr__(self, field.name, field.default if value is None else value)
+        given = {name: value for name, value in values.items() if value is not None}
+        vars(self).update(_DEFAULTS | given)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -271,7 +270,7 @@ class SamplingParams:
 
     def replace(self, **changes: Unpack[Settings]) -> "SamplingParams":
         """A copy with some parameters changed, under any of their names; None sets a default back."""
-        current = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        current = dict(vars(self))
         values = current | read(changes, DIALECTS["handloom"], _CHECKS, current)
         changed = object.__new__(type(self))
         changed._fill(values)
@@ -368,6 +367,7 @@ class SamplingParams:
         return f"{type(self).__name__}({shown})"
 
 
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 _CHECKS = {field.name: field.metadata["check"] for field in dataclasses.fields(SamplingParams)}
 
 # The signature that help() and notebooks show: the fields, although __init__ takes their aliases too.

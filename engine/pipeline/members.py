@@ -24,6 +24,13 @@ class Member:
         self.on = [False] * size
         self.memory: Any = None
         self.values: Any = None
+        self.tells = processor.tells()
+
+    def told_off(self, params: Any) -> bool:
+        """Whether a look at one field says that it is off for these `SamplingParams`; False: it may be on."""
+        if self.tells is None or params is None:
+            return False
+        return getattr(params, self.tells, None) == self.processor.defaults[self.tells]
 
     def copy(self, **changes: Any) -> Member:
         """A shallow copy with some attributes replaced."""

@@ -93,9 +93,9 @@ class Rows:
         greedy = chain.greedy(params, row)
         mine = {id(processor) for processor in chain}
         for member in self.members:
-            processor, on = member.processor, False
-            if not member.on[row] and processor.off(params):
+            if not member.on[row] and member.told_off(params):
                 continue
+            processor, on = member.processor, False
             settings = processor.settings(params, row) if id(processor) in mine else None
             if settings is not None:
                 skipped = greedy and processor.sampling_only and not chain.chain_when_greedy

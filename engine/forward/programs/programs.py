@@ -31,7 +31,7 @@ class Programs:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._due: OrderedDict[Hashable, Callable[[], Any]] = OrderedDict()
         self._wanted: Counter = Counter()
-        self._stores: tuple[int, ...] = ()
+        self._moves = -1
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -51,11 +51,10 @@ class Programs:
 
     def moved(self) -> bool:
         """Whether the pool's cells have moved since the last look; what wrote to the old place is gone then."""
-        stores = tuple(store.keys.data_ptr() for store in self.pool.stores)
-        if stores == self._stores:
+        if self._moves == self.pool.moves:
             return False
         self.forget()
-        self._stores = stores
+        self._moves = self.pool.moves
         return True
 
     def forget(self) -> None:

@@ -98,14 +98,10 @@ class Processor:
             return True
         return settings[self.fields[0]] != self.defaults[self.fields[0]]
 
-    def off(self, params: Any) -> bool:
-        """Whether a look at one field says that the rule is off for these `SamplingParams`; False: it may be on."""
-        if self.explicit or not self.fields or params is None or type(self).on is not Processor.on:
-            return False
-        field = self.fields[0]
-        return (
-            type(self).settings is Processor.settings and getattr(params, field, None) == self.defaults[field]
-        )
+    def tells(self) -> str | None:
+        """The field whose off value in `SamplingParams` says that the rule is off; None: it takes a closer look."""
+        plain = type(self).on is Processor.on and type(self).settings is Processor.settings
+        return self.fields[0] if plain and self.fields and not self.explicit else None
 
     def active(self, params: Any, row: int = 0) -> bool:
         """False when the rule is off (an identity) for a row with these `SamplingParams`."""
