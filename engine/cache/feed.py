@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -295,9 +297,10 @@ def _grid_sizes(rows: int, width: int, blocks: int, tree: bool) -> tuple[int, ..
     return (cells, cells, cells, rows, rows, rows * blocks) + ((cells * width,) if tree else ())
 
 
-def _places(sizes) -> list[int]:
+@functools.lru_cache(16)
+def _places(sizes: tuple[int, ...]) -> list[int]:
     """Where each part begins: at a multiple of 16 bytes, as kernels like it."""
-    return np.cumsum([0, *(size + size % 2 for size in sizes)]).tolist()
+    return [0, *itertools.accumulate(size + size % 2 for size in sizes)]
 
 
 def _parts(numbers, sizes) -> list:

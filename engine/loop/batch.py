@@ -133,7 +133,7 @@ class Batch:
                 more = request.blocks(self.block) - len(row.table)
                 self.claims[slot] = self.pool.claim(row.table.blocks[-1] + 1, more)
             placed.append((slot, request))
-        self._settle()
+        self._settle({slot for slot, _ in placed})
         if placed:
             self._arrive(placed)
         for _, request in placed:
@@ -152,15 +152,16 @@ class Batch:
             for length, (_, request) in zip(lengths, placed, strict=True)
         ]
         ids = _rectangle([request.prompt.ids for _, request in placed], -1)
-        blocks = _rectangle([self.rows[s].table.blocks if self.model.paged else () for s in slots], ZERO)
-        parts = np.array(slots), np.array(numbers).T, _rectangle(stops, -1, self.stops.shape[1]), ids, blocks
-        where, numbers, stops, ids, blocks = _together(parts, self.history.device)
+        held = [self.rows[s].table.blocks if self.model.paged else () for s in slots]
+        cells = _rectangle(held, TRASH)[..., None] * self.block + np.arange(self.block)
+        stops = _rectangle(stops, -1, self.stops.shape[1])
+        parts = np.array(slots), np.array(numbers).T, stops, ids, _rectangle(held, ZERO), cells
+        where, numbers, stops, ids, blocks, cells = _together(parts, self.history.device)
         self.numbers.index_copy_(1, where, numbers)
         self.stops.index_copy_(0, where, stops)
         self.history[:, : ids.shape[1]].index_copy_(0, where, ids)
         self.logits.index_copy_(0, where, torch.stack([r.logits for r in ready]).to(self.logits.device))
         if self.model.paged:
-            cells = torch.where(blocks == ZERO, TRASH, blocks)[..., None] * self.block + self._within
             self.table[:, : blocks.shape[1]].index_copy_(0, where, blocks.int())
             self.cells[:, : blocks.shape[1] * self.block].index_copy_(0, where, cells.flatten(1))
         for slot, prefilled in zip(slots, ready, strict=True):
@@ -193,16 +194,22 @@ class Batch:
         self._left.append(slot)
 
     @torch.no_grad()
-    def _settle(self) -> None:
-        """Empty the tensors of slots whose rows have gone: nothing may write to blocks that others hold by now."""
+    def _settle(self, taken=frozenset()) -> None:
+        """Empty the tensors of slots whose rows have gone: nothing may write to blocks that others hold by now.
+
+        Args:
+            taken: slots that are written to at once, as far as what a row brings fills them.
+        """
         if not self._left:
             return
-        where, self._left = upload(self._left, self.history.device), []
-        self.numbers[:3].index_fill_(1, where, 0)
-        for tensor, empty in (
-            (self.stops, -1), (self.history, -1), (self.logits, 0), (self.table, ZERO), (self.cells, TRASH * self.block)
-        ):  # fmt: skip
+        left, self._left = self._left, []
+        where = upload(left, self.history.device)
+        for tensor, empty in ((self.history, -1), (self.table, ZERO), (self.cells, TRASH * self.block)):
             tensor.index_fill_(0, where, empty)
+        if not taken.issuperset(left):
+            self.numbers[:3].index_fill_(1, where, 0)
+            self.stops.index_fill_(0, where, -1)
+            self.logits.index_fill_(0, where, 0)
 
     def prepare(self) -> list[tuple[int, str]]:
         """Make room for the token that each slot draws next; the slots for which there is no block, and why."""

@@ -60,6 +60,7 @@ class GraphBatch(Batch):
         # Position and cell of the tokens that are fed, and how many cells their rows then have.
         self.fed = torch.zeros(3, size + size % 2, dtype=torch.long, device=device)[:, :size]
         self._current: tuple | None = None  # blocks, key and program of the last step, until a row changes
+        self._before: tuple | None = None  # what decided on it, key and program
         self._told: dict[int, torch.Tensor] = {}  # results, by their width
         self._sent: Letter | None = None
 
@@ -77,11 +78,12 @@ class GraphBatch(Batch):
 
     def draw(self) -> Step:
         """Draw and start the forward pass behind; the results are on their way before the pass begins."""
-        current = self._current
-        if current is None or current[0] != self._blocks() or self.programs.moved():
-            self._current = None
-            current = None, *self._find()
-        _, key, program = current
+        if self.programs is not None and self.programs.moved():
+            self._current = self._before = None
+        if self._current is not None and self._current[0] == self._blocks():
+            _, key, program = self._current
+        else:
+            key, program = self._find()
         if program is None:
             self._run(key)
         else:
@@ -161,12 +163,17 @@ class GraphBatch(Batch):
         """The recorded step for what sits in the slots now, its tensors up to date, and its key; or None."""
         if self.programs is None:
             return None, None
-        live = self._live() if self._whole() else []
-        key = self._key(live)
-        program = self.programs.find(key)
-        if program is not None:
+        about = self._blocks(), self.stops.shape, self._top_count(), self.cache is None, self.sampler.changes
+        if self._before is None or self._before[0] != about:
+            live = self._live() if self._whole() else []
+            key = self._key(live)
+            program = self.programs.find(key)
+            if program is None:
+                return key, None
             self._adopt(program, live)
-            self._current = self._blocks(), key, program
+            self._before = about, key, program
+        _, key, program = self._before
+        self._current = about[0], key, program
         return key, program
 
     @torch.no_grad()

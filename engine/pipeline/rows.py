@@ -38,6 +38,7 @@ class Rows:
         self.greedy = [True] * size  # an empty row must not cost the others a draw
         self._greedy_tensor: Tensor | None = None
         self._plan: Plan | None = None
+        self.changes = 0  # how often what the rows ask for has changed
         self._merged: list[Any] = []  # the chains whose processors `members` holds
 
     def __len__(self) -> int:
@@ -51,13 +52,17 @@ class Rows:
         chain.check(params)
         if not 0 <= row < self.size:
             raise ParameterError(f"row {row} does not exist; rows are 0 to {self.size - 1}")
-        self.params[row], self.chains[row], self._plan = params, chain, None
+        self.params[row], self.chains[row] = params, chain
         self._place(row, chain, params)
         stateful = [m for m in self.members if m.on[row] and remembers(m.processor)]
         if stateful:
             site = self._site_of(params, prompt_ids, seed, stream)
             for member in stateful:
                 self._start(member, row, site)
+            self._changed()
+
+    def _changed(self) -> None:
+        self._plan, self.changes = None, self.changes + 1
 
     def _site_of(self, params: Any, prompt_ids: Sequence[int], seed: int, stream: int) -> Context:
         """The Context of a single row before its first token."""
@@ -77,10 +82,11 @@ class Rows:
 
     def clear(self, row: int) -> None:
         """Take `row` back: no processor runs for it until it is filled again."""
-        self.params[row], self.chains[row], self._plan = None, None, None
+        self.params[row], self.chains[row] = None, None
         for member in self.members:
             if member.on[row]:
                 member.set(row, member.settings[row], False)
+                self._changed()
         self._set_greedy(row, True)
 
     def _place(self, row: int, chain: Any, params: Any) -> None:
@@ -90,6 +96,7 @@ class Rows:
             old = {id(member.processor): member for member in self.members}
             self.members = [old.get(id(p)) or Member(p, self.size) for p in merge(chains)]
             self._merged = chains
+            self._changed()
         greedy = chain.greedy(params, row)
         mine = {id(processor) for processor in chain}
         for member in self.members:
@@ -102,11 +109,13 @@ class Rows:
                 on = processor.on(settings) and not skipped
             if on or member.on[row]:
                 member.set(row, settings or member.settings[row], on)
+                self._changed()
         self._set_greedy(row, greedy)
 
     def _set_greedy(self, row: int, value: bool) -> None:
         if self.greedy[row] != value:
             self.greedy[row], self._greedy_tensor = value, None
+            self._changed()
 
     def _start(self, member: Member, row: int, site: Context) -> None:
         """Fresh memory for one row of one member."""
