@@ -35,9 +35,9 @@ def run(engine, requests: list[Request] | Arrivals) -> Generator[Event, None, No
             if arrivals is not None:
                 yield from welcome(arrivals, batch, prompts, waiting)
                 batch = widened(engine, batch, waiting, len(prompts), most)
-            if not (waiting or prompts or batch.running):
+            if not (waiting or prompts.queue or batch.running):
                 break
-            if waiting or prompts:
+            if waiting or prompts.queue:
                 yield from admit(engine, batch, prompts, waiting)
             yield from prepare(batch)
             if not batch.running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ParameterError
 from ..kernels.sampling.rules import Rule
+from ..params.sampling_params import SamplingParams
 from .forms import Context, Edit, Keep, Processor, values_of
 from .processors.temperature import Temperature
 
@@ -24,13 +26,6 @@ class Member:
         self.on = [False] * size
         self.memory: Any = None
         self.values: Any = None
-        self.tells = processor.tells()
-
-    def told_off(self, params: Any) -> bool:
-        """Whether a look at one field says that it is off for these `SamplingParams`; False: it may be on."""
-        if self.tells is None or params is None:
-            return False
-        return getattr(params, self.tells, None) == self.processor.defaults[self.tells]
 
     def copy(self, **changes: Any) -> Member:
         """A shallow copy with some attributes replaced."""
@@ -48,6 +43,29 @@ class Member:
         if self.values is None:
             self.values = values_of(self.processor, self.settings, self.on, site)
         return self.values
+
+
+class Quick:
+    """A look at one field of each processor, all at once, that tells which are off for some `SamplingParams`."""
+
+    def __init__(self, processors: Sequence[Processor]):
+        fields = [p.tells() for p in processors]
+        self.fields = [f if f in SamplingParams.__dataclass_fields__ else None for f in fields]
+        named = [(f, p.defaults[f]) for f, p in zip(self.fields, processors, strict=True) if f]
+        # Two more fields, so that what is read is a tuple.
+        self._read = operator.attrgetter("temperature", "seed", *(f for f, _ in named))
+        self._off = [value for _, value in named]
+        self._all = [f is not None for f in self.fields]
+
+    def off(self, params: Any) -> list[bool]:
+        """Of every processor; False where it may be on."""
+        if type(params) is not SamplingParams:
+            return [False] * len(self.fields)
+        values = [*self._read(params)][2:]
+        if values == self._off:
+            return self._all
+        found = iter([value == off for value, off in zip(values, self._off, strict=True)])
+        return [field is not None and next(found) for field in self.fields]
 
 
 def select_memory(memory: Any, index: Tensor) -> Any:

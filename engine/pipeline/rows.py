@@ -16,7 +16,7 @@ from ..kernels.sampling.rules import Rule
 from .drawing import Drawn, draw_rows
 from .edits import Edits
 from .forms import Context, Edit, Keep, Processor, guarded, values_of
-from .members import Member, Plan, joined, merge, put_memory, reasons, remembers, select_memory
+from .members import Member, Plan, Quick, joined, merge, put_memory, reasons, remembers, select_memory
 from .processors.temperature import Temperature
 
 NEG_INF = float("-inf")
@@ -40,6 +40,7 @@ class Rows:
         self._plan: Plan | None = None
         self.changes = 0  # how often what the rows ask for has changed
         self._merged: list[Any] = []  # the chains whose processors `members` holds
+        self._quick = Quick([])
 
     def __len__(self) -> int:
         return self.size
@@ -95,12 +96,12 @@ class Rows:
         if [id(other) for other in chains] != [id(other) for other in self._merged]:
             old = {id(member.processor): member for member in self.members}
             self.members = [old.get(id(p)) or Member(p, self.size) for p in merge(chains)]
-            self._merged = chains
+            self._merged, self._quick = chains, Quick([member.processor for member in self.members])
             self._changed()
         greedy = chain.greedy(params, row)
         mine = {id(processor) for processor in chain}
-        for member in self.members:
-            if not member.on[row] and member.told_off(params):
+        for member, told_off in zip(self.members, self._quick.off(params), strict=True):
+            if told_off and not member.on[row]:
                 continue
             processor, on = member.processor, False
             settings = processor.settings(params, row) if id(processor) in mine else None

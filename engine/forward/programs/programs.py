@@ -29,17 +29,12 @@ class Programs:
         self.recorder, self.pool, self.most, self.what = recorder, pool, most, what
         self.refused: dict[Hashable, str] = {}  # passes that cannot be recorded, and why
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
-        self._due: OrderedDict[Hashable, Callable[[], Any]] = OrderedDict()
+        self.due: OrderedDict[Hashable, Callable[[], Any]] = OrderedDict()  # what waits for being recorded
         self._wanted: Counter = Counter()
         self._moves = -1
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    @property
-    def due(self) -> bool:
-        """Whether something waits for being recorded."""
-        return bool(self._due)
 
     def find(self, key: Hashable) -> Any:
         """What was recorded under a key, or None."""
@@ -62,7 +57,7 @@ class Programs:
         if self._kept:
             self.recorder.settle()
         self._kept.clear()
-        self._due.clear()
+        self.due.clear()
 
     def run(
         self, key: Hashable, program: Callable[[], None], make: Callable[[], Any], worth: int = 1
@@ -77,14 +72,14 @@ class Programs:
         self.recorder.warm_up(program)
         self._wanted[key] += 1
         if self._wanted[key] >= worth and key not in self.refused:
-            self._due[key] = make
+            self.due[key] = make
 
     @torch.no_grad()
     def catch_up(self) -> None:
         """Record what is due."""
         self.pool.clean()  # blocks are zeroed once, not at every replay
-        while self._due:
-            key, make = self._due.popitem(last=False)
+        while self.due:
+            key, make = self.due.popitem(last=False)
             try:
                 made = make()
             except RuntimeError as error:  # out of memory too: as it is, it runs

@@ -1,0 +1,38 @@
+"""The host's share of a step and of an admission, where replays cost nothing: exact counts."""
+
+import pytest
+import torch
+
+from benchmarks.decode.host import Host
+
+# Calls of Python functions at commit 639ff78, by the same command: steps and admissions of 1 and 16 rows.
+STEP, ADMISSION = {1: 63.2, 16: 342}, {1: 707, 16: 9201}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in records on a CPU")
+@pytest.mark.parametrize("rows", STEP)
+def test_a_step_takes_half_of_the_calls_that_it_took(rows):
+    calls = Host(rows, "greedy").calls()
+    assert calls["calls_per_step"] <= STEP[rows] / 2
+    assert calls["calls_per_admission"] <= ADMISSION[rows] * (0.75 if rows == 1 else 0.5)
+
+
+def test_the_count_itself():
+    class Two(Host):
+        def __init__(self):
+            self.within = False
+
+        def run(self, new):
+            for _ in range(new + 5):
+                self.step()
+
+        def step(self):
+            self.within = True
+            len([self.forward()])
+            self.within = False
+
+        def forward(self):
+            return None
+
+    # Each step is one call, what happens in the forward is none; `run` is one, and the profile's end counts nothing.
+    assert Two().calls() == {"calls_per_step": 1, "calls_per_admission": 6}
