@@ -141,12 +141,9 @@ class BlockPool:
     def retain(self, table: Table) -> None:
         """Count the references of a new Table."""
         self._tables.add(table)
-        if not table.blocks:
-            return
-        self.refs[np.array(table.blocks)] += 1  # no block is twice in a table
-        if self._idle:
-            for block in table.blocks:
-                self._idle.pop(block, None)
+        self.refs[np.array(table.blocks, np.intp)] += 1  # no block is twice in a table
+        for block in table.blocks if self._idle else ():
+            self._idle.pop(block, None)
 
     def settle(self) -> None:
         """Give back what gone Tables held; the last reference frees a block, or keeps it idle for its prefix."""
@@ -254,9 +251,7 @@ class BlockPool:
             behind = range(after + 1, after + 1 + count)
             if count == 1 or free[behind[0] : behind[-1] + 1].all():
                 return behind
-        open_ = np.zeros(len(free) + 2, bool)
-        np.greater(free, self._claimed, out=open_[1:-1])  # free, and claimed by nobody
-        edges = np.flatnonzero(open_[1:] != open_[:-1])
+        edges = np.flatnonzero(np.diff(free > self._claimed, prepend=False, append=False))
         starts, lengths = edges[::2], edges[1::2] - edges[::2]
         fits = np.flatnonzero(lengths >= room)
         if not len(fits):
