@@ -268,8 +268,7 @@ class BlockPool:
         self.filled = np.concatenate((self.filled, np.zeros(extra, np.int32)))
         self._free = np.concatenate((self._free, np.ones(extra, bool)))
         self._claimed = np.concatenate((self._claimed, np.zeros(extra, bool)))
-        self.capacity = capacity
-        self.moves += 1
+        self.capacity, self.moves = capacity, self.moves + 1
         self._layers.clear()
         self.stores = [store.resized(capacity, self.high_water) for store in self.stores]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -71,7 +70,7 @@ def rounds(engine, state, requests, proposers, widths, rule) -> Iterator[Event]:
             tallies[row]["accepted"] += len(paths[row])
             if own[-1].generation is not None:  # the drafts' fate goes with it
                 result = Speculation(**vars(own[-1].generation), **tallies[row])
-                own[-1] = replace(own[-1], generation=result)
+                own[-1] = own[-1]._replace(generation=result)
             yield from own
         if not keep:
             return
