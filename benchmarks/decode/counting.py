@@ -4,6 +4,7 @@ And on CUDA what the host asks of the device: launches, and waits.
 """
 
 import contextlib
+import functools
 import sys
 import time
 from collections import Counter
@@ -56,6 +57,29 @@ class ForwardGate:
     def _leave(self, *_) -> None:
         self.seconds += time.process_time() - self._entered
         self.inside = False
+
+
+@contextlib.contextmanager
+def fed(model: torch.nn.Module) -> Iterator[list[int]]:
+    """Tokens of each forward pass of a transformers model and of its twins inside the block, padding included.
+
+    It wraps the class, as an engine would drop what it keeps for a model that is hooked.
+    """
+    counts, kind = [], type(model)
+    original = kind.forward
+
+    @functools.wraps(original)
+    def counted(module, *args, **kwargs):
+        if module._parameters is model._parameters:
+            given = kwargs.get("input_ids", args[0] if args else None)
+            counts.append((kwargs["inputs_embeds"][..., 0] if given is None else given).numel())
+        return original(module, *args, **kwargs)
+
+    kind.forward = counted
+    try:
+        yield counts
+    finally:
+        kind.forward = original
 
 
 class _Operations(TorchDispatchMode):

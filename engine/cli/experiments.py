@@ -1,4 +1,4 @@
-"""The commands of experiments: `handloom sweep`, `compare`, `report`, `merge`, `export`, `trace`."""
+"""The commands of experiments: `handloom sweep`, `compare`, `report`, `score`, `check`, `merge`, `export`, `trace`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sweep(
     read, part = Plan.read(plan), _shard(shard)
     output = output or plan.with_suffix(".jsonl")
     if dry_run:
-        _describe(read, part)
+        _describe(read, part, output)
         return
     if gpus is not None and ray is not None:
         raise ParameterError("--gpus spreads a run over this machine, --ray over a cluster; one of them")
@@ -104,13 +104,27 @@ def _told(output: Path, note: Console) -> Iterator[None]:
             handler.close()
 
 
-def _describe(plan, part: tuple[int, int]) -> None:
-    console = Console(highlight=False)
-    units = sum(1 for _ in plan.units(part))
-    tokens = units * max((s.params.get("max_new_tokens", 256) for s in plan.settings), default=0)
+def _describe(plan, part: tuple[int, int], output: Path) -> None:
+    """What would be drawn, how much that is, and how long by the samples that are there."""
+    from ..experiments.records import read_results
+
+    console, units = Console(highlight=False), list(plan.units(part))
+    most = sum(unit.setting.params.get("max_new_tokens", 256) for unit in units)
     factors = ((plan.models, "models"), (plan.items, "prompts"), (plan.settings, "settings"))
     product = " x ".join([*(f"{len(found)} {name}" for found, name in factors), f"{plan.samples} samples"])
-    console.print(f"{product} = {len(plan)} samples, {units} in this shard, at most {tokens} tokens")
+    product += f" x {len(plan.seeds)} seeds" if len(plan.seeds) > 1 else ""
+    console.print(f"{product} = {len(plan)} samples, {len(units)} in this shard, at most {most} tokens")
+    read = sum(len(str(item.content)) for item in plan.items[part[0] :: part[1]]) * len(plan.models) // 4
+    console.print(f"about {read} tokens of prompts (a token for four letters), each prompt once for a model")
+    held = read_results([output])[1] if output.exists() else []
+    left = len({unit.id for unit in units} - {record["id"] for record in held})
+    spent = [t["prefill"] + t["decode"] for record in held if (t := record.get("timings"))]
+    if spent:
+        rows = min(arguments.get("slots", 8) for arguments in plan.models.values())
+        seconds = left * sum(spent) / len(spent) / rows
+        console.print(
+            f"{left} are left of them, about {seconds:.0f} s by the {len(spent)} in {output}", markup=False
+        )
     for setting in plan.settings:
         console.print(
             f"  {setting.name}: {setting.strategy or 'sampling'} {dict(setting.values)}", markup=False
@@ -143,18 +157,27 @@ def _spread(plan: Path, output: Path, gpus: list[str], shard: tuple[int, int]) -
 
 @app.command()
 def compare(
-    files: Files,
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Results, plans, or YAML files with the parameters of one setting each."),
+    ],
     *,
     metric: Metrics = None,
     baseline: Annotated[str | None, typer.Option(help="Setting that the others are compared with.")] = None,
     texts: Annotated[int, typer.Option(help="Show so many samples with what differs marked.", min=0)] = 0,
+    model: Annotated[str | None, typer.Option(help="For files of settings: hub id, folder or demo.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="For files of settings: as in a plan.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="For files of settings: of each prompt.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For files of settings.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", "-c", help="Through the chat template.")] = False,
 ) -> None:
     """Compare settings on the same prompts and noise: paired differences with intervals."""
-    from ..experiments.analysis.compare import compare_records, identity
-    from ..experiments.records import read_results
+    from ..experiments.analysis.compare import by_model, compare_records, identity, read_sides
 
-    _, records = read_results(files)
-    found = compare_records(records, metric or ["logprob", "tokens"], baseline)
+    asked = {"model": model, "prompts": prompts, "samples": samples, "seed": seed, "chat": chat}
+    records, metrics = read_sides(files, {name: value for name, value in asked.items() if value})
+    records = by_model(records)
+    found = compare_records(records, metric or metrics or ["logprob", "tokens"], baseline)
     console = Console(highlight=False, soft_wrap=True)
     console.print(str(found), markup=False)
     for pair in found.pairs:
@@ -177,8 +200,40 @@ def report(
     from ..experiments.records import read_results
 
     header, records = read_results(files)
-    for path in write(records, folder, metric or ["logprob", "diversity"], header, baseline):
+    for path in write(
+        records, folder, metric or header.get("metrics") or ["logprob", "diversity"], header, baseline
+    ):
         Console(highlight=False).print(str(path), markup=False)
+
+
+@app.command()
+def score(
+    files: Files,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The records with what the model says.")],
+    *,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub id, folder or demo; default: that of the run.")
+    ] = None,
+    steps: Annotated[
+        bool,
+        typer.Option("--steps", help="Entropy, rank and kept set of every token, by the run's own model."),
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", "-c", help="The plan says chat.")] = False,
+) -> None:
+    """Ask a model about the samples: a judge for judge_perplexity, or with --steps the one that drew them."""
+    from ..experiments.analysis import judged
+    from ..experiments.records import read_results, write_results
+    from ..experiments.samples import load_engine
+
+    header, records = read_results(files)
+    own = header.get("models") or {}
+    if model is None and len(own) != 1:
+        raise ParameterError(f"--model: the run has {', '.join(own) or 'none'}; name one")
+    arguments = next(iter(own.values())) if model is None else {"name_or_path": model}
+    engine = load_engine(**{name: value for name, value in arguments.items() if name != "tp"})
+    made = judged.with_steps(records, engine, chat=chat) if steps else judged.with_judge(records, engine)
+    write_results(output, header, made)
+    Console(highlight=False).print(f"{len(made)} samples in {output}", markup=False)
 
 
 @app.command()
@@ -226,7 +281,9 @@ def export(
 @app.command()
 def trace(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write .html or .npz.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write .html, .npz or .parquet.")
+    ] = None,
     *,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Hub id or folder; default: the demo.")

@@ -15,6 +15,7 @@ from typing import Any
 from .. import strategies
 from ..errors import ParameterError
 from ..params.sampling_params import SamplingParams
+from .analysis.metrics import find
 from .prompts import Item, read_items
 
 KEYS = (
@@ -35,11 +36,15 @@ SEEDS = 2**62
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode: a strategy's name (None: the loop of `Engine.generate`) and its parameters and options."""
+    """One way to decode: a strategy's name (None: the loop of `Engine.generate`) and its parameters and options.
+
+    `model` is the name of the one that it is for; None is every model of the plan.
+    """
 
     name: str
     strategy: str | None
     values: Mapping[str, Any]
+    model: str | None = None
 
     @cached_property
     def params(self) -> dict[str, Any]:
@@ -90,7 +95,7 @@ class Plan:
     items: Sequence[Item]
     settings: Sequence[Setting]
     samples: int = 1
-    seed: int = 0
+    seeds: Sequence[int] = (0,)
     metrics: Sequence[str] = ("logprob", "distinct_2", "diversity")
     chat: bool = False
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -118,9 +123,9 @@ class Plan:
         """A plan from what its file would hold: see `docs/` for the fields.
 
         Args:
-            source: `model` or `models`, `prompts`, and any of `settings` (name -> values, `strategy` among them),
-                `grid` (name -> list: every combination), `zip` (name -> list of one length: in step), `params` (values
-                of all settings), `samples`, `seed`, `metrics`, `chat`.
+            source: `model` or `models`, `prompts`, and any of `settings` (name -> values, `strategy` and `model` among
+                them), `grid` (name -> list: every combination), `zip` (name -> list of one length: in step), `params`
+                (values of all settings), `samples`, `seed` (a number or several), `metrics`, `chat`.
             folder: where relative paths begin.
         """
         if not isinstance(source, Mapping):
@@ -133,22 +138,42 @@ class Plan:
         samples = source.get("samples", 1)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ParameterError(f"plan: samples={samples!r} must be a whole number of at least 1")
+        for name in ("settings", "grid", "zip", "params"):
+            _mapping(source.get(name), name)
+        metrics = source.get("metrics", cls.metrics)
+        if not isinstance(metrics, list | tuple):
+            raise ParameterError(f"plan: metrics={metrics!r} must be a list of names")
+        find(metrics)
+        settings = _settings(source)
         made = cls(
-            models=_models(source, folder),
+            models=_models(source, folder, [s.model for s in settings]),
             items=read_items(source["prompts"], folder),
-            settings=_settings(source),
+            settings=settings,
             samples=samples,
-            seed=int(source.get("seed", 0)),
-            metrics=tuple(source.get("metrics", cls.metrics)),
+            seeds=_seeds(source.get("seed", 0)),
+            metrics=tuple(metrics),
             chat=bool(source.get("chat", False)),
             source=source,
         )
         for setting in made.settings:  # an unknown name or a value out of range is an error before any work
             SamplingParams(**setting.params)
+            if own := sorted({"seed", "n"} & set(setting.params)):
+                raise ParameterError(
+                    f"plan: {own[0]} of setting {setting.name!r}: the plan's own seed and samples say it"
+                )
+            if setting.model not in (None, *made.models):
+                raise ParameterError(
+                    f"plan: no model {setting.model!r}; expected one of {', '.join(made.models)}"
+                )
         return made
 
     def __len__(self) -> int:
-        return len(self.models) * len(self.items) * len(self.settings) * self.samples
+        each = len(self.items) * self.samples * len(self.seeds)
+        return sum(len(self.settings_of(model)) for model in self.models) * each
+
+    def settings_of(self, model: str) -> list[Setting]:
+        """The settings that a model is to be decoded with."""
+        return [setting for setting in self.settings if setting.model in (None, model)]
 
     def units(self, shard: tuple[int, int] = (0, 1)) -> Iterator[Unit]:
         """Every unit, prompt by prompt, so that those which share one come together.
@@ -160,10 +185,12 @@ class Plan:
         if not 0 <= part < parts:
             raise ParameterError(f"shard {part}/{parts}: expected i/n with 0 <= i < n")
         for model, arguments in self.models.items():
+            settings = self.settings_of(model)
             for item in self.items[part::parts]:
-                for sample in range(self.samples):
-                    seed = derived_seed(self.seed, item, sample)
-                    for setting in self.settings:
+                for sample in range(self.samples * len(self.seeds)):
+                    base = self.seeds[sample // self.samples]
+                    seed = derived_seed(base, item, sample % self.samples)
+                    for setting in settings:
                         facts = [
                             arguments,
                             setting.strategy,
@@ -186,10 +213,31 @@ def derived_seed(base: int, item: Item, sample: int) -> int:
     return int(digest([base, item.id, item.hash, sample]), 16) % SEEDS
 
 
-def _models(source: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Models by name; a path that exists below the plan's folder is taken from there."""
-    given = source.get("models", source.get("model"))
-    if given is None or ("models" in source and "model" in source):
+def _mapping(given: Any, name: str) -> None:
+    if given is not None and not isinstance(given, Mapping):
+        raise ParameterError(
+            f"plan: {name} is a mapping from names to values, such as {{min-p: {{min_p: 0.05}}}} for settings; "
+            f"got {given!r:.80}"
+        )
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    """One base or several, each once."""
+    seeds = tuple(given) if isinstance(given, list) else (given,)
+    if not seeds or len(set(seeds)) < len(seeds) or any(type(seed) is not int for seed in seeds):
+        raise ParameterError(f"plan: seed={given!r} must be a whole number, or a list of different ones")
+    return seeds
+
+
+def _models(
+    source: Mapping[str, Any], folder: Path, named: Sequence[str | None]
+) -> dict[str, dict[str, Any]]:
+    """Models by name, or those that settings name; a path that exists below the plan's folder is taken from there."""
+    both = [source[name] for name in ("models", "model") if source.get(name) is not None]
+    given = both[0] if both else None
+    if given is None and all(named):
+        given = list(dict.fromkeys(named))
+    if given is None or len(both) > 1:
         raise ParameterError("plan: expected a model, or models")
     listed = given if isinstance(given, list) else [given]
     if isinstance(given, Mapping) and "name_or_path" not in given:
@@ -213,10 +261,6 @@ def _models(source: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]
 def _settings(source: Mapping[str, Any]) -> list[Setting]:
     """Named settings times the grid times what goes in step; names say what differs."""
     named = source.get("settings") or {"default": {}}
-    if not isinstance(named, Mapping):
-        raise ParameterError(
-            "plan: settings is a mapping from names to values, such as {min-p: {min_p: 0.05}}"
-        )
     grid, steps = source.get("grid") or {}, source.get("zip") or {}
     for name, values in [*grid.items(), *steps.items()]:
         if not isinstance(values, list) or not values:
@@ -226,14 +270,15 @@ def _settings(source: Mapping[str, Any]) -> list[Setting]:
         raise ParameterError(f"plan: lists in zip must have one length; they have {lengths}")
     crossed = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     stepped = [dict(zip(steps, values, strict=True)) for values in zip(*steps.values(), strict=True)] or [{}]
-    settings = []
+    settings: list[Setting] = []
     for (name, own), one, other in itertools.product(named.items(), crossed, stepped):
         varied = one | other
+        _mapping(own, f"setting {name!r}")
         parts = [name] if name != "default" or not varied else []
         parts += [f"{key}={value}" for key, value in varied.items()]
         values = {**(source.get("params") or {}), **varied, **(own or {})}
-        strategy = values.pop("strategy", None)
+        strategy, model = values.pop("strategy", None), values.pop("model", None)
         if strategy is not None:
             strategies.named(strategy)
-        settings.append(Setting(" ".join(parts), strategy, values))
+        settings.append(Setting(" ".join(parts), strategy, values, model))
     return settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ def read_items(source: Any, folder: Path = Path()) -> list[Item]:
     Args:
         source: a list of prompts or rows; the path of a .jsonl file (HumanEval, alpaca_eval, requests of OpenAI's and
             vLLM's batches, lm-eval's samples among them), of a `datasets` folder or of a task file (.yaml);
-            or a mapping with such a `file` and perhaps `limit` (the first so many), `prompt` (a field, or a template
-            with {fields}), `target` (likewise) and `id` (a field).
+            or a mapping with such a `file`, or a list of them, whose prompts are named after their files, too, and
+            perhaps `limit` (the first so many of each), `prompt` (a field, or a template with {fields}), `target`
+            (likewise) and `id` (a field).
         folder: where relative paths begin.
 
     Raises:
@@ -62,6 +63,9 @@ def read_items(source: Any, folder: Path = Path()) -> list[Item]:
         wrong = ", ".join(sorted(unknown)) or "no file"
         raise PromptError(f"prompts: {wrong}; expected file, and perhaps limit, prompt, target, id")
     given = options.get("file", source)
+    if isinstance(options.get("file"), list):
+        parts = [(Path(name).stem, read_items(options | {"file": name}, folder)) for name in given]
+        return [replace(item, id=f"{stem}/{item.id}") for stem, items in parts for item in items]
     rows = _file_rows(folder / given) if isinstance(given, str | Path) else given
     if not isinstance(rows, Iterator | Sequence):
         raise PromptError(f"prompts: expected a list, a file or a mapping with a file, got {given!r:.80}")
@@ -110,7 +114,12 @@ def _task_rows(path: Path) -> Iterator[dict]:
     import yaml
     from jinja2 import Environment, StrictUndefined
 
-    task = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:  # `!function` among them, which would run the task's own code
+        raise PromptError(f"{path} is no task that can be read as it is: {error}") from error
+    if not isinstance(task, Mapping):
+        raise PromptError(f"{path}: expected a task, got {task!r:.80}")
     files = (task.get("dataset_kwargs") or {}).get("data_files")
     if task.get("dataset_path") != "json" or not files:
         raise PromptError(f"{path}: expected a task over local files (dataset_path: json with data_files)")

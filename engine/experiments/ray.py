@@ -14,9 +14,9 @@ from ..loop.generation import Generation
 from ..params.sampling_params import SamplingParams
 from .plan import Plan, Setting, Unit, derived_seed, digest
 from .prompts import CONTENT, Item
-from .run import Draw, header_of, load_engine, outcomes, record_of
-
-ROUNDS = 4  # units for each slot that an actor is given at once
+from .ranks import ROUNDS, drawer_of
+from .run import Draw
+from .samples import record_of
 
 
 class Generate:
@@ -33,6 +33,7 @@ class Generate:
         params: fields of SamplingParams; `strategy` and its options may be among them.
         prompt: the column of prompts; None is the first of prompt, messages, token_ids, text, instruction, prefix_text.
         seed: base of the rows' seeds. chat: whether texts go through the chat template.
+        tp: processes among which a model that is larger than a GPU is divided; give the actor `num_gpus=tp`.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Generate:
         prompt: str | None = None,
         seed: int = 0,
         chat: bool = False,
+        tp: int = 1,
     ):
         self.params, self.prompt, self.seed, self.chat = dict(params or {}), prompt, seed, chat
         SamplingParams(**_setting(self.params).params)  # what is wrong in it is said before a model is loaded
-        self.engine = load_engine(**(model if isinstance(model, Mapping) else {"name_or_path": model}))
+        named = model if isinstance(model, Mapping) else {"name_or_path": model}
+        self.drawer = drawer_of({"tp": tp, **named})
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """A batch of columns with what was generated for each row."""
@@ -63,7 +66,7 @@ class Generate:
             given = {key: value for key, value in (params or {}).items() if value is not None}
             setting = _setting({**self.params, **given})
             units.append(Unit(str(place), "", setting, item, 0, derived_seed(self.seed, item, 0)))
-        found = {unit.id: outcome for unit, outcome in outcomes(self.engine, units, self.chat)}
+        found = {unit.id: outcome for unit, outcome in self.drawer.outcomes(units, self.chat)}
         made = [_told(found[unit.id]) for unit in units]
         return (
             {**batch, **{name: _column([row[name] for row in made]) for name in made[0]}}
@@ -115,14 +118,13 @@ def on_ray(
 
     This process alone writes the records, so a run goes on where it was as without Ray. The units of an actor that is
     lost are drawn again by the one that replaces it. Records are those of one process; the last bits of
-    log-probabilities may depend on what shared a pass, unless the model's arguments have `slots: 1`.
+    log-probabilities may depend on what shared a pass, unless the model's arguments have `fixed_slots: true`.
 
     Args:
         address: of the cluster; None is that of RAY_ADDRESS, a running one, or a new one on this machine. One that this
             process has joined already is used as it is.
         workers: actors for a model; None is as many as the cluster's GPUs allow, without any as it has machines.
-        gpus: of an actor; None is one, or none where the cluster has none. With several, a model's `device_map: auto`
-            divides it among them.
+        gpus: of an actor; None is one for each process of its model (`tp`), or none where the cluster has none.
     """
     import ray
 
@@ -130,14 +132,18 @@ def on_ray(
     if not joined:
         ray.init(address=address)
     there = ray.cluster_resources()
-    each = min(1.0, there.get("GPU", 0.0)) if gpus is None else gpus
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
-    count = workers or max(1, int(there.get("GPU", 0.0) // each) if each else machines)
-    options = {"num_gpus": each, "num_cpus": max(1, int(there.get("CPU", 1.0) // count))}
-    options |= {"max_restarts": 3, "max_task_retries": 3}
+
+    def actors_of(plan: Plan, model: str) -> list:
+        own = plan.models[model].get("tp", 1) if there.get("GPU") else 0.0
+        each = float(own if gpus is None else gpus)
+        count = workers or max(1, int(there.get("GPU", 0.0) // each) if each else machines)
+        options = {"num_gpus": each, "num_cpus": max(1, int(there.get("CPU", 1.0) // count))}
+        worker = ray.remote(Worker).options(**options, max_restarts=3, max_task_retries=3)
+        return [worker.remote(plan, model) for _ in range(count)]
 
     def draw(plan: Plan, model: str, units: Iterator[Unit]) -> Iterator[dict[str, Any]]:
-        actors: list[Any] = [ray.remote(Worker).options(**options).remote(plan, model) for _ in range(count)]
+        actors = actors_of(plan, model)
         try:
             header, slots = ray.get(actors[0].ready.remote())
             yield header
@@ -163,19 +169,19 @@ def on_ray(
 
 
 class Worker:
-    """What an actor is: an engine of one of a plan's models.
+    """What an actor is: an engine of one of a plan's models, or the ranks that divide it.
 
     Args:
         plan: whose units it draws. model: its name in the plan.
     """
 
     def __init__(self, plan: Plan, model: str):
-        self.plan, self.engine = plan, load_engine(**plan.models[model])
+        self.plan, self.model, self.drawer = plan, model, drawer_of(plan.models[model])
 
     def ready(self) -> tuple[dict[str, Any], int]:
         """What all records have in common, and the engine's slots."""
-        return header_of(self.plan, self.engine), self.engine.slots
+        return self.drawer.header(self.plan, self.model), self.drawer.slots
 
     def draw(self, units: Sequence[Unit]) -> list[dict[str, Any]]:
         """The records of some units."""
-        return [record_of(unit, outcome) for unit, outcome in outcomes(self.engine, units, self.plan.chat)]
+        return [record_of(unit, outcome) for unit, outcome in self.drawer.outcomes(units, self.plan.chat)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import HandloomError, PromptError
 
+OF_MODELS = ("weights", "revisions", "slots")  # of a header: mappings from a model's name
 KINDS = {"prompt": str, "text": str, "messages": list, "token_ids": list}
 
 
@@ -196,7 +197,7 @@ def read_results(paths: Iterable[Path]) -> tuple[dict[str, Any], list[dict[str, 
                     raise HandloomError(f"{path}, line {number} is not a record") from error
                 if own is not None and header is not None and own.get("same") != header.get("same"):
                     raise HandloomError(f"{path} holds the samples of another plan than the files before it")
-                header = header or own
+                header = joined(header or {}, own or {})
     header = header or {}
     order = {name: place for place, name in enumerate(header.get("settings", ()))}
 
@@ -208,6 +209,12 @@ def read_results(paths: Iterable[Path]) -> tuple[dict[str, Any], list[dict[str, 
         )
 
     return header, sorted(found.values(), key=place)
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two headers as one: what is told of each model by its name stays, otherwise the first counts."""
+    told = {name: second[name] | first.get(name, {}) for name in OF_MODELS if name in second}
+    return {**second, **first, **told}
 
 
 def merge(paths: Iterable[Path], output: Path) -> int:

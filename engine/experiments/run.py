@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
-from .. import strategies
 from ..engine import Engine
 from ..errors import HandloomError, ParameterError
-from ..loop.generation import Generation
-from ..params.sampling_params import SamplingParams
 from .plan import Plan, Unit, digest
-from .records import ResultFile
+from .ranks import drawer_of
+from .records import ResultFile, joined
+from .samples import load_engine, record_of
 
 log = logging.getLogger("handloom")
 CHUNK = 256  # units that are handed to an engine at once; what is finished is written meanwhile
 EVERY = 30.0  # seconds between two lines of the log
 Draw = Callable[[Plan, str, Iterator[Unit]], Iterator[dict[str, Any]]]
-PACKAGES = ("handloom", "torch", "transformers", "triton", "numpy")
 
 
 def run(
@@ -42,7 +37,9 @@ def run(
 
     A run that was stopped in any way, `kill -9` included, goes on where it was: nothing is lost or drawn twice. A unit
     that fails is a record with `finish_reason` "error" and its message. Tokens depend on nothing but their unit; the
-    last bits of log-probabilities may depend on what shared a pass, unless the model's arguments have `slots: 1`.
+    last bits of log-probabilities may depend on what shared a pass, unless the model's arguments have
+    `fixed_slots: true`, which makes records equal to the byte, their times aside, in whatever pieces they were drawn.
+    Prompts are then computed one by one, and strategies run one sample at a time.
 
     Args:
         plan: what to draw. output: JSONL file, a header and then one line a sample, appended to.
@@ -55,12 +52,12 @@ def run(
         HandloomError: the file belongs to another plan, or is in use.
     """
     draw, started, failed = draw or partial(draw_here, load=load or load_engine), time.monotonic(), 0
-    alike = {digest([s.strategy, s.values]): s.name for s in plan.settings}
+    alike = {digest([s.strategy, s.values, s.model]): s.name for s in plan.settings}
     if len(alike) < len(plan.settings):
         twice = next(s.name for s in plan.settings if s.name not in alike.values())
         raise ParameterError(f"setting {twice!r} is another one under a second name; leave one of them out")
     with ResultFile(Path(output)) as results:
-        same = digest([plan.models, plan.seed, plan.chat])
+        same = digest([plan.models, plan.seeds, plan.chat])
         if results.header is not None and results.header.get("same") != same:
             raise HandloomError(
                 f"{output} holds the samples of another plan (models, seed or chat differ); name another"
@@ -73,7 +70,7 @@ def run(
             if first is None:
                 continue
             drawn = draw(plan, model, chain([first], pending))
-            results.begin(next(drawn) | {"same": same})
+            results.begin(joined(results.header or {}, next(drawn) | {"same": same}))
             for record in drawn:
                 results.write(record)
                 failed += record["finish_reason"] == "error"
@@ -82,22 +79,18 @@ def run(
     return failed
 
 
-def load_engine(name_or_path: str, **arguments: Any) -> Engine:
-    """`Engine.from_pretrained`, where the name `demo` stands for the small default model."""
-    from ..loading import demo
-
-    return Engine.from_pretrained(demo.locate() if name_or_path == "demo" else name_or_path, **arguments)
-
-
 def draw_here(
     plan: Plan, model: str, units: Iterator[Unit], load: Callable[..., Engine] = load_engine
 ) -> Iterator[dict[str, Any]]:
-    """The header's facts and then a record of each unit, drawn by one engine in this process."""
-    engine = load(**plan.models[model])
-    yield header_of(plan, engine)
-    while chunk := list(islice(units, CHUNK)):
-        for unit, outcome in outcomes(engine, chunk, plan.chat):
-            yield record_of(unit, outcome)
+    """The header's facts and then a record of each unit, drawn by one engine in this process or in ranks of its own."""
+    drawer = drawer_of(plan.models[model], load)
+    try:
+        yield drawer.header(plan, model)
+        while chunk := list(islice(units, CHUNK)):
+            for unit, outcome in drawer.outcomes(chunk, plan.chat):
+                yield record_of(unit, outcome)
+    finally:
+        drawer.close()
 
 
 class _Clock:
@@ -125,129 +118,3 @@ class _Clock:
         log.info(
             "%d samples drawn in %.0f s, %d kept from before, %d failed", drawn, seconds, self.before, failed
         )
-
-
-def outcomes(
-    engine: Engine, units: Sequence[Unit], chat: bool
-) -> Iterator[tuple[Unit, Generation | HandloomError]]:
-    """The samples of units of one model, as they finish; an error belongs to its unit alone."""
-    plain = [unit for unit in units if unit.setting.strategy is None]
-    if plain:
-        yield from _isolated(engine, plain, chat, _stream)
-    others = sorted((u for u in units if u.setting.strategy is not None), key=lambda unit: unit.setting.name)
-    for _, alike in groupby(others, key=lambda unit: unit.setting.name):
-        yield from _isolated(engine, list(alike), chat, _strategy)
-
-
-def _isolated(engine: Engine, units: list[Unit], chat: bool, runner: Callable) -> Iterator:
-    """What `runner` makes of units; where they are refused together, of each alone."""
-    finished: set[str] = set()
-    try:
-        for unit, generation in runner(engine, units, chat):
-            finished.add(unit.id)
-            yield unit, generation
-    except HandloomError as error:
-        if len(units) == 1:
-            yield units[0], error
-            return
-        for unit in units:
-            if unit.id not in finished:
-                yield from _isolated(engine, [unit], chat, runner)
-
-
-def _stream(engine: Engine, units: list[Unit], chat: bool) -> Iterator[tuple[Unit, Generation]]:
-    prompts = [prompt_of(engine, unit, chat) for unit in units]
-    for event in engine.stream(prompts, [params_of(unit) for unit in units]):
-        if event.generation is not None:
-            yield units[event.request], event.generation
-
-
-def _strategy(engine: Engine, units: list[Unit], chat: bool) -> Iterator[tuple[Unit, Generation]]:
-    setting = units[0].setting
-    assert setting.strategy is not None
-    prompts = [prompt_of(engine, unit, chat) for unit in units]
-    found = strategies.named(setting.strategy)(
-        engine, prompts, [params_of(unit) for unit in units], **setting.options
-    )
-    for unit, generation in zip(units, found, strict=True):
-        if not isinstance(generation, Generation):
-            raise ParameterError(
-                f"strategy {setting.strategy!r} gave {generation!r:.80} in place of a Generation"
-            )
-        yield unit, generation
-
-
-def prompt_of(engine: Engine, unit: Unit, chat: bool) -> Any:
-    """What the engine is given: text as it is, or as a user's message where the plan says `chat`."""
-    content = unit.item.content
-    return [{"role": "user", "content": content}] if chat and isinstance(content, str) else content
-
-
-def params_of(unit: Unit) -> SamplingParams:
-    """The unit's parameters with its seed."""
-    return SamplingParams(**{**unit.setting.params, "seed": unit.seed, "n": 1})
-
-
-def record_of(unit: Unit, outcome: Generation | HandloomError) -> dict[str, Any]:
-    """One line of the results: what was asked, what came out, and how long it took."""
-    record = {
-        "id": unit.id, "sample": unit.sample, "key": unit.id, "model": unit.model, "setting": unit.setting.name,
-        "strategy": unit.setting.strategy, "params": dict(unit.setting.values), "prompt_id": unit.item.id,
-        "prompt_hash": unit.item.hash, "prompt": unit.item.content, "seed": unit.seed,
-    }  # fmt: skip
-    record |= {} if unit.item.target is None else {"target": unit.item.target}
-    record |= {"task": dict(unit.item.rest)} if unit.item.rest else {}
-    if isinstance(outcome, HandloomError):
-        return record | {"token_ids": [], "text": "", "finish_reason": "error", "error": str(outcome)}
-    made = outcome.to_dict()
-    record["prompt_tokens"] = len(made["prompt_token_ids"])
-    kept = (
-        "token_ids",
-        "text",
-        "finish_reason",
-        "stop_reason",
-        "error",
-        "raw_logprobs",
-        "logprobs",
-        "timings",
-        "extra",
-    )
-    return record | {name: made[name] for name in kept if made.get(name) not in (None, {}, [])} | {
-        "token_ids": made["token_ids"], "text": made["text"]
-    }  # fmt: skip
-
-
-def header_of(plan: Plan, engine: Engine) -> dict[str, Any]:
-    """What all records of a file have in common."""
-    defaults = {name: value for name, value in SamplingParams().to_dict().items() if name != "processors"}
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    device = engine.device
-    name = device.type
-    if device.type == "cuda":
-        import torch
-
-        name = torch.cuda.get_device_name(device)
-    return {
-        "models": plan.models, "settings": [setting.name for setting in plan.settings],
-        "weights": weights_hash(engine), "seed": plan.seed, "defaults": defaults,
-        "versions": {"python": platform.python_version(), **found}, "device": name,
-    }  # fmt: skip
-
-
-def weights_hash(engine: Engine) -> str:
-    """Names the weights: shapes, dtypes and a few values of every parameter, which costs no pass over all of them."""
-    import torch
-
-    seen = hashlib.sha256()
-    for name, tensor in sorted(engine.model.state_dict().items()):
-        flat = tensor.reshape(-1)
-        count = min(len(flat), 8)
-        at = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
-        values = flat[at].float().tolist() if flat.is_floating_point() else flat[at].tolist()
-        seen.update(repr((name, tuple(tensor.shape), str(tensor.dtype), values)).encode())
-    return seen.hexdigest()[:16]

@@ -37,7 +37,7 @@ class Prompts:
         """Take one more; a prompt that is here already is computed once for both."""
         ready, prompt = request.prefilled, request.prompt
         every = request.params.prompt_logprobs is not None
-        if not every and prompt.embeddings is None and self.model.packs and not self.model.alone:
+        if not every and prompt.embeddings is None and self.model.packs:
             ready = request.prefilled = self._shared(tuple(prompt.ids), ready)
         if ready.row is None and ready.filling is None:
             room = request.blocks(self.model.pool.block_size) if self.model.paged else 0

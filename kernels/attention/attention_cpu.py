@@ -3,10 +3,14 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # (output, log-sum-exp)
+
 # A mask repeated once per query head of a group is worth its memory only below this many entries.
 _FOLDED_MASK_ENTRIES = 1 << 22
 # Rows up to this long are cheaper gathered into one rectangle; longer ones where they lie.
 RECTANGLE = 320
+# Cells that all rows have in common from which on they are read once for all of them.
+SHARED = 128
 
 
 class CellPlan:
@@ -19,7 +23,8 @@ class CellPlan:
         counts: per row how many of the Q queries are real, 1..Q; None means all.
         tree: [B, Q, Q] bool, tree[b, j, f] = query j sees fresh cell f (itself, ancestors); None is causal.
         alone: attend every row by itself, so that its bits do not depend on its neighbours. Otherwise short rows
-            with one query each may share a rectangle, whose cells beyond a row must then be finite.
+            with one query each may share a rectangle, whose cells beyond a row must then be finite, and a long
+            beginning that all rows have in common is read once for all of them.
 
     Raises:
         ValueError: a row has no cell or too few blocks.
@@ -33,7 +38,12 @@ class CellPlan:
             self._blocks(row, *pair) for row, pair in enumerate(zip(tables, self.lengths, strict=True))
         ]
         self.starts = [self._start(table) for table in self._tables]
-        self.together, self._index = not alone and tree is None and self._pays(), None
+        free = not alone and tree is None and len(self.lengths) > 1
+        self.together, self._index = free and self._pays(), None
+        self.shared = self._common() if free and not self.together else 0  # leading cells of every row
+        if self.shared:  # what is behind it, as a plan of its own
+            tails = [table[self.shared // block_size :] for table in self._tables]
+            self.rest = CellPlan(tails, [n - self.shared for n in self.lengths], block_size, alone=False)
 
     def _blocks(self, row, table, length):
         needed = -(-length // self.block_size)
@@ -63,7 +73,14 @@ class CellPlan:
     def _pays(self):
         """Whether gathering all rows into one rectangle costs less than attending each alone (measured)."""
         longest, total = max(self.lengths), sum(self.lengths)
-        return len(self.lengths) > 1 and longest <= RECTANGLE and len(self.lengths) * longest <= 2 * total
+        return longest <= RECTANGLE and len(self.lengths) * longest <= 2 * total
+
+    def _common(self):
+        """Cells of the blocks with which all rows begin, at least one less than any row has; 0 where they are few."""
+        most = (min(self.lengths) - 1) // self.block_size
+        beside = enumerate(zip(*(table[:most] for table in self._tables), strict=True))
+        blocks = next((place for place, ids in beside if len(set(ids)) > 1), most)
+        return blocks * self.block_size if blocks * self.block_size >= SHARED else 0
 
     def rectangle(self, pool):
         """All rows' cells [B, Hk, L, D], L a whole number of blocks; what lies beyond a row is masked."""
@@ -100,6 +117,21 @@ class CellPlan:
                 self._ids[row] = torch.tensor(self._tables[row], device=pool.device)
             flat = flat_cells(pool.index_select(0, self._ids[row][skipped:]))
         return flat[:, :, start + first : start + self.lengths[row]]
+
+    def shares(self, q, keys, values, window):
+        """Whether rows of one query may read their common beginning together, by torch's kernel for the CPU."""
+        seen = window is None or window >= max(self.lengths)
+        alike = q.device.type == "cpu" and keys.shape[3] == values.shape[3] and not q.requires_grad
+        return self.shared > 0 and q.shape[1] == 1 and seen and alike
+
+    def beginning(self, pool, flat):
+        """The cells that all rows share, [1, Hk, shared, D]; as `cells`."""
+        start = self._start(self._tables[0][: self.shared // self.block_size])
+        if start is not None:
+            return flat[:, :, start : start + self.shared]
+        if "shared" not in self._ids:
+            self._ids["shared"] = torch.tensor(self._tables[0][: self.shared // self.block_size])
+        return flat_cells(pool.index_select(0, self._ids["shared"]))
 
     def mask(self, row, queries, n, window, group, like):
         """Additive mask [queries * group, n] over a row's last n cells, in `like`'s dtype; kept for the step.
@@ -160,6 +192,8 @@ def paged_attention_cpu(
         return _attend_lone(q, keys, values, plan, scale)
     if plan.together and q.shape[1] == 1 and softcap is None and sinks is None:
         return _attend_rectangle(q, keys, values, plan, sliding_window, scale)
+    if plan.shares(q, keys, values, sliding_window) and softcap is None and sinks is None:
+        return _attend_shared(q, keys, values, plan, scale)
     rows = []
     attend = _row_attention(keys, values, plan, scale, sliding_window, softcap, sinks)
     for row in range(len(plan.lengths)):
@@ -242,6 +276,36 @@ def _attend_rectangle(q, keys, values, plan, window, scale):
     folded = q.view(rows, kv_heads, heads // kv_heads, dim)
     out = scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
     return out.reshape(rows, 1, heads, -1)
+
+
+def _attend_shared(q, keys, values, plan, scale):
+    """One query a row, [B, 1, Hq, D], whose rows begin alike -> [B, 1, Hq, D]: the beginning is read once for all, what
+    is behind it row by row or in a rectangle, and the two are joined by their log-sum-exps.
+    """
+    rows, _, heads, dim = q.shape
+    kv_heads, group = keys.shape[2], heads // keys.shape[2]
+    flat = flat_cells(keys), flat_cells(values)
+    folded = q.view(rows, kv_heads, group, dim)
+    queries = folded.transpose(0, 1).reshape(1, kv_heads, rows * group, dim)
+    first, weight = flash(
+        queries, plan.beginning(keys, flat[0]), plan.beginning(values, flat[1]), scale=scale
+    )
+    first = first.view(kv_heads, rows, group, dim).transpose(0, 1)  # [B, Hk, G, D]
+    rest = plan.rest
+    if rest.together:
+        mask = rest.rectangle_mask(None, q)
+        second, other = flash(
+            folded, rest.rectangle(keys), rest.rectangle(values), attn_mask=mask, scale=scale
+        )
+    else:
+        cells = [
+            (rest.cells(keys, flat[0], row, 0), rest.cells(values, flat[1], row, 0)) for row in range(rows)
+        ]
+        parts = [flash(folded[row : row + 1], *pair, scale=scale) for row, pair in enumerate(cells)]
+        second, other = (torch.cat(each) for each in zip(*parts, strict=True))
+    share = (weight.view(kv_heads, rows, group).transpose(0, 1) - other.view(rows, kv_heads, group)).sigmoid()
+    out = torch.lerp(second.float(), first.float(), share[..., None])
+    return out.to(q.dtype).reshape(rows, 1, heads, dim)
 
 
 def _attend(q, k, v, plan, row, window, scale):

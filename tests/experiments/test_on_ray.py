@@ -1,27 +1,31 @@
 """Plans and datasets on Ray: the records of one process, whoever drew them."""
 
+import contextlib
+import csv
+import io
 import json
+import signal
+import statistics
+import subprocess
 import sys
+import tempfile
+from multiprocessing import Pipe
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import text_engine
+from helpers import text_engine, until
 from tiny_tokenizers import byte_level
 
-from handloom import Engine, ParameterError, cli
+from handloom import HandloomError, ParameterError, cli
+from handloom.experiments.analysis.compare import compare_records
 from handloom.experiments.plan import Plan
+from handloom.experiments.ranks import Ranks
 from handloom.experiments.ray import Generate, on_ray
 from handloom.experiments.records import read_results
 from handloom.experiments.run import run
 
 PARAMS = {"temperature": 1.2, "max_new_tokens": 5, "ignore_eos": True}
-SOURCE = {
-    "prompts": ["the cat", "a dog sat", "once upon a time", "x", "over the lazy dog"],
-    "settings": {"min-p": {"min_p": 0.2}, "top-p": {"top_p": 0.7}},
-    "params": PARAMS,
-    "samples": 2,
-    "seed": 4,
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def test_rows_in_rows_out(folder, without_ray):
     assert list(made["prompt"]) == list(batch["prompt"])
     assert made["finish_reason"].tolist() == ["length", "length", "error", "length"]
     assert "max_length" in made["error"][2] or "tokens" in made["error"][2]
-    greedy = generate.engine.generate("a dog", PARAMS | {"temperature": 0.0})
+    greedy = generate.drawer.engine.generate("a dog", PARAMS | {"temperature": 0.0})
     assert made["generated_text"][1] == greedy.text
     assert made["logprobs"][1] == pytest.approx(greedy.raw_logprobs, abs=1e-4)
     turned = generate({name: column[::-1] for name, column in batch.items()})
@@ -84,37 +88,118 @@ def test_a_command_without_ray_says_which_extra_it_needs(tmp_path, without_ray, 
     assert end.value.code == 2
 
 
+PLAN = """
+model: {{name_or_path: {model}, slots: 16, fixed_slots: true, layout: plain}}
+settings: {{min-p: {{min_p: 0.1}}, top-p: {{top_p: 0.9}}}}
+grid: {{temperature: [0.7, 1.5]}}
+params: {{max_new_tokens: 4, ignore_eos: true}}
+samples: 4
+prompts: {prompts}
+"""
+
+
 @pytest.mark.slow
-def test_two_workers_give_the_records_of_one_process(folder, tmp_path):
-    import ray
-
-    model = {"name_or_path": str(folder), "slots": 1, "layout": "plain"}
-    plan = Plan.of(SOURCE | {"model": model})
-
-    def lines(path):
-        return sorted(
-            json.dumps({k: v for k, v in record.items() if k != "timings"})
-            for record in read_results([path])[1]
-        )
-
-    run(plan, tmp_path / "here.jsonl", load=lambda **arguments: Engine.from_pretrained(**arguments))
+def test_the_whole_path_on_a_real_model_and_on_ray(smollm2, folder, tmp_path, monkeypatch):
+    """2 settings x 2 temperatures x 20 prompts x 4 samples: one shard killed twice and resumed, merged, compared and
+    reported, its numbers by hand; the same on two workers. Ray is started once, so a model in ranks is asked there.
+    """
+    prompts = [f"What is {i} plus {i + 1}?" for i in range(20)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.yaml").write_text(PLAN.format(model=smollm2, prompts=prompts))
+    killed_twice(["sweep", "plan.yaml", "-o", "0.jsonl", "--shard", "0/2"], tmp_path / "0.jsonl", (5, 60))
+    ids = [json.loads(line)["id"] for line in (tmp_path / "0.jsonl").read_text().splitlines()[1:]]
+    assert len(ids) == len(set(ids)) == 160
+    said = ask("sweep", "plan.yaml", "-o", "1.jsonl", "--shard", "1/2")
+    assert "160 samples drawn" in said
+    assert "160 samples drawn" in (tmp_path / "1.log").read_text()
+    assert ask("merge", "0.jsonl", "1.jsonl", "-o", "all.jsonl").startswith("320 samples")
+    ask("report", "all.jsonl", "-o", "out", "-m", "logprob", "-m", "distinct_2")
+    assert (tmp_path / "out" / "logprob_over_temperature.png").stat().st_size > 5000
+    by_hand(
+        tmp_path / "all.jsonl", tmp_path / "out" / "report.csv", ask("compare", "all.jsonl", "-m", "logprob")
+    )
+    ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
     try:
         with on_ray(workers=2) as draw:
             done = []
-            run(plan, tmp_path / "there.jsonl", draw=draw, progress=lambda *now: done.append(now[:2]))
-        assert done[-1] == (20, 20)
-        assert lines(tmp_path / "there.jsonl") == lines(tmp_path / "here.jsonl")
-        assert read_results([tmp_path / "there.jsonl"])[0] == read_results([tmp_path / "here.jsonl"])[0]
-        rows = [{"id": f"r{i}", "prompt": prompt} for i, prompt in enumerate(SOURCE["prompts"])]
-        options = {
-            "fn_constructor_kwargs": {"model": model, "params": PARAMS},
-            "concurrency": 1,
-            "batch_size": 2,
-        }
-        made = ray.data.from_items(rows).map_batches(Generate, **options).take_all()
+            run(Plan.read("plan.yaml"), "there.jsonl", draw=draw, progress=lambda *now: done.append(now[:2]))
+        assert done[-1] == (320, 320)
+        assert lines(tmp_path / "there.jsonl") == lines(tmp_path / "all.jsonl")
+        assert read_results([tmp_path / "there.jsonl"])[0] == read_results([tmp_path / "all.jsonl"])[0]
+        made_in_ranks(ray, folder)
     finally:
         ray.shutdown()
+
+
+def ask(*arguments):
+    """What a command prints, in this process, which has imported everything."""
+    out = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
+        patch.setattr(sys, "argv", ["handloom", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert not end.value.code, out.getvalue()
+    return out.getvalue()
+
+
+def killed_twice(arguments, path, after):
+    """Run a command, kill it when its file has so many lines, and again, and then to the end."""
+    command = [sys.executable, "-m", "handloom", *arguments]
+    for count in after:
+        child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        until(lambda least=count: path.exists() and path.read_bytes().count(b"\n") >= least, 240)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert count <= path.read_bytes().count(b"\n") < 161
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def lines(path):
+    """The records of a file without their times."""
+    return sorted(
+        json.dumps({k: v for k, v in record.items() if k != "timings"}) for record in read_results([path])[1]
+    )
+
+
+def by_hand(path, table, told):
+    """The report's means, differences and intervals again, from the lines of the file alone."""
+    values = {}
+    for record in map(json.loads, path.read_text().splitlines()[1:]):
+        own = values.setdefault(record["setting"], {}).setdefault(record["prompt_id"], [])
+        own.append(sum(record["raw_logprobs"]) / len(record["raw_logprobs"]))
+    means = {name: [sum(v) / len(v) for v in prompts.values()] for name, prompts in values.items()}
+    rows = {r["setting"]: r for r in csv.DictReader(table.open()) if r["metric"] == "logprob"}
+    assert len(rows) == len(means) == 4
+    for name, found in means.items():
+        assert float(rows[name]["mean"]) == pytest.approx(sum(found) / 20)
+        assert rows[name]["n"] == "20"
+        width = 2 * 2.093 * statistics.stdev(found) / 20**0.5  # Student's t with 19 degrees of freedom
+        assert float(rows[name]["high"]) - float(rows[name]["low"]) == pytest.approx(width, rel=0.3)
+    (baseline, *others) = means
+    pairs = compare_records(read_results([path])[1], ["logprob"]).pairs
+    assert [pair.name for pair in pairs] == others
+    for pair in pairs:
+        apart = [b - a for a, b in zip(means[baseline], means[pair.name], strict=True)]
+        found = pair.differences["logprob"]
+        assert (found.value, found.n) == (pytest.approx(sum(apart) / 20), 20)
+        width = 2 * 2.093 * statistics.stdev(apart) / 20**0.5
+        assert found.high - found.low == pytest.approx(width, rel=0.3)
+        assert f"{pair.name} against {baseline}, 80 samples in pairs" in told
+        assert f"  logprob: {found}" in told
+
+
+def made_in_ranks(ray, folder):
+    """Rows through an actor that divides its model between two processes: those of one process."""
+    model = {"name_or_path": str(folder), "layout": "plain"}
+    rows = [{"id": f"r{i}", "prompt": prompt} for i, prompt in enumerate(["the cat", "a dog sat", "x"])]
+    given = {"model": model, "params": PARAMS, "tp": 2}
+    dataset = ray.data.from_items(rows)
+    made = dataset.map_batches(Generate, fn_constructor_kwargs=given, concurrency=1, batch_size=2).take_all()
     expected = Generate(model, PARAMS)({name: [row[name] for row in rows] for name in rows[0]})
     told = {row["id"]: (row["generated_text"], list(row["generated_tokens"])) for row in made}
     assert told == {
@@ -123,3 +208,24 @@ def test_two_workers_give_the_records_of_one_process(folder, tmp_path):
             expected["id"], expected["generated_text"], expected["generated_tokens"], strict=True
         )
     }
+
+
+def test_ranks_that_fail_say_so():
+    for size, message in ((0, "tp=0 must be a whole number"), ("2", "tp='2' must be a whole number")):
+        with pytest.raises(ParameterError, match=message):
+            Generate("nowhere", tp=size)
+    for second, message in (
+        ((False, "ModelError: x"), "^rank 1: ModelError: x$"),
+        (None, "^rank 1: the process is gone$"),
+    ):
+        ranks, ends = Ranks.__new__(Ranks), [Pipe() for _ in range(2)]
+        ranks._pipes, ranks._processes = [mine for mine, _ in ends], []
+        ranks._meeting = tempfile.TemporaryDirectory()
+        ends[0][1].send((True, 7))
+        if second is None:
+            ends[1][1].close()
+        else:
+            ends[1][1].send(second)
+        with pytest.raises(HandloomError, match=message):
+            ranks.call(len)
+        assert not Path(ranks._meeting.name).exists()

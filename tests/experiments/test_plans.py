@@ -38,6 +38,20 @@ def test_grids_cross_and_zips_go_in_step():
     ]
 
 
+def test_models_and_seeds_are_varied_like_parameters():
+    several = plan(model=None, models=["a", "b"], seed=[7, 8])
+    assert len(several) == len(list(several.units())) == 2 * 3 * 2 * 2 * 2
+    alone = {(u.item.id, u.sample): u.seed for u in plan().units()}
+    found = {(u.item.id, u.sample): u.seed for u in several.units()}
+    assert {place: found[place] for place in alone} == alone  # the first seed's samples come first
+    other = {(u.item.id, u.sample + 2): u.seed for u in plan(seed=8).units()}
+    assert {place: found[place] for place in other} == other
+    pairs = plan(model=None, zip={"model": ["a", "b"], "temperature": [0.7, 1.5]})
+    assert list(pairs.models) == ["a", "b"]
+    assert {(u.model, u.setting.values["temperature"]) for u in pairs.units()} == {("a", 0.7), ("b", 1.5)}
+    assert len(pairs) == len(list(pairs.units())) == 2 * 2 * 3 * 2
+
+
 def test_ids_name_what_a_sample_depends_on_and_nothing_else():
     ids = {unit.id for unit in plan().units()}
     assert len(ids) == 12
@@ -82,6 +96,13 @@ def test_shards_divide_the_prompts():
         ({"grid": {"top_k": 5}}, "top_k in grid or zip must be a list"),
         ({"zip": {"top_k": [1], "top_p": [0.5, 0.6]}}, "must have one length; they have top_k: 1, top_p: 2"),
         ({"settings": {"a": {"top_p": 1.5}}}, "top_p"),
+        ({"settings": {"a": {"seed": 3}}}, "seed of setting 'a': the plan's own seed and samples"),
+        ({"seed": [1, 1]}, "must be a whole number, or a list of different ones"),
+        ({"zip": {"model": ["x"]}}, "no model 'x'; expected one of tiny"),
+        ({"grid": [1]}, "grid is a mapping"),
+        ({"settings": {"a": 3}}, "setting 'a' is a mapping from names to values.*got 3"),
+        ({"metrics": ["lopgrob"]}, "metric 'lopgrob': expected one of tokens, logprob"),
+        ({"metrics": "logprob"}, "metrics='logprob' must be a list"),
     ],
 )
 def test_a_bad_plan_says_what_is_wrong(change, message):
@@ -132,6 +153,26 @@ def test_prompts_from_a_task_file(tmp_path):
     (tmp_path / "hub.yaml").write_text("task: x\ndataset_path: gsm8k\n")
     with pytest.raises(PromptError, match="task over local files"):
         read_items("hub.yaml", tmp_path)
+    (tmp_path / "code.yaml").write_text("task: x\ndoc_to_text: !function utils.text\n")
+    with pytest.raises(PromptError, match=r"no task that can be read as it is: .*!function"):
+        read_items("code.yaml", tmp_path)
+
+
+def test_prompts_from_several_files_and_a_datasets_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(f'"{name} a"\n"{name} b"\n')
+    items = read_items({"file": ["one.jsonl", "two.jsonl"], "limit": 1}, tmp_path)
+    assert [(item.id, item.content) for item in items] == [("one/0", "one a"), ("two/0", "two a")]
+    rows = datasets.Dataset.from_list(
+        [{"question": "2+2", "answer": "4"}, {"question": "3+3", "answer": "6"}]
+    )
+    rows.save_to_disk(tmp_path / "saved")
+    made = read_items({"file": "saved", "prompt": "Q: {question}\nA:", "target": "answer"}, tmp_path)
+    assert [(item.content, item.target) for item in made] == [("Q: 2+2\nA:", "4"), ("Q: 3+3\nA:", "6")]
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(PromptError, match=r"holds the splits test; name one: .*splits/test"):
+        read_items("splits", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,17 @@
 """Running plans: nothing lost, nothing drawn twice, the same samples in whichever pieces."""
 
-import csv
 import json
-import os
-import signal
-import statistics
-import subprocess
 import sys
 import tracemalloc
 
 import pytest
-from helpers import text_engine, until
+from helpers import text_engine
 
 from handloom import HandloomError, cli
-from handloom.experiments.analysis.compare import compare_records
-from handloom.experiments.analysis.report import report
 from handloom.experiments.plan import Plan
 from handloom.experiments.records import export, merge, read_results
-from handloom.experiments.run import header_of, record_of, run
+from handloom.experiments.run import run
+from handloom.experiments.samples import header_of, record_of
 
 SOURCE = {
     "model": "tiny",
@@ -45,20 +39,13 @@ def load(engine):
     return lambda **arguments: engine
 
 
-NUMBERS = ("logprobs", "raw_logprobs", "extra")  # the last one has the scores of beams
-
-
 def assert_same(first, second):
-    """Two sets of files hold the same samples; numbers to rounding, as a strategy may share its passes otherwise."""
-    sides = [{r["id"]: r for r in read_results(paths)[1]} for paths in (first, second)]
+    """Two sets of files hold the same samples to the byte, but for times: slots are fixed."""
     told = [
-        {i: {k: v for k, v in r.items() if k not in ("timings", *NUMBERS)} for i, r in s.items()}
-        for s in sides
+        {json.dumps({k: v for k, v in record.items() if k != "timings"}) for record in read_results(paths)[1]}
+        for paths in (first, second)
     ]
     assert told[0] == told[1]
-    for name in NUMBERS:
-        for i, record in sides[0].items():
-            assert record.get(name) == pytest.approx(sides[1][i].get(name), abs=1e-4)
 
 
 def test_a_run_writes_every_sample_and_what_they_share(tmp_path, load, engine):
@@ -124,77 +111,40 @@ def test_a_unit_that_fails_is_a_record_and_the_others_go_on(tmp_path, load):
     assert len([r for r in records if len(r["token_ids"]) == 5]) == 4
 
 
-PROGRAM = """
-import os, sys
-sys.path[:0] = sys.argv[1].split(os.pathsep)
-from helpers import text_engine
-from handloom.experiments.plan import Plan
-from handloom.experiments.run import run
-import handloom.experiments.run as module
-module.CHUNK = 16
-engine = text_engine(slots=16)
-for attempt in range(3):  # each in a process of its own, which is told so that it can be killed
-    child = os.fork()
-    if not child:
-        run(Plan.read(sys.argv[2]), sys.argv[3], shard=(0, 2), load=lambda **arguments: engine)
-        os._exit(0)
-    print(child, flush=True)
-    status = os.waitstatus_to_exitcode(os.wait()[1])
-sys.exit(status)
-"""
+def test_records_in_fixed_slots_are_the_same_bytes_in_whatever_pieces(tmp_path, load, engine):
+    """Strategies that feed several tokens a pass included; without fixed slots the last bits differ here."""
+    settings = {"min-p": {"min_p": 0.2}, "draft": {"strategy": "speculative"}}
+    plan = Plan.of(
+        SOURCE | {"settings": settings, "prompts": [f"prompt number {i}" for i in range(4)], "samples": 2}
+    )
+    run(plan, tmp_path / "whole.jsonl", load=load)
+    parts = [tmp_path / f"{i}.jsonl" for i in range(2)]
+    for i, part in enumerate(parts):
+        run(plan, part, shard=(i, 2), load=load)
+    lines = parts[0].read_bytes().splitlines(keepends=True)
+    parts[0].write_bytes(b"".join(lines[:7]))
+    run(plan, parts[0], shard=(0, 2), load=load)
+    assert_same(parts, [tmp_path / "whole.jsonl"])
 
 
-@pytest.mark.slow
-def test_the_whole_path_with_a_shard_that_is_killed_twice(tmp_path):
-    """2 strategies x 2 temperatures x 20 prompts x 4 samples: drawn in two shards, merged, compared and reported."""
-    strategies = {"min-p": {"min_p": 0.2}, "speculative": {"strategy": "speculative"}}
-    plan = SOURCE | {"prompts": [f"prompt number {i}" for i in range(20)], "settings": strategies}
-    plan |= {"grid": {"temperature": [0.7, 1.5]}, "samples": 4}
-    plan |= {"params": {"max_new_tokens": 3, "ignore_eos": True}}
-    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
-    path, other, whole = (tmp_path / name for name in ("0.jsonl", "1.jsonl", "all.jsonl"))
-    folders = os.pathsep.join(folder for folder in sys.path if "support" in folder)
-    command = [sys.executable, "-c", PROGRAM, folders, str(tmp_path / "plan.yaml"), str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as shards:
-        for lines in (5, 40):
-            child = int(shards.stdout.readline())
-            until(lambda lines=lines: path.exists() and path.read_bytes().count(b"\n") >= lines)
-            os.kill(child, signal.SIGKILL)
-        shards.communicate()  # the third one is left alone
-    assert shards.returncode == 0
-    ids = [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]]
-    assert len(ids) == len(set(ids)) == 160
-    engine = text_engine(slots=16)
-    run(Plan.of(plan), other, shard=(1, 2), load=lambda **arguments: engine)
-    assert merge([path, other], whole) == 320
-    run(Plan.of(plan), tmp_path / "straight.jsonl", load=lambda **arguments: engine)
-    assert_same([whole], [tmp_path / "straight.jsonl"])
-    by_hand(whole, report(read_results([whole])[1], tmp_path / "report", ["logprob", "distinct_2"])[1])
+def test_a_header_tells_of_every_model(tmp_path, engine):
+    given = []
 
+    def load(name_or_path, **arguments):
+        given.append((name_or_path, arguments))
+        return engine
 
-def by_hand(path, table):
-    """The report's means, differences and intervals again, from the lines of the file alone."""
-    values = {}
-    for record in map(json.loads, path.read_text().splitlines()[1:]):
-        own = values.setdefault(record["setting"], {}).setdefault(record["prompt_id"], [])
-        own.append(sum(record["raw_logprobs"]) / len(record["raw_logprobs"]))
-    means = {name: [sum(v) / len(v) for v in prompts.values()] for name, prompts in values.items()}
-    rows = {r["setting"]: r for r in csv.DictReader(table.open()) if r["metric"] == "logprob"}
-    assert len(rows) == len(means) == 4
-    for name, found in means.items():
-        assert float(rows[name]["mean"]) == pytest.approx(sum(found) / 20)
-        assert rows[name]["n"] == "20"
-        width = 2 * 2.093 * statistics.stdev(found) / 20**0.5  # Student's t with 19 degrees of freedom
-        assert float(rows[name]["high"]) - float(rows[name]["low"]) == pytest.approx(width, rel=0.3)
-    (baseline, *others) = means
-    pairs = compare_records(read_results([path])[1], ["logprob"]).pairs
-    assert [pair.name for pair in pairs] == others
-    for pair in pairs:
-        apart = [b - a for a, b in zip(means[baseline], means[pair.name], strict=True)]
-        found = pair.differences["logprob"]
-        assert (found.value, found.n) == (pytest.approx(sum(apart) / 20), 20)
-        width = 2 * 2.093 * statistics.stdev(apart) / 20**0.5
-        assert found.high - found.low == pytest.approx(width, rel=0.3)
+    models = {"one": "a", "two": {"name_or_path": "b", "slots": 2}}
+    source = SOURCE | {"model": None, "models": models, "samples": 1}
+    for i in range(2):
+        run(Plan.of(source), tmp_path / f"{i}.jsonl", shard=(i, 2), load=load)
+    assert given == [("a", {}), ("b", {"slots": 2})] * 2
+    assert merge([tmp_path / f"{i}.jsonl" for i in range(2)], tmp_path / "all.jsonl") == 24
+    header, records = read_results([tmp_path / "all.jsonl"])
+    assert {len(header[name]) for name in ("weights", "slots", "revisions")} == {2}
+    assert header["weights"]["one"] == header["weights"]["two"]
+    assert header["chains"]["min-p"] == ["temperature", "min_p"]
+    assert {r["model"] for r in records} == {"one", "two"}
 
 
 def test_ten_thousand_units_are_not_held_in_memory():
@@ -230,7 +180,7 @@ def test_memory_does_not_grow_with_the_units(tmp_path, engine):
     generation = engine.generate("the cat", max_new_tokens=5, ignore_eos=True)
 
     def draw(plan, model, units):
-        yield header_of(plan, engine)
+        yield header_of(plan, engine, model)
         for unit in units:
             yield record_of(unit, generation)
 

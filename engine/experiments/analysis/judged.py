@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...engine import Engine
 from ...errors import ParameterError
+from ...params.sampling_params import SamplingParams
+from ...strategies.kit.decode import LEAST, Now, decode
+from ..plan import Setting
+from ..samples import turned
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -37,6 +42,44 @@ def with_judge(records: Records, engine: Engine) -> list[dict[str, Any]]:
         scores = engine.score(state, [ids for _, ids in read]).tolist()
         for (i, ids), row in zip(read, scores, strict=True):
             made[i]["judge_logprobs"] = row[: len(ids)]
+    return made
+
+
+def with_steps(records: Records, engine: Engine, *, chat: bool = False) -> list[dict[str, Any]]:
+    """Records with the `entropy` in nats of the model's distribution at each of their tokens, the token's `rank` in it
+    (1 is the most probable), and how many tokens the pipeline `kept`.
+
+    The tokens are fed again, a forward pass a step, with the parameters of the record; a strategy's own changes of the
+    distribution are not in it.
+
+    Args:
+        engine: of the model that drew them. chat: as in the plan.
+    """
+    made = [dict(record) for record in records]
+    told = [record for record in made if record["token_ids"] and record["finish_reason"] != "error"]
+    for record in told:
+        record |= {"entropy": [], "rank": [], "kept": []}
+
+    def again(now: Now) -> Tensor:
+        rows = [told[request.index] for request in now.live]
+        tokens = torch.tensor([r["token_ids"][len(r["rank"])] for r in rows], device=now.logits.device)
+        logp = now.logits.log_softmax(-1)
+        entropy = -(logp.exp() * logp.clamp(min=LEAST)).sum(-1)
+        rank = (now.logits > now.logits.gather(1, tokens[:, None])).sum(-1) + 1
+        kept = (now.processed > -torch.inf).sum(-1)
+        for row, *numbers in zip(rows, entropy.tolist(), rank.tolist(), kept.tolist(), strict=True):
+            for name, number in zip(("entropy", "rank", "kept"), numbers, strict=True):
+                row[name].append(number)
+        return tokens
+
+    def asked(record: Mapping[str, Any]) -> SamplingParams:
+        setting = Setting("", record.get("strategy"), record["params"])
+        ends = {"max_new_tokens": len(record["token_ids"]), "stop": (), "seed": record["seed"]}
+        return SamplingParams(**{**setting.params, **ends})
+
+    prompts = [turned(record["prompt"], chat) for record in told]
+    if told:
+        decode(engine, prompts, [asked(record) for record in told], step=again)
     return made
 
 

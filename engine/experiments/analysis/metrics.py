@@ -78,7 +78,10 @@ def compression(record: Record) -> float | None:
 
 
 def mean_logprob(record: Record, field: str = "raw_logprobs") -> float | None:
-    """Mean log-probability of a token in nats, under the model (raw) or as it was drawn (`logprobs`)."""
+    """Mean log-probability of a token in nats, under the model (raw) or as it was drawn (`logprobs`).
+
+    Of another field with a number for each token, such as those of `judged.with_steps`, its mean.
+    """
     values = record.get(field)
     return float(np.mean(values)) if values else None
 
@@ -204,6 +207,10 @@ METRICS: dict[str, Metric] = {
         Metric("processed_logprob", lambda record: mean_logprob(record, "logprobs")),
         Metric("surprisal", surprisal),
         Metric("perplexity", perplexity),
+        *(
+            Metric(name, lambda record, n=name: mean_logprob(record, n))
+            for name in ("entropy", "rank", "kept")
+        ),
         Metric("judge_logprob", lambda record: mean_logprob(record, "judge_logprobs")),
         Metric("judge_perplexity", judge_perplexity),
         Metric("watermark_p", watermark_p),

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ParameterError
-from .compare import Comparison, compare_records, grouped, mean_of
-from .metrics import Metric, find
-from .statistics import Interval
+from .compare import Comparison, by_model, compare_records, grouped, mean_of
+from .metrics import METRICS, Metric, find
+from .statistics import Interval, share_interval
 
 Table = dict[str, dict[str, Interval | None]]  # setting -> metric -> mean over prompts
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito
@@ -88,23 +88,42 @@ def over(records: Sequence[Mapping[str, Any]], metric: Metric, parameter: str):
         if found is not None and isinstance(values[setting].get(parameter), int | float):
             rest = setting.replace(f"{parameter}={values[setting][parameter]}", "").strip() or metric.name
             lines.setdefault(rest, []).append((values[setting][parameter], found))
-    for colour, (name, line) in zip(_colours(len(lines)), lines.items(), strict=True):
-        line.sort(key=lambda pair: pair[0])
-        x, y = [at for at, _ in line], [interval.value for _, interval in line]
-        bars = [[sum(_bars(i)[side]) for _, i in line] for side in (0, 1)]
-        axes.errorbar(x, y, yerr=bars, marker="o", capsize=3, color=colour, label=name)
-    axes.legend(fontsize="small", frameon=False)
+    _draw_lines(axes, lines)
+    return figure
+
+
+def throughput(records: Sequence[Mapping[str, Any]], slots: Mapping[str, int]):
+    """Figure: tokens a second over the batch, a line for each setting; of models that were run with several batches.
+
+    A batch's rate is that of a row, with its interval over prompts, times the rows.
+
+    Args:
+        records: of several models, named by `by_model`. slots: model -> rows that ran together.
+    """
+    axes, figure = _axes("batch", "tokens/s")
+    rate, lines = METRICS["tokens_per_second"], {}
+    for setting, prompts in grouped(records).items():
+        model = next(iter(prompts.values()))[0].get("of_model")
+        found = mean_of(rate, prompts)
+        if found is not None and model in slots:
+            line = lines.setdefault(setting.removeprefix(f"{model} "), [])
+            line.append((slots[model], found.times(slots[model])))
+    _draw_lines(axes, lines)
     return figure
 
 
 def survival(comparison: Comparison):
-    """Figure: the share of paired samples that still agree with the baseline after so many tokens."""
+    """Figure: the share of paired samples that still agree with the baseline after so many tokens, with the 95 % band
+    of a share (Wilson) for as many independent samples."""
     axes, figure = _axes("tokens", f"share still equal to {comparison.baseline}")
     longest = max((len(record["token_ids"]) for record in comparison.records), default=1)
     for colour, pair in zip(_colours(len(comparison.pairs)), comparison.pairs, strict=True):
         at = range(longest + 1)
         shares = [sum(d is None or d >= t for d in pair.diverged) / max(len(pair.diverged), 1) for t in at]
         axes.step(list(at), shares, where="post", color=colour, label=f"{pair.name} (n={pair.samples})")
+        ends = [share_interval(round(share * pair.samples), pair.samples) for share in shares]
+        low, high = zip(*((found.low, found.high) for found in ends), strict=True)
+        axes.fill_between(list(at), low, high, step="post", color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(0, 1.02)
     axes.legend(fontsize="small", frameon=False)
     return figure
@@ -120,13 +139,15 @@ def report(
     """Write report.md, report.csv, plots (PNG and SVG) and report.html into a folder; returns their paths.
 
     Args:
-        records: of one model. metrics: the first two also make the plot of quality over diversity.
-        header: of the results file, for the HTML. baseline: of the comparison; None is the first setting.
+        records: those of several models count as settings of their own.
+        metrics: the first two also make the plot of quality over diversity.
+        header: of the results file, for the HTML; its `slots` make the plot of speed over batch.
+        baseline: of the comparison; None is the first setting.
 
     Raises:
         ParameterError: no records, or a metric that none of them has.
     """
-    chosen = find(metrics)
+    chosen, records = find(metrics), by_model(records)
     table = table_of(records, chosen)
     if not table:
         raise ParameterError("report: there are no records")
@@ -138,6 +159,9 @@ def report(
         figures["tradeoff"] = tradeoff(table, chosen[0].name, chosen[1].name)
     for name in _numeric_parameters(records):
         figures[f"{chosen[0].name}_over_{name}"] = over(records, chosen[0], name)
+    slots = (header or {}).get("slots") or {}
+    if len(set(slots.values())) > 1 and any(record.get("of_model") in slots for record in records):
+        figures["tokens_per_second_over_batch"] = throughput(records, slots)
     comparison = compare_records(records, chosen, baseline) if len(table) > 1 else None
     if comparison is not None:
         figures["survival"] = survival(comparison)
@@ -196,6 +220,18 @@ def _numeric_parameters(records: Sequence[Mapping[str, Any]]) -> list[str]:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 values.setdefault(name, set()).add(value)
     return sorted(name for name, found in values.items() if len(found) > 1)
+
+
+def _draw_lines(axes, lines: Mapping[str, list[tuple[float, Interval]]]) -> None:
+    """Points with intervals, a line for each name."""
+    for colour, (name, found) in zip(_colours(len(lines)), lines.items(), strict=True):
+        found.sort(key=lambda pair: pair[0])
+        x, y = [at for at, _ in found], [interval.value for _, interval in found]
+        bars = [[sum(_bars(i)[side]) for _, i in found] for side in (0, 1)]
+        axes.errorbar(
+            x, y, yerr=bars, marker="o", capsize=3, color=colour, label=f"{name} (n={found[0][1].n})"
+        )
+    axes.legend(fontsize="small", frameon=False)
 
 
 def _inline(data: bytes) -> str:

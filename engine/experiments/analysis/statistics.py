@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 
@@ -33,6 +34,21 @@ class Interval:
         if math.isnan(self.low):
             return f"{self.value:.4g} (n={self.n})"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n={self.n})"
+
+    def times(self, factor: float) -> Interval:
+        """The estimate and its interval, multiplied by a number > 0."""
+        return replace(self, value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
+
+def share_interval(successes: int, n: int, level: float = 0.95) -> Interval:
+    """A share of independent outcomes with Wilson's interval (1927).
+
+    Args:
+        successes: 0..n. n: outcomes, at least 1. level: confidence in (0, 1).
+    """
+    share, z = successes / n, NormalDist().inv_cdf((1 + level) / 2)
+    centre, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(share, *((centre + side) / (1 + z * z / n) for side in (-width, width)), n, level)
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
@@ -96,7 +112,12 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
         raise ValueError(f"paired outcomes need equal lengths, got {len(first)} and {len(second)}")
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    n, fewer = only_first + only_second, min(only_first, only_second)
+    return sign_test(only_first, only_second)
+
+
+def sign_test(ups: int, downs: int) -> float:
+    """Two-sided exact p-value that two outcomes are equally probable, from how often each was seen."""
+    n, fewer = ups + downs, min(ups, downs)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))
     return min(1.0, 2 * tail / 2**n)
 

@@ -120,6 +120,19 @@ class Trace:
                 found["probabilities"][t, s, : len(stage.probabilities)] = stage.probabilities
         return found
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Everything as a table: for each step and stage a row with the stage's fields beside the step's."""
+        steps = [(t, step, stage) for t, step in enumerate(self.steps) for stage in step.stages]
+        return [
+            {
+                "step": t, "token": step.token, "text": self.text(step.token), "greedy": step.greedy,
+                "killed_by": step.killed_by, "candidates": list(step.candidates), "stage": stage.name,
+                "kept": stage.kept, "removed": stage.removed, "entropy": stage.entropy,
+                "probabilities": list(stage.probabilities),
+            }
+            for t, step, stage in steps
+        ]  # fmt: skip
+
     def data(self) -> dict[str, Any]:
         """Everything in JSON's types, as the inspector's page reads it."""
         texts = {str(i): text for i, text in self.texts.items()}
@@ -133,7 +146,7 @@ class Trace:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write .npz (arrays) or .html (a page that opens offline).
+        """Write .npz (`arrays`), .parquet (`rows`, by pyarrow) or .html (a page that opens offline).
 
         Raises:
             ParameterError: another ending.
@@ -142,10 +155,15 @@ class Trace:
         if path.suffix == ".npz":
             arrays: dict[str, Any] = self.arrays()
             np.savez_compressed(path, **arrays)
+        elif path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.rows()), path)
         elif path.suffix == ".html":
             path.write_text(page(self), encoding="utf-8")
         else:
-            raise ParameterError(f"{path}: a trace is written as .npz or .html")
+            raise ParameterError(f"{path}: a trace is written as .npz or .html, or as a table in .parquet")
 
 
 def trace(

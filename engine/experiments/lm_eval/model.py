@@ -26,7 +26,7 @@ from ...errors import HandloomError, ParameterError
 from ...loop.generation import Generation
 from ...params.sampling_params import SamplingParams
 from ..plan import Setting
-from ..run import load_engine
+from ..samples import load_engine
 
 LOGITS = 1024  # tokens of a pass that keeps all their logits
 Tokens = Sequence[int]

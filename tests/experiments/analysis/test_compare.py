@@ -5,11 +5,13 @@ from helpers import text_engine
 
 from handloom import ParameterError
 from handloom.experiments.analysis.compare import (
+    by_model,
     compare,
     compare_records,
     equal_share,
     first_difference,
     marked,
+    read_sides,
 )
 
 
@@ -40,6 +42,58 @@ def test_numbers_by_hand():
     assert pair.p_value == pytest.approx(0.5)  # two discordant samples, both for b
     assert "b against a, 3 samples in pairs: first differ at step 3 (median)" in str(found)
     assert found.text("b", "p") == "1 {-2-}{+9+} 3{+4+}" or found.text("b", "p") == "1 {-2-}{+9+} 3 {+4+}"
+
+
+def test_the_sign_of_the_first_diverging_step_by_hand():
+    logps = {"a": [-1.0, -2.0, -1.0, -1.0], "b": [-1.0, -0.5, -9.0, -3.0]}
+    told = [r | {"raw_logprobs": logps[r["setting"]][: len(r["token_ids"])]} for r in RECORDS]
+    (pair,) = compare_records(told, ["tokens"]).pairs
+    assert (pair.likelier, pair.unlikelier, pair.sign_p) == (
+        1,
+        1,
+        1.0,
+    )  # -0.5 over -2 at step 1, -3 under -1 at 3
+    assert (pair.parted.value, pair.parted.n) == (2.0, 2)
+    assert "its token is likelier in 1 and less likely in 1 samples, sign test p = 1" in str(
+        compare_records(told, ["tokens"])
+    )
+    assert compare_records(RECORDS, ["tokens"]).pairs[0].sign_p is None
+
+
+def test_records_of_several_models_are_named_after_them():
+    both = by_model([*RECORDS, *(r | {"model": "n"} for r in RECORDS if r["setting"] == "a")])
+    assert list(compare_records(both, ["tokens"]).values) == ["m a", "m b", "n a"]
+    assert by_model(RECORDS) == RECORDS
+
+
+def test_files_of_settings_and_plans_are_drawn_and_compared(tmp_path):
+    engine = text_engine(slots=3)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "a dog"}\n')
+    wanted = {"cold": "temperature: 0.7", "beams": "{strategy: beam_search, num_beams: 2}"}
+    for name, text in wanted.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    options = {
+        "model": "m",
+        "prompts": str(tmp_path / "p.jsonl"),
+        "samples": 2,
+        "params": {"max_new_tokens": 4},
+    }
+    files = [tmp_path / f"{name}.yaml" for name in wanted]
+    records, _ = read_sides(files, options, load=lambda **_: engine)
+    (pair,) = compare_records(records, ["tokens"]).pairs
+    assert (pair.name, pair.samples) == ("beams", 4)
+    with pytest.raises(ParameterError, match="cold, beams are settings, and model and prompts must be named"):
+        read_sides(files, {})
+    plan = "{model: m, prompts: p.jsonl, metrics: [tokens], params: {max_new_tokens: 3, temperature: %s}}"
+    for name, value in (("one", 0.5), ("two", 1.5)):
+        (tmp_path / f"{name}.yaml").write_text(plan % value)
+    plans = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    records, metrics = read_sides(plans, {}, load=lambda **_: engine)
+    assert ({r["setting"] for r in records}, metrics) == ({"one default", "two default"}, ["tokens"])
+    again = read_sides([path.with_suffix(".jsonl") for path in plans], {})[0]
+    assert again == records
+    with pytest.raises(ParameterError, match="compare: model: for files of settings alone"):
+        read_sides(plans, {"model": "m"}, load=lambda **_: engine)
 
 
 def test_helpers_by_hand():

@@ -8,9 +8,9 @@ import torch
 from helpers import full_logits, text_engine
 
 from handloom import ParameterError
-from handloom.experiments.analysis.judged import features, with_embeddings, with_judge
+from handloom.experiments.analysis.judged import features, with_embeddings, with_judge, with_steps
 from handloom.experiments.analysis.metrics import METRICS, mauve, watermark
-from handloom.strategies import Unigram, exponential_watermark
+from handloom.strategies import Unigram, beam_search, exponential_watermark
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,35 @@ def test_a_judge_reads_every_text_behind_its_prompt(engine):
     value = METRICS["judge_perplexity"].of([made[0]])
     assert value == [pytest.approx(math.exp(-np.mean(made[0]["judge_logprobs"])))]
     assert METRICS["judge_logprob"].of([made[2]]) == []
+
+
+def test_entropy_rank_and_kept_set_of_every_token_by_hand(engine):
+    shared = {"top_k": 20, "temperature": 0.9, "max_new_tokens": 5, "ignore_eos": True}
+    drawn = engine.generate(["the cat", "a dog"], **shared, min_p=0.1, seed=3)
+    searched = beam_search(engine, ["x"], num_beams=2, max_new_tokens=4)
+    records = [
+        record(g.text, prompt)
+        | {"token_ids": list(g.token_ids), "seed": 3, "strategy": name, "params": params}
+        for g, prompt, name, params in (
+            (drawn[0], "the cat", None, shared | {"min_p": 0.1}),
+            (drawn[1], "a dog", None, shared),
+            (searched[0], "x", "beam_search", {"num_beams": 2, "max_new_tokens": 9}),
+        )
+    ]
+    made = with_steps([*records, records[0] | {"token_ids": [], "finish_reason": "error"}], engine)
+    assert "rank" not in made[3]
+    for before, after in zip(records, made, strict=False):
+        context = engine.encode(before["prompt"])
+        logits = full_logits(engine.model, context + before["token_ids"])[len(context) - 1 : -1]
+        logp = logits.log_softmax(-1)
+        assert after["entropy"] == pytest.approx((-(logp.exp() * logp).sum(-1)).tolist(), abs=1e-4)
+        chosen = logits.gather(1, torch.tensor(before["token_ids"])[:, None])
+        assert after["rank"] == ((logits > chosen).sum(-1) + 1).tolist()
+    best = full_logits(engine.model, engine.encode("the cat"))[-1].div(0.9).softmax(-1).topk(20).values
+    assert made[0]["kept"][0] == int((best >= 0.1 * best[0]).sum()) < 20
+    assert made[1]["kept"] == [20] * 5
+    assert made[2]["kept"] == [engine.vocab_size] * 4
+    assert METRICS["kept"].of([made[1]]) == [20.0]
 
 
 def test_features_are_hidden_states(engine):

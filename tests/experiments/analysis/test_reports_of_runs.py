@@ -11,9 +11,11 @@ import pytest
 
 from handloom import cli
 from handloom.errors import ParameterError
-from handloom.experiments.analysis.compare import compare_records
+from handloom.experiments.analysis.compare import by_model, compare_records
 from handloom.experiments.analysis.metrics import find
-from handloom.experiments.analysis.report import csv_text, markdown, pareto, report, table_of
+from handloom.experiments.analysis.report import csv_text, markdown, pareto, report, table_of, throughput
+from handloom.experiments.plan import Plan
+from handloom.experiments.records import write_results
 
 pytest.importorskip("matplotlib")
 
@@ -90,6 +92,25 @@ def test_a_report_opens_offline_and_has_every_plot(records, tmp_path):
         assert coloured.sum() > 100, plot
 
 
+def test_models_are_settings_of_their_own_and_speed_is_over_their_batch(records, tmp_path):
+    both = [
+        r
+        | {
+            "id": model + r["id"],
+            "model": model,
+            "timings": {"tokens_per_second": rate + int(r["prompt_id"])},
+        }
+        for model, rate in (("small", 10.0), ("large", 5.0))
+        for r in records
+    ]
+    header = {"slots": {"small": 1, "large": 8}}
+    paths = report(both, tmp_path, ["logprob", "tokens_per_second"], header)
+    assert tmp_path / "tokens_per_second_over_batch.svg" in paths
+    assert "large t=0.5" in (tmp_path / "report.csv").read_text()
+    lines = throughput(by_model(both), header["slots"]).axes[0].get_lines()
+    assert sorted(map(tuple, lines[0].get_xydata())) == [(1, 10 + 5.5), (8, (5 + 5.5) * 8)]
+
+
 def test_bad_reports_say_what_is_wrong(records, tmp_path):
     with pytest.raises(ParameterError, match="no records"):
         report([], tmp_path)
@@ -140,29 +161,8 @@ def test_a_dry_run_says_what_would_be_drawn(tmp_path, run):
     )
     assert "min-p temperature=2" in out
     assert not (tmp_path / "plan.jsonl").exists()
-
-
-@pytest.mark.slow
-def test_the_whole_path_on_a_real_model(smollm2, tmp_path, run):
-    """A plan of two rules and two temperatures: drawn in two shards, merged, compared, reported by the commands."""
-    prompts = [f"Question {i}: what is {i} plus {i + 1}? Answer:" for i in range(6)]
-    plan = f"""
-model: {smollm2}
-prompts: {prompts}
-settings: {{min-p: {{min_p: 0.1}}, top-p: {{top_p: 0.9}}}}
-grid: {{temperature: [0.7, 1.5]}}
-params: {{max_new_tokens: 6, ignore_eos: true}}
-samples: 2
-"""
-    (tmp_path / "plan.yaml").write_text(plan)
-    for i in range(2):
-        status, _, err = run("sweep", "plan.yaml", "-o", f"{i}.jsonl", "--shard", f"{i}/2")
-        assert status == 0, err
-        assert "24 samples drawn" in err
-        assert "24 samples drawn" in (tmp_path / f"{i}.log").read_text()
-    assert run("merge", "0.jsonl", "1.jsonl", "-o", "all.jsonl")[1].startswith("48 samples")
-    _, compared, _ = run("compare", "all.jsonl", "-m", "logprob", "--texts", 1)
-    assert "top-p temperature=1.5 against min-p temperature=0.7, 12 samples in pairs" in compared
-    status, _, err = run("report", "all.jsonl", "-o", "out", "-m", "logprob", "-m", "distinct_2")
-    assert status == 0, err
-    assert (tmp_path / "out" / "logprob_over_temperature.png").stat().st_size > 5000
+    held = {"id": next(Plan.read("plan.yaml").units()).id, "sample": 0, "key": "k"}
+    write_results(tmp_path / "plan.jsonl", {}, [held | {"timings": {"prefill": 1.0, "decode": 15.0}}])
+    assert (
+        "11 are left of them, about 22 s by the 1 in plan.jsonl" in run("sweep", "plan.yaml", "--dry-run")[1]
+    )

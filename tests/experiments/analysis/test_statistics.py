@@ -12,6 +12,7 @@ from handloom.experiments.analysis.statistics import (
     mean_interval,
     paired_difference,
     pass_at_k,
+    share_interval,
 )
 
 
@@ -80,6 +81,15 @@ def test_mcnemar_is_the_exact_binomial_test():
         assert mcnemar(a.tolist(), b.tolist()) == pytest.approx(expected)
     with pytest.raises(ValueError, match="equal lengths, got 1 and 2"):
         mcnemar([True], [True, False])
+
+
+def test_shares_have_wilson_intervals():
+    from scipy.stats import binomtest
+
+    for right, n in ((0, 10), (3, 10), (80, 80)):
+        wanted = binomtest(right, n).proportion_ci(method="wilson")
+        found = share_interval(right, n)
+        assert (found.low, found.high) == (pytest.approx(wanted.low, abs=1e-9), pytest.approx(wanted.high))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])

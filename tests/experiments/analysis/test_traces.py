@@ -72,6 +72,17 @@ def test_arrays_and_pages_hold_every_step(engine, tmp_path):
     assert arrays["probabilities"].shape == (8, 5, arrays["candidates"].shape[1])
     assert arrays["kept"][:, 0].tolist() == [engine.vocab_size] * 8
     assert arrays["stages"].tolist() == ["model", "repetition_penalty", "temperature", "top_k", "min_p"]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    found.save(tmp_path / "a.parquet")
+    rows = parquet.read_table(tmp_path / "a.parquet").to_pylist()
+    assert [(row["step"], row["stage"]) for row in rows[:6]] == [
+        *((0, name) for name in arrays["stages"].tolist()),
+        (1, "model"),
+    ]
+    assert [row["kept"] for row in rows] == arrays["kept"].flatten().tolist()
+    assert rows[7]["probabilities"] == pytest.approx(
+        arrays["probabilities"][1, 2, : len(rows[7]["candidates"])]
+    )
     found.save(tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
     data = json.loads(re.search(r'id="data">(.*)</script>', text).group(1))

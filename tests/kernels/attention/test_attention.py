@@ -392,6 +392,46 @@ def test_cpu_is_as_exact_as_torch_attention(queries):
         assert error <= 2 * (plain[0].transpose(0, 1).double() - exact[row]).abs().max() + 1e-7
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(F32, 1e-6), (BF16, 4e-3)], ids=str)
+def test_a_long_common_beginning_is_read_once(dtype, atol, monkeypatch):
+    """Rows that begin with the same blocks have the values that they have alone, what is behind them row by row (the
+    rest of the pool is NaN) or in a rectangle (cells beyond a row are finite there).
+    """
+    keys, values = torch.full((2, 60, 16, 3, 64), float("nan"), dtype=dtype)
+    scattered, straight = [7, 3, 40, 5, 6, 1, 2, 8, 9], range(20, 29)
+    for front, lengths in (
+        (scattered, (145, 159, 340)),
+        (straight, (149, 146, 350)),
+        (scattered, (200, 250, 350)),
+    ):
+        tables = [
+            [*front, 50, *range(10, 16)],
+            [*front, 51, *range(41, 47)],
+            [*front, *range(30, 40), 55, 54, 53],
+        ]
+        for table, length in zip(tables, lengths, strict=True):
+            cells = torch.randn(2, length, 3, 64, dtype=dtype)
+            for pool, own in zip((keys, values), cells, strict=True):
+                for place, cell in enumerate(own):
+                    pool[table[place // 16], place % 16] = cell
+        q = torch.randn(3, 1, 9, 64, dtype=dtype)
+        plan = CellPlan(tables, lengths, 16, alone=False)
+        assert (plan.shared, plan.together, plan.rest.together) == (144, False, lengths[0] == 200)
+        if plan.rest.together:
+            keys, values = keys.nan_to_num(30.0), values.nan_to_num(30.0)
+        alone = paged_attention_cpu(q, keys, values, plan=CellPlan(tables, lengths, 16))
+        with monkeypatch.context() as patch:  # what reads a row at a time is not needed
+            patch.setattr("handloom.kernels.attention.attention_cpu._row_attention", None)
+            together = paged_attention_cpu(q, keys, values, plan=plan)
+        torch.testing.assert_close(together, alone, rtol=0, atol=atol)
+        windowed = [
+            paged_attention_cpu(q, keys, values, plan=p, sliding_window=100)
+            for p in (plan, CellPlan(tables, lengths, 16))
+        ]
+        assert torch.equal(*windowed)
+    assert CellPlan([[1, 2, 3], [1, 2, 4]], [40, 40], 16, alone=False).shared == 0  # too short to be worth it
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("window", [None, 1, 20])
 def test_short_rows_in_one_rectangle(window, dtype):
