@@ -30,7 +30,7 @@ SOURCE = {
 @pytest.fixture(scope="module")
 def engine():
     """One engine for every run of this file."""
-    return text_engine(slots=3, fixed_slots=True)
+    return text_engine(slots=4, fixed_slots=True)
 
 
 @pytest.fixture
