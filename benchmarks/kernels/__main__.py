@@ -12,6 +12,7 @@ import typer
 
 from benchmarks.kernels import attention as kernels_attention
 from benchmarks.kernels import nf4 as kernels_nf4
+from benchmarks.kernels import rare as kernels_rare
 from benchmarks.kernels.sampling import COLUMNS, DTYPES, MODES, ROWS, SIDES, measure
 from benchmarks.kernels.timing import CACHES, EAGER, OURS
 from benchmarks.support.common import RESULTS, record, show
@@ -213,6 +214,16 @@ def nf4(
         for (name, shape), d, b in grid
     )
     run_cells(cells, module.COLUMNS, side, output, as_json)
+
+
+@app.command()
+def rare(
+    trials: Annotated[int, typer.Option(min=1, help="draws; a thousand million take minutes")] = 10**9,
+) -> None:
+    """How often tokens of probability 1e-6, 1e-7 and 3e-8 are drawn, beside what the law expects."""
+    found, wanted = kernels_rare.drawn(trials), kernels_rare.expected(trials)
+    for share, hits, mean in zip(kernels_rare.PROBABILITIES, found, wanted, strict=True):
+        print(f"{share:.0e}: {hits} drawn, {mean:.1f} expected, {(hits - mean) / mean**0.5:+.2f} deviations")
 
 
 if __name__ == "__main__":

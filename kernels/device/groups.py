@@ -3,20 +3,21 @@
 What a row needs is decided when the kernel runs, by the rules that are on for it: always the highest logit of a
 group (NaN where the group holds one), for count and value rules that alone. Sums of weights where a mass or a
 log-probability asks, noise where no rule is on, sums of the logits as given for log-probabilities.
-A program works on groups of the vocabulary; with an edit list, further programs work on the groups that the list
-touches, without the listed tokens, and on the list itself, whose groups follow those of the vocabulary.
+A program works on groups of the vocabulary, listed tokens left out; with an edit list, further programs work on the
+list itself, whose groups follow those of the vocabulary.
 """
 
 import triton
 import triton.language as tl
 
-from ..noise.philox_triton import gumbel_at, gumbel_groups, rough_gumbel_groups
-from .steps import KEEP_MASS, NO_RULE, first_kind, toss
+from ..noise.philox_triton import gumbel_at, gumbel_groups, rough_log_times
+from .steps import KEEP_MASS, NO_RULE, TYPICAL, first_kind, toss
 from .tokens import (
     BITMASK,
     FLOAT_MAX,
     GROUP,
     LISTED,
+    LOG2E,
     edited,
     exp_of,
     finite_top,
@@ -39,6 +40,8 @@ COIN = tl.constexpr(128)  # a rule tosses a coin
 
 MOST = tl.constexpr(1048576.0)  # temperatures up to this, and from its inverse on, divide by a product
 NOISE_BAND = tl.constexpr(1e-3)  # error bound of scores around 0
+LEAST_NOISE = tl.constexpr(-4.4777)  # philox.GUMBEL_MIN to four places
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -94,23 +97,29 @@ def sum_of(x, top, temperature, PTX: tl.constexpr):
 
 
 @triton.jit
-def rough_noise(key, first, ROWS: tl.constexpr, PTX: tl.constexpr):
-    """Noise [ROWS, GROUP] of the tokens from first[i] on, to within NOISE_BAND / 10."""
-    if PTX:
-        return rough_gumbel_groups(key[0], key[1], key[2], first, ROWS, GROUP)
-    return gumbel_groups(key[0], key[1], key[2], first, ROWS, GROUP)
+def best_score(z, top, inverse, noise):
+    """Highest score of each group [R] of logits z with their maxima, relative to the maximum; inverse: 1 /
+    temperature."""
+    shift = z - tl.where(top > -float("inf"), top, 0.0)[:, None]
+    return tl.max(tl.where(z > -float("inf"), shift * inverse + noise, -float("inf")), axis=1)
 
 
 @triton.jit
-def best_score(z, top, noise, temperature):
-    """Highest score of each group [R] of logits z with their maxima, relative to the maximum."""
-    shift = z - tl.where(top > -float("inf"), top, 0.0)[:, None]
-    score = shift * tl.div_rn(1.0, temperature) + noise
-    return tl.max(tl.where(z > -float("inf"), score, -float("inf")), axis=1)
+def best_of_groups(z, top, temperature, key, first, GROUPS: tl.constexpr, PTX: tl.constexpr):
+    """`best_score` of the tokens from first[i] on, to within NOISE_BAND / 10."""
+    inverse = tl.div_rn(1.0, temperature)
+    if PTX:
+        shift = z - tl.where(top > -float("inf"), top, 0.0)[:, None]
+        times = rough_log_times(key[0], key[1], key[2], first, GROUPS, GROUP)
+        score = tl.max(tl.fma(shift, inverse * LOG2E, -times), axis=1)
+        best = tl.maximum(tl.fma(score, LN2, 32 * LN2), LEAST_NOISE)  # that of the group's highest logit
+        return tl.where(top > -float("inf"), best, -float("inf"))
+    noise = gumbel_groups(key[0], key[1], key[2], first, GROUPS, GROUP)
+    return best_score(z, top, inverse, noise)
 
 
 NUMBERS = (
-    "groups_of_vocab", "groups", "width", "wants", "tiles", "kinds", "more_kinds", "places", "more_places",
+    "groups_of_vocab", "groups", "width", "wants", "tiles", "programs", "kinds", "more_kinds", "places", "more_places",
     "seconds", "more_seconds", "steps", "mask_stride", "listed_length", "touched_stride", "rows",
 )  # fmt: skip
 POINTERS = (
@@ -134,23 +143,58 @@ def asked_of(wants, seeds, positions, streams, temperatures, limits, program, ro
         free = greedy | (kind == NO_RULE)
         ask_noise = ((wants & NOISES) != 0) & free & (greedy == 0)
         ask_sum = (((wants & REPORT) != 0) & free) | (
-            ((wants & SUMS) != 0) & (greedy == 0) & (kind == KEEP_MASS)
+            ((wants & SUMS) != 0) & (greedy == 0) & ((kind == KEEP_MASS) | (kind == TYPICAL))
         )
     return ask_sum, ask_noise, temperature, key
 
 
+@triton.jit
+def any_bit(bits, start, group, vocab, GROUPS: tl.constexpr):
+    """int32, not 0 where one of GROUPS groups from `group` on has a bit set."""
+    word = group * (GROUP // 32) + tl.arange(0, GROUPS * (GROUP // 32))
+    found = tl.load(bits + start + word, mask=word < tl.cdiv(vocab, 32), other=0)
+    return tl.max((found != 0).to(tl.int32), axis=0)
+
+
+@triton.jit
+def list_groups(part, row, logits, vocab, groups_of_vocab, groups, at, width, wants, asked, bitmask, mask_stride,
+                sparse, values, point_values, rows, GROUPS: tl.constexpr, POINTS: tl.constexpr,
+                PTX: tl.constexpr):  # fmt: skip
+    """Statistics of GROUPS groups of an edit list, whose edited logits are kept in `values` for later launches."""
+    ask_sum, ask_noise, temperature, key = asked
+    wide_row, length = row.to(tl.int64), sparse[4]
+    place = (part * GROUPS + tl.arange(0, GROUPS))[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    ids, z = load_listed(place, row, logits, vocab, sparse, wants)
+    if wants & BITMASK:
+        allowed = mask_bit(bitmask + wide_row * mask_stride, ids, (ids >= 0) & (ids < vocab))
+        z = tl.where((allowed != 0) | (z != z), z, -float("inf"))
+    z = edited(z, ids, point_values, row, rows, POINTS)
+    top = highest(z, PTX)
+    group = groups_of_vocab + part * GROUPS + tl.arange(0, GROUPS)
+    at, own = at + group, group < groups
+    tl.store(at + MAX * width, top, mask=own)
+    if ask_sum:
+        tl.store(at + SUM * width, sum_of(z, top, temperature, PTX), mask=own)
+    if ask_noise:
+        noise = gumbel_at(key[0], key[1], key[2], tl.maximum(ids, 0))
+        tl.store(at + NOISE * width, best_score(z, top, tl.div_rn(1.0, temperature), noise), mask=own)
+    tl.store(values + wide_row * length + place, z, mask=(place < length) & own[:, None])
+
+
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def group_kernel(
-    logits, stride, vocab, groups_of_vocab, groups, stats, width, counters, wants, tiles,
+    logits, stride, vocab, groups_of_vocab, groups, stats, width, counters, wants, tiles, programs,
     seeds, positions, streams, temperatures, limits,
     kinds, more_kinds, places, more_places, seconds, more_seconds, steps,
-    bitmask, mask_stride, touched, touched_stride, point_values, rows,
-    GROUPS: tl.constexpr, POINTS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    bitmask, mask_stride, listed_ids, biases, seen, listed_counts, listed_length, touched, touched_stride,
+    repetition, presence, frequency, values, point_values, rows,
+    GROUPS: tl.constexpr, LIST: tl.constexpr, POINTS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of the vocabulary's groups into stats [rows, PLANES, width]; grid (rows, programs).
+    """Statistics of the groups into stats [rows, PLANES, width]; grid (rows, programs and more for an edit list).
 
-    wants: bits LISTED, BITMASK (of `tokens`), SUMS, NOISES, RAWS, REPORT, COIN. tiles: of GROUPS groups a program.
-    Groups that an edit list touches get their statistics, but for those of the logits as given, from `list_kernel`.
+    wants: bits LISTED, BITMASK (of `tokens`), SUMS, NOISES, RAWS, REPORT, COIN. programs: with the vocabulary's groups,
+    tiles of GROUPS groups each; the others have LIST groups of the edit list, whose tokens count in the statistics of
+    the logits as given alone elsewhere.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -158,13 +202,19 @@ def group_kernel(
     row, part = tl.program_id(0), tl.program_id(1)
     logits += row.to(tl.int64) * stride
     stats += row.to(tl.int64) * (PLANES * width)
+    program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
+    if part >= programs:
+        asked = asked_of(wants, seeds, positions, streams, temperatures, limits, program, row, rows, vocab)
+        sparse = (listed_ids, biases, seen, listed_counts, listed_length, repetition, presence, frequency)
+        list_groups(part - programs, row, logits, vocab, groups_of_vocab, groups, stats, width, wants, asked, bitmask,
+                    mask_stride, sparse, values, point_values, rows, LIST, POINTS, PTX)  # fmt: skip
+        return
     inner = tl.arange(0, GROUPS)
     ids = (part * tiles * GROUPS + inner)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(logits + ids, mask=ids < vocab, other=-float("inf"))  # before what it does not wait for
     if part == 0:
         slot = tl.arange(0, 4)
         tl.store(counters + row * 4 + slot, slot * 0)
-    program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
     ask_sum, ask_noise, temperature, key = asked_of(
         wants, seeds, positions, streams, temperatures, limits, program, row, rows, vocab
     )
@@ -174,104 +224,29 @@ def group_kernel(
         following = tl.load(logits + ids + GROUPS * GROUP, mask=ids < end, other=-float("inf"))
         group = (part * tiles + tile) * GROUPS + inner
         at, inside = stats + group, group < groups_of_vocab
-        own, top = inside, highest(x, PTX)
-        if wants & LISTED:
-            own = inside & (any_bit(touched, row.to(tl.int64) * touched_stride, group, vocab) == 0)
-        z = tl.minimum(x.to(tl.float32), FLOAT_MAX)
+        own = x if PTX else x.to(tl.float32)  # the interpreter cannot compare bfloat16
         if wants & RAWS:
+            top, z = highest(own, PTX), tl.minimum(own.to(tl.float32), FLOAT_MAX)
             tl.store(at + RAW_MAX * width, top, mask=inside)
             tl.store(at + RAW_SUM * width, sum_of(z, top, 1.0, PTX), mask=inside)
+        if wants & LISTED:
+            here = any_bit(
+                touched, row.to(tl.int64) * touched_stride, (part * tiles + tile) * GROUPS, vocab, GROUPS
+            )
+            if here != 0:
+                gone = group_bits(touched, row.to(tl.int64) * touched_stride, group, vocab)
+                own = tl.where(gone & (own == own), -float("inf"), own).to(own.dtype)
+        top, z = highest(own, PTX), tl.minimum(own.to(tl.float32), FLOAT_MAX)
         if masked:
             if wants & BITMASK:
                 allowed = group_bits(bitmask, row.to(tl.int64) * mask_stride, group, vocab)
-                z = tl.where(allowed | (z != z), z, -float("inf"))
+                z = tl.where(allowed, z, -float("inf"))
             z = edited(z, ids, point_values, row, rows, POINTS)
             top = tl.where(top != top, top, highest(z, PTX))  # a mask does not hide a NaN
-        tl.store(at + MAX * width, top, mask=own)
+        tl.store(at + MAX * width, top, mask=inside)
         if ask_sum:
-            tl.store(at + SUM * width, sum_of(z, top, temperature, PTX), mask=own)
+            tl.store(at + SUM * width, sum_of(z, top, temperature, PTX), mask=inside)
         if ask_noise:
-            noise = rough_noise(key, group * GROUP, GROUPS, PTX)
-            tl.store(at + NOISE * width, best_score(z, top, noise, temperature), mask=own)
+            best = best_of_groups(z, top, temperature, key, group * GROUP, GROUPS, PTX)
+            tl.store(at + NOISE * width, best, mask=inside)
         x, ids = following, ids + GROUPS * GROUP
-
-
-@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
-def list_kernel(
-    logits, stride, vocab, groups_of_vocab, groups, stats, width, wants,
-    seeds, positions, streams, temperatures, limits,
-    kinds, more_kinds, places, more_places, seconds, more_seconds, steps,
-    bitmask, mask_stride, listed_ids, biases, seen, listed_counts, listed_length, touched, touched_stride,
-    repetition, presence, frequency, values, point_values, rows,
-    GROUPS: tl.constexpr, TURNS: tl.constexpr, POINTS: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The groups that an edit list touches, without the listed tokens, and those of the list; grid (rows, programs).
-
-    The groups of TURNS times GROUPS listed tokens a program, then GROUPS groups of the list, whose edited logits are
-    kept in `values` for later launches. A group that several listed tokens are in is worked on as often, with one
-    result.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    row, part = tl.program_id(0), tl.program_id(1)
-    wide_row = row.to(tl.int64)
-    logits += wide_row * stride
-    inner, column = tl.arange(0, GROUPS), tl.arange(0, GROUP)
-    program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
-    ask_sum, ask_noise, temperature, key = asked_of(
-        wants, seeds, positions, streams, temperatures, limits, program, row, rows, vocab
-    )
-    first = part - tl.cdiv(listed_length, GROUPS * TURNS)
-    for turn in range(tl.where(first < 0, TURNS, 1)):
-        entry = (part * TURNS + turn) * GROUPS + inner
-        token = tl.load(listed_ids + wide_row * listed_length + entry, mask=entry < listed_length, other=-1)
-        own = (token >= 0) & (token < vocab)
-        if (first >= 0) | (tl.max(own.to(tl.int32), axis=0) > 0):
-            if first < 0:
-                group = tl.where(own, token // GROUP, 0)
-                ids = group[:, None] * GROUP + column[None, :]
-                inside = (ids < vocab) & own[:, None]
-                z = finite_top(tl.load(logits + ids, mask=inside, other=-float("inf")).to(tl.float32))
-                gone = group_bits(touched, wide_row * touched_stride, group, vocab)
-                z = tl.where(gone & (z == z), -float("inf"), z)
-            else:
-                group = first * GROUPS + inner
-                sparse = (
-                    listed_ids,
-                    biases,
-                    seen,
-                    listed_counts,
-                    listed_length,
-                    repetition,
-                    presence,
-                    frequency,
-                )
-                ids, z = load_listed(
-                    group[:, None] * GROUP + column[None, :], row, logits, vocab, sparse, wants
-                )
-                group += groups_of_vocab
-                own = group < groups
-            if wants & BITMASK:
-                allowed = mask_bit(bitmask + wide_row * mask_stride, ids, (ids >= 0) & (ids < vocab))
-                z = tl.where((allowed != 0) | (z != z), z, -float("inf"))
-            z = edited(z, ids, point_values, row, rows, POINTS)
-            top = highest(z, PTX)
-            at = stats + wide_row * (PLANES * width) + group
-            tl.store(at + MAX * width, top, mask=own)
-            if ask_sum:
-                tl.store(at + SUM * width, sum_of(z, top, temperature, PTX), mask=own)
-            if ask_noise:
-                noise = gumbel_at(key[0], key[1], key[2], tl.maximum(ids, 0))
-                tl.store(at + NOISE * width, best_score(z, top, noise, temperature), mask=own)
-            place = (group - groups_of_vocab)[:, None] * GROUP + column[None, :]
-            there = (place >= 0) & (place < listed_length)
-            tl.store(values + wide_row * listed_length + place, z, mask=there & own[:, None])
-
-
-@triton.jit
-def any_bit(bits, start, group, vocab):
-    """int32 [R], not 0 where a group has a bit set."""
-    word = group[:, None] * (GROUP // 32) + tl.arange(0, GROUP // 32)[None, :]
-    found = tl.load(bits + start + word, mask=word < tl.cdiv(vocab, 32), other=0)
-    return tl.max((found != 0).to(tl.int32), axis=1)

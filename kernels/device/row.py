@@ -5,36 +5,44 @@ it are listed, at most N. Each listed token then knows how many tokens, of which
 rule is a comparison. Rows of which more has to be looked at are left to the kernels of `wide`, or to `general`.
 """
 
-# ruff: noqa: RUF059 (device code: tuples are unpacked whole)
+# ruff: noqa: SIM102 (device code: compile-time tests stay apart)
 import triton
 import triton.language as tl
 
 from ..noise.philox_triton import gumbel_at
 from .groups import COIN, MAX, NOISE, PLANES, RAW_MAX, RAW_SUM, SUM, plain_temperature, rough_band
+from .order.ranks import COUNT_BIT, ranks, store_order, take_special, ties_before
 from .search import FIXED_ONE, fixed
 from .steps import (
+    BY_FUNCTION,
     CUT_TIES,
+    HEAD,
+    HEAD_TOKENS,
     KEEP_COUNT,
     KEEP_MASS,
     KEEP_VALUE,
+    LIGHTEST,
     MASS_SHARE,
     NO_RULE,
+    TOP_H,
+    TYPICAL,
+    XTC,
+    asks_moments,
     entry,
     first_of,
     min_p_limit,
     steps_of_row,
     toss,
+    value_limit,
 )
-from .tokens import FLOAT_MAX, finite_top, load_groups, ordered_key, scaled
+from .tokens import FLOAT_MAX, GROUP, finite_top, load_groups, ordered_key, scaled
 
 BINS = tl.constexpr(512)
 MANTISSA, LOWEST = tl.constexpr(4), tl.constexpr(-16)  # bins of a distance: 16 a doubling, from 2**-16 on
+MOST_OF_TOP_H = tl.constexpr(128.0)  # groups in which top-H as first rule looks for its boundary
 NOISE_MOST = tl.constexpr(22.2)  # philox.GUMBEL_MAX
-COUNT_BIT = tl.constexpr(
-    281474976710656
-)  # 2**48: a weight carries its count above it; at most 2**12 weights of 2**35
 CHOSEN, FULL = tl.constexpr(1), tl.constexpr(2)  # reports
-COLUMNS = tl.constexpr(16)  # listed tokens that all others are compared with at a time
+FEW = tl.constexpr(2)  # groups at a time where no rule is on
 # rows drawn here, left to other kernels, and left with a list of active groups: a mass first, then values alone
 DONE, LEFT, FRAMED = (tl.constexpr(i) for i in range(3))
 WIDE_BINS, SPAN = (
@@ -67,59 +75,82 @@ def within_mass(depth, shares, goal):
 
 
 @triton.jit
-def lowest_logit(tops, shares, peak, inside, first, parameter, temperature, greedy, noise, whole, vocab):
-    """A bound, before temperature, below which no token of the row matters; and the score that a group has to reach."""
+def lowest_logit(tops, shares, peak, inside, first, parameter, temperature, greedy, noise, whole, sums, vocab,
+                 DEVICES: tl.constexpr):  # fmt: skip
+    """A bound, before temperature, below which no token of the row matters; and the groups that can win by scores."""
     reach = tl.full((), float("inf"), tl.float32)
-    goal = tl.full((), -float("inf"), tl.float32)
+    near = inside
     if greedy:
         reach = reach * 0 + 0.0
         reach = tl.where(reach == reach, reach, 0.0)
     elif first == KEEP_VALUE:
         top = scaled(peak, temperature)
         reach = (top - min_p_limit(top, parameter)) * temperature
-    elif first == KEEP_COUNT:
-        reach = within_count(tl.maximum(peak - tops, 0.0), inside, parameter)
-    elif first == KEEP_MASS:  # what is below may have no more than the mass that is not kept
+    elif (first >= BY_FUNCTION) & (first != NO_RULE):
+        top = scaled(peak, temperature)
+        reach = (top - value_limit(first, sums, top, parameter, DEVICES)) * temperature
+    elif (
+        (first == KEEP_COUNT) | (first == HEAD) | (first == TOP_H)
+    ):  # where top-H ends is found out by looking
+        goal = tl.where(first == HEAD, HEAD_TOKENS, MOST_OF_TOP_H)
+        goal = tl.where(first == KEEP_COUNT, parameter, goal)
+        reach = within_count(tl.maximum(peak - tops, 0.0), inside, goal)
+    elif (first == KEEP_MASS) | (
+        first == TYPICAL
+    ):  # what is below may have no more than the mass that is not kept
         total = whole.to(tl.float32) / FIXED_ONE
         rest = tl.maximum(0.99 * (1 - parameter) - 1e-5, 0.0) * total
         reach = tl.minimum(-tl.log(tl.maximum(rest / vocab.to(tl.float32), 1e-37)), SPAN)
         depth = scaled(peak, temperature) - scaled(tops, temperature)
         # the highest tokens of the groups above it are not below it
-        reach = tl.minimum(reach, within_mass(depth, shares, total - rest)) * temperature
+        reach = tl.minimum(reach, within_mass(depth, shares, total - rest))
+        if first == TYPICAL:  # as far below the mean logit as the highest is above, or as that mass reaches
+            centre = sums[2].to(tl.float32) / tl.maximum(sums[1], 1).to(tl.float32)
+            reach = tl.maximum(reach, centre * 2.0001 + 1e-4)
+        reach = reach * temperature
     elif first == NO_RULE:
         score = noise + (tops - peak) / temperature
         best = tl.max(score, axis=0)
         band = rough_band(peak / temperature)
-        goal = best - band
+        near = inside & (score >= best - band)
         reach = (NOISE_MOST + band - best) * temperature
     slack = tl.abs(peak) * 1e-6 + 1e-30
     least = tl.where(reach < float("inf"), (peak - reach * 1.00001) - slack, -FLOAT_MAX)
-    return tl.where(least > -FLOAT_MAX, least, -FLOAT_MAX), goal
+    return tl.where(least > -FLOAT_MAX, least, -FLOAT_MAX), near
 
 
 @triton.jit
-def ranks(keys, listed_keys, listed_weights, found, N: tl.constexpr):
-    """For each of the N listed keys, the number and the fixed-point mass of the listed tokens above it."""
-    total = tl.zeros((N, COLUMNS), tl.int64)
-    for start in range(0, found, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        others = tl.load(listed_keys + column)
-        weights = tl.load(listed_weights + column)
-        total += tl.where(others[None, :] > keys[:, None], weights[None, :], 0)
-    above = tl.sum(total, axis=1)
-    return (above >> 48).to(tl.int32), above & (COUNT_BIT - 1)
+def moments_at(totals):
+    """What `order.moments` has left of a row: (count, mass, dot, sums of shift, of its square, of the weight's)."""
+    mass, dot = tl.load(totals + 1).to(tl.int64), tl.load(totals + 2).to(tl.int64)
+    count, squares = tl.load(totals).to(tl.float32), tl.load(totals + 5).to(tl.float32)
+    return count, mass, dot, tl.load(totals + 3), tl.load(totals + 4), squares
 
 
 @triton.jit
-def ties_before(keys, ids, listed_keys, listed_ids, found, N: tl.constexpr):
-    """For each of the N listed tokens, the number of listed tokens with the same key and a lower id."""
-    total = tl.zeros((N, COLUMNS), tl.int32)
-    for start in range(0, found, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        others = tl.load(listed_keys + column)
-        there = tl.load(listed_ids + column)
-        total += ((others[None, :] == keys[:, None]) & (there[None, :] < ids[:, None])).to(tl.int32)
-    return tl.sum(total, axis=1)
+def best_of_all(n, hidden, active, source, temperature, top, greedy, key, POINTS: tl.constexpr):
+    """(token, its logit, fixed-point mass of all) of the first active group and those behind `hidden` ones, n in all;
+    no list."""
+    row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows = source
+    best = tl.full((FEW * GROUP,), -9223372036854775807, tl.int64)
+    mass, logit = best * 0, best.to(tl.float32)
+    for start in range(0, n, FEW):
+        place = start + tl.arange(0, FEW)
+        group = tl.load(active + place + tl.where(place > 0, hidden, 0), mask=place < n, other=-1)
+        z, ids = load_groups(
+            group, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, POINTS
+        )
+        y, ids = tl.reshape(scaled(z, temperature), (FEW * GROUP,)), tl.reshape(ids, (FEW * GROUP,))
+        noise = gumbel_at(key[0], key[1], key[2], tl.maximum(ids, 0))
+        score = ordered_key((y - top) + tl.where(greedy, 0.0, noise))
+        both = (score.to(tl.int64) << 32) | (2147483647 - ids).to(tl.int64)
+        wins = (y > -float("inf")) & (both > best)
+        best, logit = tl.where(wins, both, best), tl.where(wins, y, logit)
+        mass += fixed(tl.exp(y - top))
+    winner = tl.max(best, axis=0)
+    token = 2147483647 - (winner & 0xFFFFFFFF).to(tl.int32)
+    logit = tl.max(tl.where(best == winner, logit, -float("inf")), axis=0)
+    return token, logit, tl.sum(mass, axis=0)
 
 
 @triton.jit
@@ -182,20 +213,25 @@ def no_token(row, rows, tokens, floats, counts, report):
     ),
     do_not_specialize_on_alignment=(
         "stats", "counters", "active", "lists", "keys_of", "weights_of", "ids_of", "counts_of", "masses_of", "frames",
-        "records", "sums", "tokens", "floats", "counts",
+        "records", "sums", "totals", "tokens", "floats", "counts",
         "seeds", "positions", "streams", "temperatures", "limits", "bitmask", "listed_ids",
         "values", "touched", "point_values",
     ),
 )  # fmt: skip
 def row_kernel(
     logits, stride, vocab, groups_of_vocab, groups, stats, width, counters, wants, report,
-    active, lists, keys_of, weights_of, ids_of, counts_of, masses_of, frames, records, sums, tokens, floats, counts,
-    seeds, positions, streams, temperatures, limits,
+    active, lists, keys_of, weights_of, ids_of, counts_of, masses_of, frames, records, sums, totals, tokens, floats,
+    counts, seeds, positions, streams, temperatures, limits,
     kinds, more_kinds, places, more_places, seconds, more_seconds, steps,
     bitmask, mask_stride, listed_ids, values, listed_length, touched, touched_stride, point_values, rows,
-    WIDTH: tl.constexpr, N: tl.constexpr, PART: tl.constexpr, POINTS: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, N: tl.constexpr, PART: tl.constexpr, DEVICES: tl.constexpr, SPECIAL: tl.constexpr,
+    POINTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Draw a token, from the statistics of the first launch; grid (rows,). counters[row, 1]: DONE, LEFT or FRAMED."""
+    """Draw a token, from the statistics of the first launch; grid (rows,). counters[row, 1]: DONE, LEFT or FRAMED.
+
+    SPECIAL: () or what of rules by entropy, distance and moments is compiled in (`order.ranks`), DEVICES as in
+    `general`; totals: sums over the rows, for those that come first.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -221,16 +257,22 @@ def row_kernel(
     top = scaled(peak, temperature)
     index, first = first_of(kind, on)
     free = greedy | (first == NO_RULE)
-    known = (kind == KEEP_COUNT) | (kind == KEEP_MASS) | (kind == KEEP_VALUE) | (kind == CUT_TIES)
-    strange = (greedy == 0) & (tl.max((on & (known == 0)).to(tl.int32), axis=0) > 0)
+    strange = (greedy == 0) & (first == XTC)  # all tokens but the highest are left
+    moments = (top, seed, seed, top.to(tl.float64), top.to(tl.float64), top)
+    if len(SPECIAL) == 0:
+        known = (kind == KEEP_COUNT) | (kind == KEEP_MASS) | (kind == KEEP_VALUE) | (kind == CUT_TIES)
+        strange = (greedy == 0) & (tl.max((on & (known == 0)).to(tl.int32), axis=0) > 0)
+    elif asks_moments(first) & (greedy == 0):
+        moments = moments_at(totals + wide_row * 8)
     shares, whole = tops, seed * 0
-    if ((first == KEEP_MASS) & (greedy == 0)) | (free & (report != 0)):
+    if (((first == KEEP_MASS) | (first == TYPICAL)) & (greedy == 0)) | (free & (report != 0)):
         part = tl.load(at + SUM * width, mask=inside, other=0.0)
         shares = tl.where(inside, tl.exp(scaled(tops, temperature) - top), 0.0)
         whole = tl.sum(fixed(part * shares), axis=0)
-    least, goal = lowest_logit(
-        tops, shares, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, vocab
-    )
+    least, near = lowest_logit(
+        tops, shares, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, moments, vocab,
+        DEVICES,
+    )  # fmt: skip
     massive = (first == KEEP_MASS) & (greedy == 0)
     limits = tl.where(on & (kind == KEEP_VALUE), min_p_limit(top, parameter), -float("inf"))
     limit = tl.max(limits, axis=0)
@@ -238,17 +280,16 @@ def row_kernel(
     if massive & plain & (limit > -float("inf")):  # what no value rule keeps is not asked for
         least = tl.maximum(least, limit * temperature - tl.abs(limit * temperature) * 1e-5 - 1e-30)
     if free & (report == FULL):
-        least, goal = -FLOAT_MAX, -float("inf")
-    chosen = inside & (tops >= least)
-    if goal > -float("inf"):
-        chosen = chosen & (noise + (tops - peak) / temperature >= goal)
-    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-    n = tl.sum(chosen.to(tl.int32), axis=0)
+        least, near = -FLOAT_MAX, inside
     far = (tl.abs(peak) >= 1e30) | (
         plain_temperature(temperature) == 0
     )  # sums and noise are not to be trusted
     if far:
         least, whole = tl.full((), -FLOAT_MAX, tl.float32), tl.full((), -1, tl.int64)
+        near = inside
+    chosen = near & tl.where(greedy & (far == 0) & (report != FULL), tops == peak, tops >= least)
+    slot = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    n = tl.sum(chosen.to(tl.int32), axis=0)
     active += wide_row * width
     lists += wide_row * N
     sparse = (listed_ids, values, listed_length, touched, touched_stride)
@@ -256,10 +297,25 @@ def row_kernel(
     lowest = ordered_key(scaled(least, temperature))
     mode = tl.where(massive & plain & (far == 0) & (report != FULL), FRAMED, LEFT)
     tl.store(active + slot, group, mask=chosen)
-    if strange | far | (free & (report == FULL)) | crowded:
+    tl.debug_barrier()
+    if free & (report != FULL):
+        hidden = n * 0
+        if greedy & (far == 0):  # of equal groups of the vocabulary the first has the lowest id
+            hidden = tl.maximum(tl.sum((chosen & (group < groups_of_vocab)).to(tl.int32), axis=0) - 1, 0)
+        source = (row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask, mask_stride, sparse,
+                  point_values, rows)  # fmt: skip
+        token, logit, mass = best_of_all(n - hidden, hidden, active, source, temperature, top, greedy,
+                                         (seed, position, stream), POINTS)  # fmt: skip
+        tl.store(tokens + row, token.to(tl.int64))
+        if report != 0:
+            mass = tl.where(whole > 0, whole, mass)
+            write_logprobs(row, rows, token, logit, top, mass, mass, n, n, logits + wide_row * stride, vocab,
+                           stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report,
+                           WIDTH)  # fmt: skip
+        return
+    if strange | far | free | crowded:
         leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
         return
-    tl.debug_barrier()
     for start in range(0, n, PART):
         place = start + tl.arange(0, PART)
         mine = tl.load(active + place, mask=place < n, other=-1)
@@ -287,16 +343,10 @@ def row_kernel(
     ids_of += wide_row * N
     kept = there & (y > -float("inf"))
     noise = gumbel_at(seed, position, stream, tl.maximum(ids, 0))
-    if greedy:
-        kept = kept & (y == top)
-        noise = noise * 0
-    number, mass = slot, weight
-    if (free == 0) | (report == FULL):
-        tl.store(keys_of + slot, keys)
-        tl.store(weights_of + slot, weight + COUNT_BIT)
-        tl.debug_barrier()
-        number, mass = ranks(keys, keys_of, weights_of, found, N)
-    for i in range(tl.where(greedy, 0, steps)):
+    store_order(keys, weight + COUNT_BIT, slot, keys_of, weights_of)
+    number, mass = ranks(keys, keys_of, weights_of, found, N)
+    above, short = number, found < 0
+    for i in range(steps):
         if entry(on.to(tl.int32), i) > 0:
             now, value = entry(kind, i), entry(parameter, i)
             if now == KEEP_COUNT:
@@ -315,6 +365,31 @@ def row_kernel(
                 tl.debug_barrier()
                 before = number + ties_before(keys, ids, keys_of, ids_of, found, N)
                 kept = kept & (before.to(tl.float32) < value)
+            if len(SPECIAL) > 0:
+                if (now >= XTC) & (now != HEAD):
+                    kept, keys, weight, number, mass, top, too_short = take_special(
+                        now, value, entry(second, i), i == index, moments, y, keys, kept, weight, number, mass, top,
+                        slot, (keys_of, weights_of), found, SPECIAL, DEVICES, N,
+                    )  # fmt: skip
+                    short = short | too_short
+    if len(SPECIAL) > 0:
+        if short & (scaled(least, temperature) > scaled(peak, temperature) - LIGHTEST):
+            leave(
+                row,
+                LEFT,
+                n,
+                lowest,
+                least,
+                peak,
+                whole,
+                counters,
+                records,
+                counts_of,
+                masses_of,
+                frames,
+                sums,
+            )
+            return
     score = ordered_key((y - top) + noise)
     both = (score.to(tl.int64) << 32) | (2147483647 - ids).to(tl.int64)
     best = tl.max(tl.where(kept, both, -9223372036854775807), axis=0)
@@ -324,12 +399,11 @@ def row_kernel(
         drawn = ids == token
         logit = tl.max(tl.where(drawn & there, y, -float("inf")), axis=0)
         left = tl.sum(tl.where(kept, weight, 0), axis=0)
-        left = tl.where(free, whole, left)
         dot, many, rank = left * 0, n * 0, n * 0
         if report == FULL:
             part = fixed(tl.where(kept & (weight > 0), -tl.exp(y - top) * (y - top), 0.0))
             dot, many = tl.sum(part, axis=0), tl.sum(kept.to(tl.int32), axis=0)
-            rank = tl.max(tl.where(drawn & there, number, 0), axis=0) + 1
+            rank = tl.max(tl.where(drawn & there, above, 0), axis=0) + 1
         write_logprobs(row, rows, token, logit, top, left, dot, many, rank, logits + wide_row * stride, vocab,
                        stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report,
                        WIDTH)  # fmt: skip

@@ -247,6 +247,12 @@ def narrow(begin, key, row_steps, count_of_steps, vocab, top, whole, source, lis
 
 
 @triton.jit
+def asks_moments(kind):
+    """Whether a step that comes first asks for sums over the whole row that no group statistic has."""
+    return (kind == TYPICAL) | (kind == TOP_H) | ((kind >= BY_FUNCTION) & (kind != NO_RULE))
+
+
+@triton.jit
 def needs_moments(kind):
     """Whether a step asks for sums over what is left."""
     return (kind == KEEP_MASS) | (kind >= XTC)

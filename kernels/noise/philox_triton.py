@@ -54,11 +54,19 @@ def gumbel_from_words(words):
 
 @triton.jit
 def philox_at(seed, position, stream, counters):
-    """The four words of each uint32 counter: seed, position, stream are int64 scalars."""
-    zero = counters * 0
-    c1 = zero + (position & 0xFFFFFFFF).to(tl.uint32)
-    c2 = zero + (stream & 0xFFFFFFFF).to(tl.uint32)
-    return tl.philox(seed.to(tl.uint64, bitcast=True), counters, c1, c2, zero)
+    """The four words of each uint32 counter: seed, position, stream are int64 scalars.
+
+    Both halves of a product come from one wide multiplication, which `tl.philox` takes two for.
+    """
+    a, d = counters, counters * 0
+    b, c = d + (position & 0xFFFFFFFF).to(tl.uint32), d + (stream & 0xFFFFFFFF).to(tl.uint32)
+    low, high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(10):
+        first, second = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
+        a, b = (second >> 32).to(tl.uint32) ^ b ^ low, second.to(tl.uint32)
+        c, d = (first >> 32).to(tl.uint32) ^ d ^ high, first.to(tl.uint32)
+        low, high = low + 0x9E3779B9, high + 0xBB67AE85
+    return a, b, c, d
 
 
 @triton.jit
@@ -89,15 +97,19 @@ def gumbel_groups(seed, position, stream, first, ROWS: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def rough_gumbel_groups(seed, position, stream, first, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """`gumbel_groups` to within 1e-4, by the approximate logarithms of NVIDIA's devices: to tell what can win."""
+def rough_log_times(seed, position, stream, first, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """log2(E) + 32 of the tokens of `gumbel_groups`, whose noise is -log(E), to within 1e-4: to tell what can win.
+
+    By the approximate logarithms of NVIDIA's devices. E = -log(1 - u) is the larger one of two bounds from below: u +
+    u**2 / 2 where u is small, and the logarithm of 1 - u less its rounding where it is not.
+    """
     counters = (first >> 2)[:, None] + tl.arange(0, WIDTH // 4)[None, :]
     a, b, c, d = philox_at(seed, position, stream, counters.to(tl.uint32))
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, WIDTH))
-    uniform = (words | 1).to(tl.float32) * 2.3283064365386963e-10
-    large = tl.minimum(rough_log2(1.0 - uniform) * -0.6931471805599453, 88.03)  # u rounded to 1: GUMBEL_MIN
-    small = tl.fma(uniform * 0.5, uniform, uniform)
-    return rough_log2(tl.where(uniform < 0.0078125, small, large)) * -0.6931471805599453
+    u = (words | 1).to(tl.float32)  # 2**32 times it, E likewise
+    small = tl.fma(u * 1.1641532182693481e-10, u, u)
+    large = tl.fma(rough_log2(tl.fma(u, -2.3283064365386963e-10, 1.0)), -2977044471.82, -850.0)
+    return rough_log2(tl.maximum(small, large))
 
 
 @triton.jit

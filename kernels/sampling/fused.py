@@ -1,8 +1,9 @@
 """Launcher of the fused sampler: a few launches, no synchronisation, parameters read from device memory.
 
-The first takes statistics of groups of tokens (`device.groups`; a second of the tokens of an edit list), the next draws
-from a short list (`device.row`). Rows that need more are served by two more, which leave at once where there are none
-(`device.wide`), or by one for pipelines with rules of any kind (`device.general`).
+The first takes statistics of groups of tokens (`device.groups`), the next draws from a short list (`device.row`); where
+a rule comes first that asks for more, sums over the row are taken in between (`device.order`). Rows of which more is
+left are served by two more, which leave at once where there are none (`device.wide`), or by one for pipelines with
+rules of any kind (`device.general`).
 """
 
 import concurrent.futures
@@ -16,23 +17,25 @@ from .. import dispatch
 from ..device import groups as triton_groups
 from ..device import rules as triton_rules
 from ..device.general import general_kernel, top_kernel
+from ..device.order.moments import PARTS, SUMS, moment_kernel
 from ..device.row import row_kernel
 from ..device.tokens import BITMASK, LISTED, REPLACED
 from ..device.wide.bins import BINS, bin_kernel
 from ..device.wide.draw import wide_kernel
 from ..launching import beside
-from .rules import Call, Drawn, Replaced, touched_bits, with_top
+from .rules import Call, Drawn, Replaced, top_k, touched_bits, with_top
 
 GROUP = 128
 FIRST_GROUPS = 16  # groups a tile of the first launch
 FEW_PROGRAMS, MOST_TILES = 2048, 8  # so many programs of it there are before each takes more than one tile
-LIST_GROUPS, LIST_TURNS = 4, 4  # groups at a time, and how often, a program of the launch for edit lists
+LIST_GROUPS = 4  # groups of an edit list that a program of it takes
 LIST = 256  # candidates that the second launch ranks
 ROW_GROUPS = 16  # groups that it reads at a time
 WIDE_GROUPS, WIDE_LIST = 16, 8192  # groups a step, and most candidates listed, in the launches for wide rows
 MOST_PROGRAMS = 264  # programs of each of them, over all rows, but two a row at least
 CAPACITY = 512  # candidates that the kernel for every kind of rule holds; more are read again in every step
 GENERAL_GROUPS = 2  # groups a step of it
+MOMENT_GROUPS = 8  # groups a step of the launch for sums over rows
 SPARE_GROUPS = 16  # groups of an edit list for which the statistics always have room
 TOP_MOST = 64  # most raw log-probabilities that the kernels report; for more there is `with_top`
 MOST_STEPS = 14
@@ -121,6 +124,10 @@ class Plan:
             torch.empty(rows, 2, **empty),
             torch.empty(rows, 8, device=device, dtype=torch.int64),
         )
+        parts = (rows, PARTS.value) if any(self.special) else (1, 1)
+        self.parts, self.totals = (
+            torch.empty(*size, SUMS.value, device=device, dtype=torch.float64) for size in (parts, parts[:1])
+        )
         self.wide_lists = torch.empty(rows, WIDE_LIST, device=device, dtype=torch.int64)
         self.wide_values = torch.empty(rows, CAPACITY, **empty)
         self.wide_ids = torch.empty(rows, CAPACITY, **whole)
@@ -176,7 +183,7 @@ def wants_of(rules, report, n_top):
     wants = triton_groups.NOISES.value
     wants |= triton_groups.RAWS.value if report or n_top else 0
     wants |= triton_groups.REPORT.value if report else 0
-    wants |= triton_groups.SUMS.value if any(rule.kind == "mass" for rule in rules) else 0
+    wants |= triton_groups.SUMS.value if any(rule.kind in ("mass", "typical") for rule in rules) else 0
     return wants | (triton_groups.COIN.value if any(rule.kind == "xtc" for rule in rules) else 0)
 
 
@@ -239,7 +246,8 @@ def warm_up(
     zero, real = (torch.zeros(1, device=device, dtype=kind) for kind in (torch.int64, torch.float32))
     listed = torch.full((1, 1), -1, device=device, dtype=torch.int32)
     made = Replaced(listed, real[:, None], touched_bits(listed, vocab)) if edits else None
-    call = Call(logits, seeds=zero, positions=zero, rules=tuple(rules), edits=made, logprobs=logprobs, n_top=n_top,
+    rules = tuple(rules) or (top_k(real),)  # rows without a rule leave nothing to the launches for wide rows
+    call = Call(logits, seeds=zero, positions=zero, rules=rules, edits=made, logprobs=logprobs, n_top=n_top,
                 pointwise=tuple(pointwise))  # fmt: skip
     plan = Plan.of(call)
     found = launches(call, plan, plan.tokens)
@@ -262,14 +270,12 @@ def launches(call, plan, tokens):
     touched = (plan.counters, 0) if edits is None else (edits.touched, edits.touched.stride(0))
     last = plan.point_values, plan.rows
     tiles = first_tiles(plan.rows, plan.vocab_groups)
-    grid = plan.rows, triton.cdiv(plan.vocab_groups, FIRST_GROUPS * tiles)
+    programs = triton.cdiv(plan.vocab_groups, FIRST_GROUPS * tiles)
+    grid = plan.rows, programs + triton.cdiv(plan.groups - plan.vocab_groups, LIST_GROUPS)
     builds = plan.builds(logits.device)
-    found = [("group", grid, (*head, plan.counters, wants, tiles, *row, *mask, *touched, *last))]
-    if plan.listed:
-        programs = triton.cdiv(plan.listed, LIST_GROUPS * LIST_TURNS)
-        programs += triton.cdiv(plan.groups - plan.vocab_groups, LIST_GROUPS)
-        listed = *_listed(edits), plan.listed, *touched, *_penalties(plan, edits), plan.values
-        found.append(("list", (plan.rows, programs), (*head, wants, *row, *mask, *listed, *last)))
+    asked = plan.counters, wants, tiles, programs
+    listed = *_listed(plan, edits), plan.listed, *touched, *_penalties(plan, edits), plan.values
+    found = [("group", grid, (*head, *asked, *row, *mask, *listed, *last))]
     head = *head, plan.counters, wants, plan.report
     row = (
         *row,
@@ -283,14 +289,17 @@ def launches(call, plan, tokens):
     results = tokens, plan.floats, plan.counts
     lists = plan.active, plan.lists, plan.list_keys, plan.list_weights, plan.list_ids
     bins, frame = (plan.bin_counts, plan.bin_masses), (plan.frames, plan.records, plan.sums)
-    found.append(("row", (plan.rows,), (*head, *lists, *bins, *frame, *results, *row)))
+    if any(plan.special[1:]):
+        sums = *head[:-1], plan.parts, plan.totals
+        found.append(("moment", (plan.rows, PARTS.value), (*sums, *row)))
+    found.append(("row", (plan.rows,), (*head, *lists, *bins, *frame, plan.totals, *results, *row)))
     if plan.n_top:
         own = plan.active, plan.wide_values, plan.wide_ids, plan.top_ids, plan.top_logprobs, plan.n_top
         found.append(("top", (plan.rows,), (*head[:4], *head[5:7], *own)))
     if any(plan.special):
         own = plan.active, plan.wide_values, plan.wide_ids
         found.append(("general", (plan.rows,), (*head, *own, *results, *row)))
-    else:
+    elif plan.program[-1] or plan.report == FULL:  # else no row is left to others
         grid = plan.rows, max(2, min(MOST_PROGRAMS // plan.rows, triton.cdiv(plan.groups, WIDE_GROUPS)))
         found.append(("bin", grid, (*head, plan.active, plan.wide_lists, *bins, *frame, *row)))
         found.append(("wide", grid, (*head, *frame, plan.wide_lists, *results, *row)))
@@ -317,6 +326,8 @@ def builds_of(
     shared = {"POINTS": points, **dict(overlap), **dict(early), "enable_fp_fusion": False}
     first = {"PTX": native, "num_warps": 4, **shared}
     half = {"maxnreg": 128} if native else {}  # two rows share a processor
+    ordered = {"DEVICES": functions, "SPECIAL": special if any(special) else ()}
+    ordered |= {"maxnreg": 255} if native and any(special) else half
     wide = {"GROUPS": WIDE_GROUPS, "N": WIDE_LIST, "num_warps": 8, **shared}
     searched = {
         "WIDTH": width,
@@ -329,12 +340,13 @@ def builds_of(
     general = {"DEVICES": functions, "VARIANT": (GENERAL_GROUPS, points, *special), **searched}
     top = {"GROUPS": GENERAL_GROUPS, "TOP": max(16, triton.next_power_of_2(n_top)), **searched}
     return {
-        "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, **first}),
-        "list": Build(
-            triton_groups.list_kernel, {"GROUPS": LIST_GROUPS, "TURNS": LIST_TURNS, **half, **first}
-        ),
+        "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, "LIST": LIST_GROUPS, **first}),
         "row": Build(
-            row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, "num_warps": 8, **half, **shared}
+            row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, **ordered, "num_warps": 8, **shared}
+        ),
+        "moment": Build(
+            moment_kernel,
+            {"GROUPS": MOMENT_GROUPS, "WIDTH": width, "FULL": special[3], "num_warps": 4, **shared},
         ),
         "bin": Build(bin_kernel, wide),
         "wide": Build(wide_kernel, {"WIDTH": width, **wide}),
@@ -343,15 +355,17 @@ def builds_of(
     }
 
 
-def _listed(edits):
+def _listed(plan, edits):
     """Ids, biases, seen and counts of an edit list; other buffers stand in for what is absent and never read."""
+    if edits is None:
+        return plan.counters, plan.limits, plan.counters, plan.counters
     if isinstance(edits, Replaced):
         return edits.ids, edits.values, edits.ids, edits.ids
     return edits.ids, edits.bias, edits.seen, edits.counts
 
 
 def _penalties(plan, edits):
-    if isinstance(edits, Replaced):
+    if edits is None or isinstance(edits, Replaced):
         return (plan.limits,) * 3
     return edits.repetition, edits.presence, edits.frequency
 

@@ -1,5 +1,6 @@
 """The noise: known words, one set of bits everywhere, the right distribution, tails included."""
 
+import itertools
 import math
 
 import numpy as np
@@ -104,3 +105,22 @@ def test_positions_are_independent():
     ):
         correlation = torch.corrcoef(torch.stack([first, other]))[0, 1]
         assert abs(correlation) < 5 / math.sqrt(len(ids))
+
+
+def test_the_rough_logarithms_that_tell_what_can_win_err_within_their_bound():
+    """`rough_log_times`, operation for operation, its approximate logarithms as wrong as the instruction set allows."""
+    spread = (2.0 ** np.linspace(0, 32, 20_000)).astype(np.int64)
+    words = np.unique(np.concatenate([np.arange(1, 5000), spread, 2**32 - spread]).clip(1, 2**32 - 1)).astype(
+        np.uint32
+    )
+    exact = -philox.gumbel_from_words_numpy(words).astype(np.float64)
+    u = (words | np.uint32(1)).astype(np.float32)
+    error = 2.0**-22  # of lg2.approx: absolute between 1/2 and 2, else relative
+    for first, second in itertools.product((-error, error), repeat=2):
+        small = (u * np.float32(2.0**-33)).astype(np.float64) * u + u
+        rest = (1 - u.astype(np.float64) * 2.0**-32).astype(np.float32).astype(np.float64)
+        some = rest > 0  # u of 1 has the least noise, which `best_of_groups` puts in
+        log = np.log2(rest[some])
+        log = np.where(rest[some] > 0.5, log + first, log * (1 + first))
+        times = np.log2(np.maximum(small[some], log * -2977044471.82 - 850.0)) * (1 + second)
+        assert np.abs((times - 32) * math.log(2) - exact[some]).max() < 1e-4

@@ -1,17 +1,30 @@
 """Where the paths of `sample` used to differ or to complain: fractional counts, finite masks, unknown statistics."""
 
+import math
 import warnings
 
 import pytest
 import torch
-from sampling_rows import generator
+from sampling_rows import differences, generator
 
 from handloom import Context, Keep, Pipeline, SamplingParams
 from handloom.kernels.device.row import DONE, FRAMED
-from handloom.kernels.device.wide.rows import ABOVE, GUESSED, LISTED_SO_FAR
+from handloom.kernels.device.wide.rows import ABOVE, GUESSED, HIGHEST, LISTED_SO_FAR, LOWEST
 from handloom.kernels.sampling.fused import Plan, sample_fused
 from handloom.kernels.sampling.reference import sample_reference, truncate
-from handloom.kernels.sampling.rules import Call, Rule, Statistics, top_p
+from handloom.kernels.sampling.rules import (
+    Call,
+    Rule,
+    Statistics,
+    eta,
+    min_p,
+    top_h,
+    top_k,
+    top_n_sigma,
+    top_p,
+    typical,
+    xtc,
+)
 from handloom.kernels.sampling.sample import sample
 
 KINDS = ["count", "exact_count"]
@@ -54,9 +67,9 @@ def test_finite_masks_make_no_warning():
             assert (pipeline.sample(logits, context).tokens < 100).all()
 
 
-def frame_after(logits, share):
-    """(drawn, frame, mode) of a call of the kernels with top-p alone."""
-    call = Call(logits, **key(1), rules=(top_p(torch.tensor([share])),), logprobs="chosen")
+def frame_after(logits, share, *more):
+    """(frame, mode) of a call of the kernels with top-p first."""
+    call = Call(logits, **key(1), rules=(top_p(torch.tensor([share])), *more), logprobs="chosen")
     plan = Plan.of(call)
     drawn = sample_fused(call, plan=plan)
     expected = sample_reference(call)
@@ -81,10 +94,39 @@ def test_a_wide_nucleus_is_found_between_guessed_bounds_and_where_the_guess_is_w
     assert frame[ABOVE.value] + frame[LISTED_SO_FAR.value] <= within
 
 
+def test_a_value_limit_inside_a_wide_nucleus_is_found_in_its_frame():
+    """12,000 almost equal tokens, more than the list takes, and a limit that ends before the nucleus does."""
+    noise = torch.randn(1, 20_480, generator=generator(5)) * 1e-3
+    logits = torch.where(torch.arange(20_480) % 20 < 12, noise, noise - 1)
+    frame, mode = frame_after(logits, 0.99, min_p(torch.tensor([0.5])))
+    limit = (logits.max() + math.log(0.5)).view(torch.int32).item() ^ 0x7FFFFFFF  # of a negative float
+    limit = limit if limit < 2**31 else limit - 2**32
+    assert (mode, frame[GUESSED.value]) == (FRAMED.value, 1)
+    assert frame[LOWEST.value] <= limit <= frame[HIGHEST.value]
+
+
 def test_a_short_nucleus_needs_no_further_launch():
     logits = -1.8 * torch.log(torch.randperm(20_480, generator=generator(4)) + 1.0)[None]
     _, mode = frame_after(logits, 0.7)
     assert mode == DONE.value
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        (top_k, 50, typical, 0.9, top_h, 0.9, top_p, 0.8),
+        (typical, 0.5, min_p, 0.2),
+        (top_n_sigma, 4.0, eta, 1e-3),
+    ],
+)
+def test_rules_by_entropy_distance_and_moments_are_read_off_the_order(rules):
+    """No search, and XTC behind each of them: 160 groups, so that a bound leaves a short list."""
+    logits = -1.8 * torch.log(torch.randperm(20_480, generator=generator(6)) + 1.0)[None]
+    made = [make(torch.tensor([float(value)])) for make, value in zip(rules[::2], rules[1::2], strict=True)]
+    call = Call(logits, **key(1), rules=(*made, xtc(torch.tensor([0.05]), torch.ones(1))), logprobs=True)
+    plan = Plan.of(call)
+    assert not differences(sample_reference(call), sample_fused(call, plan=plan))
+    assert plan.counters[0, 1].item() == DONE.value
 
 
 class Unknown(Keep):

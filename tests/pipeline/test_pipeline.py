@@ -18,6 +18,7 @@ from handloom.pipeline.members import merge, reasons
 from handloom.pipeline.pipeline import Context, Edit, Keep, Pipeline, PipelineWarning
 from handloom.pipeline.processors import (
     DEFAULT_ORDER,
+    XTC,
     BannedTokens,
     LogitBias,
     MinP,
@@ -392,9 +393,13 @@ def test_explain_says_where_each_member_runs_and_why():
         assert "fused sampler" in lines[name]
     assert "top_p=0.9" in lines["top_p"]
     assert "sparse edit" in lines["repetition_penalty"]
-    lines = explained(Pipeline.default(), SamplingParams(temperature=0.7, top_k=5, xtc_probability=0.5))
-    assert set(lines) == {"temperature", "top_k", "xtc"}
-    assert "its key is not the logit" in lines["xtc"]
+    lines = explained(
+        Pipeline.default(), SamplingParams(temperature=0.7, top_k=5, xtc_probability=0.5, top_h=0.5)
+    )
+    assert set(lines) == {"temperature", "top_k", "xtc", "top_h"}
+    assert all("fused sampler" in line for line in lines.values())
+    lines = explained(Pipeline([Temperature(0.7), TopK(5), XTC(0.5, 0.1, xtc_guard=(3,))]))
+    assert "xtc_guard spares tokens" in lines["xtc"]
     assert "torch (runs before xtc, which the sampler cannot follow)" in lines["top_k"]
     lines = explained(Pipeline.default(), SamplingParams(temperature=0.7, typical_p=0.9, profile="llamacpp"))
     assert "runs before temperature, and the sampler truncates last" in lines["typical"]
@@ -442,8 +447,7 @@ def test_explain_of_a_whole_pipeline_judges_each_member_alone():
     text = Pipeline.default().explain()
     assert "told for each alone" in text
     torch_only = {name for name, line in explained(Pipeline.default()).items() if "torch (" in line}
-    assert torch_only == {"dynatemp", "edt", "smoothing", "tfs", "top_h", "xtc", "adaptive_p",
-                          "watermarking_config"}  # fmt: skip
+    assert torch_only == {"dynatemp", "edt", "smoothing", "tfs", "adaptive_p", "watermarking_config"}
 
 
 def test_the_same_processor_twice_is_an_error():

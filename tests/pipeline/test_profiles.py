@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from handloom.errors import ParameterError
+from handloom.kernels.sampling.rules import LIGHTEST
 from handloom.params.sampling_params import SamplingParams
 from handloom.pipeline.pipeline import Context, Pipeline
 from handloom.pipeline.profiles import PROFILES, profile
@@ -133,6 +134,8 @@ def test_on_adversarial_rows_transformers_keeps_a_subset_cut_at_the_threshold(se
     ours, theirs = processed(params, x, history, prompt)[0], oracle(model, config, x, history, prompt)[0]
     both = ours.isfinite() & theirs.isfinite()
     torch.testing.assert_close(ours[both], theirs[both])
+    if "top_h" in settings:  # ours leaves out what has less than 2**-35 of the highest token's weight
+        theirs = theirs.masked_fill(theirs < theirs.max() - LIGHTEST, -torch.inf)
     assert (theirs.isfinite() <= ours.isfinite()).all()
     surplus = ours[ours.isfinite() & ~theirs.isfinite()]
     if len(surplus):

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ...cache.transfer import upload
 from ...errors import ParameterError
-from ...kernels.noise.philox import philox_words_numpy, philox_words_reference
-from ...kernels.sampling.rules import Statistics
+from ...kernels.sampling.reference import truncate
+from ...kernels.sampling.rules import Rule, Statistics, xtc
 from ..forms import NEG_INF, Context, Edit, Keep, committed
 
 LN2 = math.log(2.0)
 SMALLEST = 1e-37  # stands for parameters of 0 and below, which say "off" to the sampler
-XTC_COUNTER = 2**33  # a token id that no vocabulary reaches: its noise is independent of the draw's
 
 
 def token_logprob(logits: Tensor, tokens: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -132,7 +131,7 @@ class XTC(Keep):
     """Exclude top choices (p-e-w 2024): with a probability, drop all tokens with p >= threshold but the least
     likely of them. Off at probability 0.
 
-    The coin of a row is Philox noise of (seed, position, stream) at a reserved counter, so it is
+    The coin of a row is Philox noise of (seed, position, stream) at a reserved counter (`draw.coin`), so it is
     reproducible, row-independent, and independent of the draw. `xtc_guard`: ids that must not be dropped
     ("eos": every end id); where one would be, the row is left alone, as text-generation-webui does.
     """
@@ -151,36 +150,28 @@ class XTC(Keep):
         table = id_table([sorted(guard) for guard in guards], context.device, -1) if any(guards) else None
         return {"chance": column("xtc_probability"), "limit": column("xtc_threshold"), "guard": table}
 
-    def key(self, logits: Tensor, context: Context) -> Tensor:
-        return -logits
+    def unfused(self, device_type: str = "cpu", rows: Sequence[dict] = ()) -> str:
+        guarded = any(row["xtc_guard"] for row in rows)
+        return "xtc_guard spares tokens" if guarded else super().unfused(device_type, rows)
 
-    def ranking(self, logits: Tensor, context: Context) -> Tensor:
-        return logits
-
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+    def known(self, context: Context) -> Rule:
         v = context.values
-        top = logits.softmax(-1) >= v.limit
-        least = logits.masked_fill(~top, math.inf).amin(-1, keepdim=True)
-        tossed = coin(context) < v.chance
-        if v.guard is not None:
-            guarded = logits.gather(-1, v.guard.clamp(min=0)).masked_fill(v.guard < 0, NEG_INF)
-            tossed &= ~(guarded > least).any(-1, keepdim=True)
-        return torch.where(tossed, -least, NEG_INF)
+        chance = v.chance if v.rows_on is None else torch.where(v.rows_on, v.chance, 0.0)
+        return xtc(v.limit[:, 0], chance[:, 0])
+
+    def truncated(self, logits: Tensor, context: Context) -> Tensor:
+        left, guard = truncate(logits, (self.rule(context),), coin_key(context)), context.values.guard
+        if guard is None:
+            return left
+        dropped = (left != logits).gather(-1, guard.clamp(min=0)) & (guard >= 0)
+        return torch.where(dropped.any(-1, keepdim=True), logits, left)
 
 
-def coin(context: Context) -> Tensor:
-    """A uniform number in [0, 1) for every row, [B, 1] float32, from the row's seed, position and stream."""
+def coin_key(context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    """(seeds, positions, streams), int64 [B] each, that a row's coin is tossed with."""
     if context.seeds is None or context.lengths is None:
         raise ParameterError(
             "XTC needs seeds and lengths in its Context: its coin is keyed by seed and position"
         )
     streams = torch.zeros_like(context.seeds) if context.streams is None else context.streams
-    keys = (context.seeds, context.positions, streams)
-    ids = torch.full((1,), XTC_COUNTER, device=context.seeds.device)
-    if ids.device.type == "cpu":
-        words = torch.from_numpy(
-            philox_words_numpy(*(key.numpy() for key in keys), ids.numpy()).astype("int64")
-        )
-    else:
-        words = philox_words_reference(*keys, ids)
-    return (words >> 8).to(torch.float32) * 2.0**-24
+    return context.seeds, context.positions, streams

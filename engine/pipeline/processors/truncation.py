@@ -11,7 +11,7 @@ from ...cache.transfer import upload
 from ...kernels.noise.philox import log_reference
 from ...kernels.sampling import rules
 from ...kernels.sampling.rules import Rule, Statistics
-from ..forms import NEG_INF, Context, Keep
+from ..forms import Context, Keep
 
 SMALLEST = 1e-37  # below it, float32 loses precision
 
@@ -166,41 +166,17 @@ class TopH(Keep):
     defaults = {"top_h": 0.0, "top_h_rule": "paper"}
 
     def pack(self, rows, context):
-        alpha = upload([[row["top_h"]] for row in rows], context.device, None)
-        return {
-            "top_h": alpha,
-            "code": upload([[row["top_h_rule"] == "code"] for row in rows], context.device, None),
-            "any_code": any(row["top_h_rule"] == "code" for row in rows),
-            "any_paper": any(row["top_h_rule"] != "code" for row in rows),
-        }
+        values = {"top_h": [[row["top_h"]] for row in rows]}
+        values["code"] = [[float(row["top_h_rule"] == "code")] for row in rows]
+        return {name: upload(column, context.device, None) for name, column in values.items()}
 
-    def threshold(self, logits: Tensor, context: Context) -> Tensor:
+    def known(self, context: Context) -> Rule:
         v = context.values
-        code = paper_cut = None
-        if v.any_code:
-            top = logits.topk(min(100, logits.shape[-1]), dim=-1).values
-            code = self.cut_at(top, v.top_h, renormalise=False)
-        if v.any_paper:
-            paper_cut = self.cut_at(logits.sort(dim=-1, descending=True).values, v.top_h, renormalise=True)
-        if code is None or paper_cut is None:
-            return paper_cut if code is None else code
-        return torch.where(v.code, code, paper_cut)
+        alpha = v.top_h if v.rows_on is None else torch.where(v.rows_on, v.top_h, 0.0)
+        return rules.top_h(alpha[:, 0], v.code[:, 0])
 
     def ranking(self, logits: Tensor, context: Context) -> None:
         return None  # transformers' has no least number either
-
-    @staticmethod
-    def cut_at(ordered: Tensor, alpha: Tensor, renormalise: bool) -> Tensor:
-        """The last kept logit of descending `ordered` [B, K], [B, 1]."""
-        logp = ordered.log_softmax(-1)
-        terms = -(logp.exp() * logp.masked_fill(logp == NEG_INF, 0.0))
-        total = terms.sum(-1, keepdim=True)
-        partial = terms.cumsum(-1)
-        if renormalise:  # H(q) of the first n tokens, q = p / mass: (sum of -p log p) / mass + log mass
-            mass = logp.exp().cumsum(-1)
-            partial = partial / mass + mass.log()
-        inside = (partial <= alpha * total).long().cumprod(-1)
-        return ordered.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
 
 
 class PLess(Keep):

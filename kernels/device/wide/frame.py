@@ -35,6 +35,7 @@ def frame_of(z, least, top, temperature, rest, vocab, found, N: tl.constexpr, TO
     if guessed:
         weight = tl.exp(-depth)
         far, step = near, tl.max(tl.where(depth <= floor, depth, 0.0), axis=0)
+        deepest = step * 0.9999
         turn, upper = tl.arange(0, 4) % 2, tl.arange(0, 4) < 2
         for _ in range(6):
             step *= 0.33333334
@@ -43,7 +44,9 @@ def frame_of(z, least, top, temperature, rest, vocab, found, N: tl.constexpr, TO
             error = 5 * tl.sqrt(tl.maximum(tail, rest) * each * tl.exp(-edges))
             near += tl.sum((upper & (tail - error >= rest)).to(tl.float32), axis=0) * step
             far += tl.sum(((upper == 0) & (tail + error > rest)).to(tl.float32), axis=0) * step
-        far = tl.minimum(far + step, floor)
+        far = tl.where(
+            far + step < deepest, far + step, floor
+        )  # the floor may be a limit, deeper than the sample
         many = tl.sum(((depth >= near) & (depth <= far)).to(tl.float32), axis=0) * each
         many += 5 * tl.sqrt((many + each) * each)
     high = tl.where(near > 0, ordered_key(top - near), 2147483647)

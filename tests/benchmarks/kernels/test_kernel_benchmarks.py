@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.kernels import attention, nf4, sampling, timing
+from benchmarks.kernels import attention, nf4, rare, sampling, timing
 from benchmarks.kernels.__main__ import app
 from benchmarks.kernels.timing import Call, CpuTimer, cache_bytes, exact, rounds, shortage
 from benchmarks.kernels.traffic import traffic
@@ -230,6 +230,13 @@ def test_every_side_of_sampling_draws_from_the_same_tokens(side, kind, mode):
             assert logits.gather(1, tokens[:, None])[:, 0].equal(logits.amax(1))
         assert kept.gather(1, tokens[:, None]).all()
         assert mode != "everything" or (tokens % sampling.BANNED != 0).all()
+
+
+def test_rare_tokens_keep_their_probability():
+    """Three tokens of probability 1e-5, 4 million draws: 40 expected of each, Poisson 10 ... 80 misses with 3e-8."""
+    hits = rare.drawn(4_000_000, (1e-5, 1e-5, 1e-5))
+    assert ((hits > 10) & (hits < 80)).all()
+    assert rare.expected(4_000_000, (1e-5, 1e-5, 1e-5)) == pytest.approx([40.0] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("side", ["transformers", "torch", "topk"])

@@ -97,8 +97,6 @@ def request(rng: random.Random, vocab: int, fusable: bool) -> SamplingParams:
     }
     if fusable:
         choices["mirostat"] = lambda: 2
-        for name in ("xtc_probability", "top_h"):
-            del choices[name]
     chosen = {name: make() for name, make in choices.items() if rng.random() < 0.3}
     return SamplingParams(temperature=pick(rng, 0.0, 1.0, 0.7, 1.4), stop_token_ids=(2,), **chosen)
 

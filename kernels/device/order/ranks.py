@@ -1,0 +1,169 @@
+"""The order of a listed row: for each token what is above it, and the rules that need more of it than a comparison.
+
+A list holds at most 2**12 tokens. Each knows, by comparing all pairs, how many listed tokens of which mass are above
+it, so a rule's boundary is a comparison with sums; a rule that drops the highest tokens has the order made anew.
+"""
+
+# ruff: noqa: SIM102 (device code: compile-time tests stay apart)
+import triton
+import triton.language as tl
+
+from ..search import FIXED_ONE, fixed, spread
+from ..steps import (
+    BY_FUNCTION,
+    ENTROPY_SHARE,
+    HEAD_TOKENS,
+    LIGHTEST,
+    MASS_SHARE,
+    NO_RULE,
+    TOP_H,
+    TYPICAL,
+    XTC,
+    one_token,
+    value_limit,
+)
+from ..tokens import FLOAT_MAX, ordered_key
+
+COUNT_BIT = tl.constexpr(
+    281474976710656
+)  # 2**48: a weight carries its count above it; at most 2**12 weights of 2**35
+COLUMNS = tl.constexpr(16)  # listed tokens that all others are compared with at a time
+NOTHING = tl.constexpr(-2147483648)  # key of a place without a token
+
+
+@triton.jit
+def sums_above(keys, listed_keys, listed_weights, found, N: tl.constexpr):
+    """For each of N keys, the sum of the int64 weights of the listed tokens above it."""
+    total = tl.zeros((N, COLUMNS), tl.int64)
+    for start in range(0, found, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        others = tl.load(listed_keys + column)
+        weights = tl.load(listed_weights + column)
+        total += tl.where(others[None, :] > keys[:, None], weights[None, :], 0)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def ranks(keys, listed_keys, listed_weights, found, N: tl.constexpr):
+    """For each of the N listed keys, the number and the fixed-point mass of the listed tokens above it."""
+    above = sums_above(keys, listed_keys, listed_weights, found, N)
+    return (above >> 48).to(tl.int32), above & (COUNT_BIT - 1)
+
+
+@triton.jit
+def ties_before(keys, ids, listed_keys, listed_ids, found, N: tl.constexpr):
+    """For each of the N listed tokens, the number of listed tokens with the same key and a lower id."""
+    total = tl.zeros((N, COLUMNS), tl.int32)
+    for start in range(0, found, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        others = tl.load(listed_keys + column)
+        there = tl.load(listed_ids + column)
+        total += ((others[None, :] == keys[:, None]) & (there[None, :] < ids[:, None])).to(tl.int32)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def store_order(keys, weights, slot, listed_keys, listed_weights):
+    """Lay keys and weights where all threads find them."""
+    tl.debug_barrier()  # others may still read what was there
+    tl.store(listed_keys + slot, keys)
+    tl.store(listed_weights + slot, weights)
+    tl.debug_barrier()
+
+
+@triton.jit
+def moments_of(y, kept, weight, top, FULL: tl.constexpr):
+    """`search.moments` of the kept tokens of a list."""
+    shift = tl.where(kept, tl.maximum(y - top, -FLOAT_MAX), 0.0)
+    light = tl.where(kept, tl.exp(shift), 0.0)
+    mass = tl.sum(tl.where(kept, weight, 0), axis=0)
+    dot = tl.sum(fixed(tl.where(light > 0, -light * shift, 0.0)), axis=0)
+    count, zero = top * 0, tl.zeros((), tl.float64)
+    first, second, squares = zero, zero, top * 0
+    if FULL:
+        wide = shift.to(tl.float64)
+        count = tl.sum(kept.to(tl.float32), axis=0)
+        first, second = tl.sum(wide, axis=0), tl.sum(wide * wide, axis=0)
+        squares = tl.sum(light * light, axis=0)
+    return count, mass, dot, first, second, squares
+
+
+@triton.jit
+def keep_typical(y, kept, weight, share, statistics, top, slot, lists, found, N: tl.constexpr):
+    """The kept tokens nearest to the mean logit that have this share of the mass."""
+    mass, dot = statistics[1], statistics[2]
+    centre = -(dot.to(tl.float32) / tl.maximum(mass, 1).to(tl.float32))
+    near = tl.where(kept, ordered_key(-tl.abs((y - top) - centre)), NOTHING)
+    store_order(near, tl.where(kept, weight, 0), slot, lists[0], lists[1])
+    above = sums_above(near, lists[0], lists[1], found, N)
+    target = share.to(tl.float64) * MASS_SHARE * mass.to(tl.float64)
+    return kept & ((above.to(tl.float64) < target) | (near == tl.max(near, axis=0)))
+
+
+@triton.jit
+def keep_top_h(y, keys, kept, weight, number, mass, alpha, head, statistics, top, slot, lists, found,
+               N: tl.constexpr):  # fmt: skip
+    """(the kept tokens of the longest prefix of the order whose entropy is within a share of the whole's, whether that
+    is all of the listed ones)."""
+    shift = tl.where(kept, y - top, 0.0)
+    light = tl.where(kept, tl.exp(shift), 0.0)
+    part = fixed(tl.where(light > 0, -light * shift, 0.0))
+    all_mass, all_dot = statistics[1], statistics[2]
+    partial, inside = head > 0, kept
+    if partial:
+        inside = kept & (number.to(tl.float32) < HEAD_TOKENS)
+        count = tl.sum(inside.to(tl.int32), axis=0)
+        edge = tl.min(tl.where(inside, keys, 2147483647), axis=0)
+        surplus = tl.maximum(count.to(tl.float32) - HEAD_TOKENS, 0.0).to(tl.int64)  # ties of the last one
+        one, its = one_token(edge, top)
+        all_mass = tl.sum(tl.where(inside, weight, 0), axis=0) - surplus * one
+        all_dot = tl.sum(tl.where(inside, part, 0), axis=0) - surplus * its
+    whole = tl.maximum(all_mass, 1).to(tl.float32) / FIXED_ONE
+    form = (partial, tl.log(whole), whole)
+    limit = alpha.to(tl.float64) * ENTROPY_SHARE * spread(all_mass, all_dot, form).to(tl.float64)
+    store_order(keys, part, slot, lists[0], lists[1])
+    dot = sums_above(keys, lists[0], lists[1], found, N)
+    fits = spread(mass + weight, dot + part, form).to(tl.float64) <= limit  # its first copy
+    fits = inside & fits & (y >= top - LIGHTEST)
+    fails = kept & (fits == 0) & (y < top)
+    barrier = tl.max(tl.where(fails, keys, NOTHING), axis=0)
+    return kept & (keys > barrier), barrier == NOTHING
+
+
+@triton.jit
+def take_special(now, value, second, at_first, whole, y, keys, kept, weight, number, mass, top, slot, lists, found,
+                 SPECIAL: tl.constexpr, DEVICES: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """One rule by entropy, distance or moments: (kept, keys, weight, number, mass, top, whether the list is too short).
+
+    whole: moments of the row, for the first rule. SPECIAL: see `search`, from its third member on.
+    """
+    statistics, short = whole, now < 0
+    if at_first == 0:
+        statistics = moments_of(y, kept, weight, top, SPECIAL[3])
+    dropped = now < 0
+    if (now == XTC) | ((now >= BY_FUNCTION) & (now != NO_RULE)):
+        limit = value_limit(now, statistics, top, value, DEVICES)
+        if now == XTC:
+            least = tl.min(tl.where(kept & (y >= limit), y, float("inf")), axis=0)
+            kept, dropped = kept & (y <= least), least < top
+        else:
+            kept = kept & (y >= limit)
+    if SPECIAL[1]:
+        if now == TYPICAL:
+            kept = keep_typical(y, kept, weight, value, statistics, top, slot, lists, found, N)
+            dropped = tl.max(tl.where(kept, y, -float("inf")), axis=0) < top
+    if SPECIAL[2]:
+        if now == TOP_H:
+            kept, short = keep_top_h(y, keys, kept, weight, number, mass, value, second, statistics, top, slot,
+                                     lists, found, N)  # fmt: skip
+            short = short & at_first & (second <= 0)
+    if SPECIAL[0]:
+        if dropped:  # the order begins at another token
+            top = tl.max(tl.where(kept, y, -float("inf")), axis=0)
+            keys = tl.where(kept, keys, NOTHING)
+            weight = tl.where(kept, fixed(tl.exp(y - top)), 0)
+            store_order(keys, weight + tl.where(kept, COUNT_BIT, 0), slot, lists[0], lists[1])
+            number, mass = ranks(keys, lists[0], lists[1], found, N)
+        elif now == TYPICAL:  # the order was laid over
+            store_order(keys, weight + tl.where(kept, COUNT_BIT, 0), slot, lists[0], lists[1])
+    return kept, keys, weight, number, mass, top, short
