@@ -104,14 +104,12 @@ class Request:
         if self.params.logprobs is not None:
             count = self.params.logprobs
             self.top_logprobs.append(dict(list(zip(*top, strict=True))[:count]))
-        return self._event(self._stop(token), token, processed, raw)
-
-    def _stop(self, token: int) -> Emission:
         try:
-            return self.stopper.push(token)
+            emission = self.stopper.push(token)
         except Exception as error:  # noqa: BLE001 - a user's criterion must not take the other rows with it
             self.error = f"request {self.index}: a stopping criterion raised {type(error).__name__}: {error}"
-            return self.stopper.finish("error")
+            emission = self.stopper.finish("error")
+        return self._event(emission, token, processed, raw)
 
     def end(self, reason: str, error: str | None = None) -> Event:
         """Finish from outside: cancelled, or an error of this row alone."""
