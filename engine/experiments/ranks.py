@@ -112,7 +112,7 @@ class Ranks:
         while missing := [pipe for pipe in self._pipes if pipe not in answers]:
             failed = any(not well for well, _ in answers.values())
             ready = wait(missing, LATE if failed else None)
-            for pipe in ready:
+            for pipe in [pipe for pipe in missing if pipe in ready]:
                 try:
                     answers[pipe] = pipe.recv()
                 except EOFError:

@@ -262,6 +262,8 @@ def _pair(
     both = [
         (r, partner[p, r["sample"]]) for p, rs in first.items() for r in rs if (p, r["sample"]) in partner
     ]
+    if not both:
+        raise ParameterError(f"compare: {name!r} and the baseline share no sample of a prompt")
     steps = [first_difference(a["token_ids"], b["token_ids"]) for a, b in both]
     shares: dict[str, list[float]] = defaultdict(list)
     parted: dict[str, list[int]] = defaultdict(list)
@@ -271,10 +273,8 @@ def _pair(
         if step is not None:
             parted[str(one["prompt_id"])].append(step)
             signs += _sign(one, other, step)
-    equal, where = (
-        mean_interval([sum(found) / len(found) for found in each.values()]) if each else None
-        for each in (shares, parted)
-    )
+    equal = mean_interval([sum(found) / len(found) for found in shares.values()])
+    where = mean_interval([sum(found) / len(found) for found in parted.values()]) if parted else None
     up = signs.count(1)
     found = (where, up, len(signs) - up, sign_test(up, len(signs) - up) if signs else None)
     return Pair(name, differences, _correctness(both), steps, equal, len(both), *found)

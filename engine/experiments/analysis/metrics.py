@@ -207,10 +207,7 @@ METRICS: dict[str, Metric] = {
         Metric("processed_logprob", lambda record: mean_logprob(record, "logprobs")),
         Metric("surprisal", surprisal),
         Metric("perplexity", perplexity),
-        *(
-            Metric(name, lambda record, n=name: mean_logprob(record, n))
-            for name in ("entropy", "rank", "kept")
-        ),
+        *(Metric(name, partial(mean_logprob, field=name)) for name in ("entropy", "rank", "kept")),
         Metric("judge_logprob", lambda record: mean_logprob(record, "judge_logprobs")),
         Metric("judge_perplexity", judge_perplexity),
         Metric("watermark_p", watermark_p),

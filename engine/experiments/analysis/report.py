@@ -101,9 +101,10 @@ def throughput(records: Sequence[Mapping[str, Any]], slots: Mapping[str, int]):
         records: of several models, named by `by_model`. slots: model -> rows that ran together.
     """
     axes, figure = _axes("batch", "tokens/s")
-    rate, lines = METRICS["tokens_per_second"], {}
+    rate = METRICS["tokens_per_second"]
+    lines: dict[str, list[tuple[float, Interval]]] = {}
     for setting, prompts in grouped(records).items():
-        model = next(iter(prompts.values()))[0].get("of_model")
+        model = next(iter(prompts.values()))[0].get("of_model", "")
         found = mean_of(rate, prompts)
         if found is not None and model in slots:
             line = lines.setdefault(setting.removeprefix(f"{model} "), [])

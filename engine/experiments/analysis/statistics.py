@@ -48,7 +48,8 @@ def share_interval(successes: int, n: int, level: float = 0.95) -> Interval:
     """
     share, z = successes / n, NormalDist().inv_cdf((1 + level) / 2)
     centre, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Interval(share, *((centre + side) / (1 + z * z / n) for side in (-width, width)), n, level)
+    low, high = ((centre + side) / (1 + z * z / n) for side in (-width, width))
+    return Interval(share, low, high, n, level)
 
 
 def mean_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:

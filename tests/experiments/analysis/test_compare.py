@@ -109,6 +109,8 @@ def test_bad_comparisons_say_what_is_wrong():
         compare_records(RECORDS, ["tokens"], baseline="c")
     with pytest.raises(ParameterError, match="and another are needed"):
         compare_records(RECORDS[:3], ["tokens"])
+    with pytest.raises(ParameterError, match="'b' and the baseline share no sample of a prompt"):
+        compare_records([RECORDS[2], RECORDS[3]], ["tokens"])
     with pytest.raises(ParameterError, match="several models"):
         compare_records([*RECORDS, RECORDS[0] | {"model": "n"}], ["tokens"])
     with pytest.raises(ParameterError, match="no sample 5 of prompt 'p'"):
