@@ -1,5 +1,6 @@
 """The compiled decode step against the eager one: tokens, recompilations, models that cannot be compiled."""
 
+import gc
 import logging
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from architectures import ARCHITECTURES, prompts_of
 from helpers import assert_nothing_leaked, tiny_llama
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from handloom import Engine, SamplingParams
 from handloom.forward.programs.compiling import CompiledStep
@@ -88,9 +90,18 @@ def test_a_model_on_another_path_says_why_and_stays_eager(caplog):
 
 
 @pytest.mark.slow
-def test_inductor_draws_the_eager_tokens(capsys):
+def test_inductor_draws_the_eager_tokens_and_a_second_engine_finds_its_code(capsys):
     model = tiny_llama()
-    engine = Engine(model, slots=2, max_length=100, compile=True)
-    assert answers(engine) == answers(Engine(model, slots=2, max_length=100))
-    assert set(engine.runner.compiled.compiled) == {1, 2}
-    assert "compiled the decode step of LlamaForCausalLM for 2 rows in" in capsys.readouterr().err
+    wanted = answers(Engine(model, slots=2, max_length=100))
+    with fresh_cache():
+        for found in ({"fxgraph_cache_miss": 1}, {"fxgraph_cache_hit": 1}):
+            gc.collect()  # the first engine is gone, and all that dynamo knows of it
+            torch._dynamo.reset()
+            counters.clear()
+            engine = Engine(model, slots=2, max_length=100, compile=True)
+            engine.runner.compiled.sizes = {2}  # each takes a C++ compiler's time
+            assert answers(engine) == wanted
+            assert set(engine.runner.compiled.compiled) == {2}
+            assert "compiled the decode step of LlamaForCausalLM for 2 rows in" in capsys.readouterr().err
+            assert {k: n for k, n in counters["inductor"].items() if k.startswith("fxgraph")} == found
+            del engine

@@ -26,9 +26,9 @@ LOOSE = 0.15
 # On CUDA products of one row become tuned kernels that read the weights at full speed; the graphs are our own.
 ON_CUDA = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
 
-# An op takes numbers and tensors only, so it finds its step under a number.
+# An op takes numbers and tensors only, so it finds its step under a number: the lowest free one, since it is a part
+# of what inductor's cache goes by.
 _steps: weakref.WeakValueDictionary[int, CompiledStep] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
 _library = torch.library.Library("handloom", "FRAGMENT")
 _library.define(
     "attend(Tensor query, Tensor key, Tensor value, int step, int layer, float? scale, int? window, "
@@ -103,7 +103,7 @@ class CompiledStep:
         self._model = weakref.ref(model)
         self._module, self._config = model.module, model.config
         self._cache = Cache(layers=[FreshLayer() for _ in model.plan])
-        self._number = next(_numbers)
+        self._number = next(number for number in itertools.count() if number not in _steps)
         self._name = f"handloom_compiled_{self._number}"
         _steps[self._number] = self
         AttentionInterface.register(self._name, _attention(self._number))
