@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from importlib import import_module
 from itertools import islice
 from os import PathLike
 from typing import Any, Literal, Unpack, overload
@@ -288,6 +289,18 @@ class Engine(Stepping):
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         return chat_ids(self.tokenizer, messages, tools, **template)
+
+    def compare(self, prompts, settings, metrics=("logprob",), **options: Any):
+        """Several settings on the same prompts with the same noise: `handloom.compare` with this engine."""
+        return import_module(".experiments.analysis.compare", __package__).compare(
+            self, prompts, settings, metrics, **options
+        )
+
+    def trace(self, prompt, params=None, **options: Any):
+        """Every step's distribution at every place of the pipeline: `handloom.trace` with this engine."""
+        return import_module(".experiments.analysis.trace", __package__).trace(
+            self, prompt, params, **options
+        )
 
     def warm_up(self, params=None, *, rows=None, tokens: Sequence[int] = (16, 128, 512)) -> float:
         """Do ahead what first requests wait for: kernels are compiled, steps and passes compiled and recorded.

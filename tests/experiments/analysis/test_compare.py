@@ -122,7 +122,7 @@ def test_a_setting_against_itself_is_exactly_zero_and_noise_is_shared():
     prompts = ["the cat", "a dog", "x y z"]
     shared = {"temperature": 1.0, "max_new_tokens": 6, "ignore_eos": True}
     same = {"one": {"top_p": 0.9}, "two": {"top_p": 0.9}}
-    found = compare(engine, prompts, same, ["logprob", "diversity", "tokens"], samples=2, params=shared)
+    found = engine.compare(prompts, same, ["logprob", "diversity", "tokens"], samples=2, params=shared)
     (pair,) = found.pairs
     assert pair.diverged == [None] * 6
     assert all((d.value, d.low, d.high) == (0.0, 0.0, 0.0) for d in pair.differences.values())

@@ -28,7 +28,7 @@ def engine():
 
 
 def test_tokens_are_those_of_generate_and_stages_those_of_the_pipeline(engine):
-    found = trace(engine, "the cat", PARAMS | {"ignore_eos": True}, candidates=5)
+    found = engine.trace("the cat", PARAMS | {"ignore_eos": True}, candidates=5)
     expected = engine.generate("the cat", **PARAMS, ignore_eos=True)
     assert found.generation.token_ids == expected.token_ids
     assert [step.token for step in found.steps] == expected.token_ids
