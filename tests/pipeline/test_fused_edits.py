@@ -133,7 +133,9 @@ def test_profiles_keep_their_order(profile, everywhere, monkeypatch):
         fused_everywhere(monkeypatch)
     plain = [SamplingParams(profile=profile), SamplingParams(profile=profile, temperature=1.0)]
     fused = []
-    for seed in range(12):
+    for seed in range(
+        4, 16
+    ):  # llama.cpp's temperature comes last, so few of its programs fuse more: the 15th does
         rng = random.Random(seed)
         requests = [*plain, *(of_profile(profile, rng) for _ in range(3))]
         program = Program(rng, VOCAB, rows=5, chain=Pipeline.default(), requests=requests)
