@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.sampling.draw import draw
+from ..kernels.sampling.draw import NONE_KEPT, draw
 from ..kernels.sampling.sample import sample
 from .edits import Edits
 from .forms import Context
@@ -95,7 +95,8 @@ def _fused(rows: Rows, logits: Tensor, context: Context, n_top: int) -> Drawn:
         kernels=kernels,
         **({} if edits is None else edits.arguments()),
     )
-    # -1 marks a row without a drawable token; its log-probabilities are NaN
+    _suspect(rows, plan, context, drawn.tokens)
+    # what is below 0 marks a row without a drawable token; its log-probabilities are NaN
     tokens = drawn.tokens.clamp(min=0)
     _note(rows, plan, context, tokens, drawn.logprob, processed if edits is None else edits)
     raw, final, top = drawn.raw_logprob, drawn.logprob, (drawn.top_ids, drawn.top_logprobs)
@@ -118,6 +119,16 @@ def _best(rows: Rows, plan: Plan, logits: Tensor, processed: Tensor, context: Co
     final = raw if processed is logits else told(processed, tokens)[0]
     _note(rows, plan, context, tokens, final, processed)
     return Drawn(tokens, raw, final, processed, top)
+
+
+def _suspect(rows: Rows, plan: Plan, context: Context, tokens: Tensor) -> None:
+    """Where the rules keep nothing of a row, say whose threshold is no number."""
+    names = " or ".join(repr(rows.members[i].processor.name) for i in plan.levels)
+    for i in plan.levels:
+        on = rows.view(rows.members[i], context).values.rows_on
+        lost = tokens == NONE_KEPT
+        lost = lost if on is None else lost & on[:, 0]
+        context.cache.setdefault("suspects", []).append((f"processor {names} gave NaN as its level", lost))
 
 
 def _note(

@@ -15,7 +15,7 @@ from ..errors import HandloomError, ParameterError
 from ..kernels.sampling.rules import Rule
 from .drawing import Drawn, draw_rows
 from .edits import Edits
-from .forms import Context, Edit, Keep, Processor, guarded, values_of
+from .forms import Context, Edit, Keep, Processor, guarded, is_ours, values_of
 from .members import Member, Plan, Quick, joined, merge, put_memory, reasons, remembers, select_memory
 from .processors.temperature import Temperature
 
@@ -160,6 +160,7 @@ class Rows:
                 unfused=chosen[: len(chosen) - len(fused)],
                 edits=[i for i in fused if i not in keeps and not self._is_temperature(i)],
                 remembering=[i for i in keeps if remembers(self.members[i].processor)],
+                levels=[i for i in keeps if self._foreign_level(self.members[i].processor)],
             )
             self._plan.temperature = self._temperature([i for i in fused if self._is_temperature(i)])
             if not all(self.greedy):
@@ -171,6 +172,9 @@ class Rows:
     def forget_plan(self) -> None:
         """Plan the next draw anew."""
         self._plan = None
+
+    def _foreign_level(self, rule: Processor) -> bool:
+        return isinstance(rule, Keep) and rule.limit == "level" and not is_ours(rule)
 
     def _is_temperature(self, index: int) -> bool:
         return isinstance(self.members[index].processor, Temperature)

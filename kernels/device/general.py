@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..noise.philox_triton import gumbel_at
 from .groups import COIN, MAX, NOISE, PLANES, RAW_MAX, RAW_SUM, rough_band
-from .row import DONE
+from .row import DONE, NONE_KEPT, no_token
 from .search import (
     BELOW_ALL,
     BY_LOGIT,
@@ -47,6 +47,8 @@ from .steps import (
     value_limit,
 )
 from .tokens import finite_top, ordered_key, scaled
+
+NONE = tl.constexpr(2147483647)  # the token of a row of which nothing is left
 
 
 @triton.jit
@@ -278,6 +280,9 @@ def general_kernel(
         begin, low, (kind, parameter, second, on), steps, vocab, top, whole, source, lists, DEVICES, CAPACITY, VARIANT,
     )  # fmt: skip
     token, value = pick(low, top, greedy, key[0], key[1], key[2], x, ids, held, source, bounds, VARIANT)
+    if token == NONE:
+        no_token(row, rows, NONE_KEPT, tokens, floats, counts, report_on)
+        return
     tl.store(tokens + row, token.to(tl.int64))
     if report_on != 0:
         if free:  # what was gathered is what can win; the rank counts every token above it

@@ -42,6 +42,8 @@ MANTISSA, LOWEST = tl.constexpr(4), tl.constexpr(-16)  # bins of a distance: 16 
 MOST_OF_TOP_H = tl.constexpr(128.0)  # groups in which top-H as first rule looks for its boundary
 NOISE_MOST = tl.constexpr(22.2)  # philox.GUMBEL_MAX
 CHOSEN, FULL = tl.constexpr(1), tl.constexpr(2)  # reports
+NO_TOKEN, NONE_KEPT = tl.constexpr(-1), tl.constexpr(-2)  # draw.NO_TOKEN, draw.NONE_KEPT
+NOBODY = tl.constexpr(-9223372036854775807)  # a score below all
 FEW = tl.constexpr(2)  # groups at a time where no rule is on
 # rows drawn here, left to other kernels, and left with a list of active groups: a mass first, then values alone
 DONE, LEFT, FRAMED = (tl.constexpr(i) for i in range(3))
@@ -196,9 +198,9 @@ def write_logprobs(row, rows, token, logit, top, mass, dot, number, rank, logits
 
 
 @triton.jit
-def no_token(row, rows, tokens, floats, counts, report):
-    """Store the result of a row without a drawable token."""
-    tl.store(tokens + row, tl.full((), -1, tl.int64))
+def no_token(row, rows, code, tokens, floats, counts, report):
+    """Store the result of a row without a drawable token: NO_TOKEN or NONE_KEPT for one."""
+    tl.store(tokens + row, tl.full((), 0, tl.int64) + code)
     if report != 0:
         for i in tl.static_range(3):
             tl.store(floats + i * rows + row, float("nan"))
@@ -249,7 +251,7 @@ def row_kernel(
     kind, parameter, second, on = steps_of_row(program, limits, row, rows, vocab, tossed)
     highest = tl.max(ordered_key(tops), axis=0)
     if (highest > 0x7F7FFFFF) | (highest < -0x7F7FFFFF - 1):  # a NaN, or -inf alone
-        no_token(row, rows, tokens, floats, counts, report)
+        no_token(row, rows, NO_TOKEN, tokens, floats, counts, report)
         return
     peak = (highest ^ ((highest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     greedy = temperature <= 0
@@ -392,7 +394,10 @@ def row_kernel(
             return
     score = ordered_key((y - top) + noise)
     both = (score.to(tl.int64) << 32) | (2147483647 - ids).to(tl.int64)
-    best = tl.max(tl.where(kept, both, -9223372036854775807), axis=0)
+    best = tl.max(tl.where(kept, both, NOBODY), axis=0)
+    if best == NOBODY:
+        no_token(row, rows, NONE_KEPT, tokens, floats, counts, report)
+        return
     token = 2147483647 - (best & 0xFFFFFFFF).to(tl.int32)
     tl.store(tokens + row, token.to(tl.int64))
     if report != 0:

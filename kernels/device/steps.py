@@ -120,7 +120,7 @@ def min_p_limit(top, parameter):
 @triton.jit
 def value_limit(kind, statistics, top, parameter, DEVICES: tl.constexpr):
     """Threshold of the value rule, or level of the XTC rule, at a step from moments relative to top; never
-    above top."""
+    above top. NaN, which no token reaches, where a device function gives it."""
     count, mass, dot, first, second, squares = statistics
     weight = mass.to(tl.float32) / FIXED_ONE
     log_mass = tl.log(weight)
@@ -143,7 +143,7 @@ def value_limit(kind, statistics, top, parameter, DEVICES: tl.constexpr):
                 tl.sqrt(variance.to(tl.float64)).to(tl.float32),
                 parameter,
             )
-    return tl.minimum(limit, top)
+    return tl.where(limit > top, top, limit)  # NaN stays
 
 
 @triton.jit

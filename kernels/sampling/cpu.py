@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..noise import philox
-from .draw import FEW, NO_TOKEN, coin, contenders, draw_ragged
+from .draw import FEW, NO_TOKEN, NONE_KEPT, coin, contenders, draw_ragged
 from .keep_cpu import KEEPS, keep_exactly
 from .reference import apply_edits
 from .rules import FLOAT_MAX, MASS_SHARE, Drawn, Statistics, unknown_statistic, with_top
@@ -51,7 +51,10 @@ def sample_cpu(call):
                 left.choose(KEEPS[rule.kind], values[index], others[index], coins[index] if tossed else None)
             else:
                 left.apply(rule, values[index])
-        pending.append((index, *left.candidates(*(part[index : index + 1] for part in key))))
+            if left.bad:
+                break
+        else:
+            pending.append((index, *left.candidates(*(part[index : index + 1] for part in key))))
     tokens = np.array([left.token for left in drawn], dtype=np.int64)
     if pending:
         index, winners = draw_ragged(pending, *key)
@@ -98,8 +101,11 @@ class _Row:
             if parameter > 0:
                 self.keep(min(self.top + _log(float(parameter)), self.top))
         else:
-            limit = rule.threshold(self.statistics(), torch.tensor([parameter]))
-            self.keep(min(limit.numpy()[0], self.top))
+            limit = rule.threshold(self.statistics(), torch.tensor([parameter])).numpy()[0]
+            if limit != limit:  # no token reaches NaN
+                self.bad, self.token = True, NONE_KEPT
+            else:
+                self.keep(min(limit, self.top))
 
     def _count(self, k):
         if self.ids is None:

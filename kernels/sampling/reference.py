@@ -2,7 +2,7 @@
 
 import torch
 
-from .draw import NO_TOKEN, coin, draw_reference
+from .draw import NO_TOKEN, NONE_KEPT, coin, draw_reference
 from .rules import (
     ENTROPY_SHARE,
     FLOAT_MAX,
@@ -89,7 +89,7 @@ def threshold(x, rule):
     if rule.kind == "mass":
         return _mass_threshold(x, rule.parameter)
     limit = rule.threshold(statistics(x), rule.parameter)
-    return torch.minimum(limit, x.amax(dim=1))  # the largest token always stays
+    return torch.minimum(limit, x.amax(dim=1))  # the largest token always stays; but for NaN, that keeps none
 
 
 def _count_threshold(x, k):
@@ -195,7 +195,7 @@ def sample_reference(call):
     usable = torch.where(bad[:, None], 0.0, scaled)
     left = torch.where(greedy[:, None], usable, truncate(usable, call.rules, call.key))
     tokens = draw_reference(left, *call.key, greedy)
-    tokens = torch.where(bad, NO_TOKEN, tokens)
+    tokens = torch.where(bad, NO_TOKEN, torch.where(tokens < 0, NONE_KEPT, tokens))
     return describe(logits, usable, left, tokens, call.logprobs, call.n_top)
 
 

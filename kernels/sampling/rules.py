@@ -69,8 +69,8 @@ class Call:
 class Drawn(NamedTuple):
     """What `sample` returns; fields that were not asked for are None.
 
-    A row without a drawable token (a NaN in it, or all -inf) has token -1, float fields NaN, kept 0 and rank
-    0.
+    A row without a drawable token (a NaN in it, or all -inf) has token -1, one of which the rules keep nothing (a value
+    rule whose threshold is NaN) -2; float fields are NaN then, kept 0 and rank 0.
     """
 
     tokens: torch.Tensor  # int64 [B]
@@ -131,7 +131,8 @@ class Rule(NamedTuple):
         kind: "count", "exact_count", "mass", "value", "xtc", "typical" or "top_h".
         parameter: float32 [B]; off is k <= 0 or k >= V for a count (2.5 is 3), p >= 1 for a mass and for typical; <= 0
             for a value rule and top_h.
-        threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B].
+        threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B]; NaN keeps
+            nothing.
         device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy,
             collision, count, mean, deviation, parameter) -> threshold, or the name of one in
             `kernels.triton_rules`. Without it the rule cannot run in the fused kernel.

@@ -1,5 +1,7 @@
 """Sampling: logits in, one seeded token a row out; edits, truncation rules, log-probabilities on the way."""
 
+import traceback
+
 import torch
 
 from .. import dispatch
@@ -81,23 +83,62 @@ def sample(
         n_top=n_top,
     )
     check(call)
-    if dispatch.select("sample", logits.device, kernels, _unfused(call)) == "triton":
+    while dispatch.select("sample", logits.device, kernels, _unfused(call)) == "triton":
         from .fused import sample_fused
 
-        return sample_fused(call, out=out)
+        try:
+            return sample_fused(call, out=out)
+        except Exception as error:
+            if not _refuse(call, error):  # once for each device function, which is not tried again
+                raise
     drawn = (sample_cpu if logits.device.type == "cpu" else sample_reference)(call)
     return drawn if out is None else drawn._replace(tokens=out.copy_(drawn.tokens))
 
 
+_refused = {}  # device functions that do not compile: why
+
+
+def _owners(call):
+    """(what it is called, its device function) of every rule and edit that needs one."""
+    for rule in call.rules:
+        if rule.kind == "value":
+            yield f"rule {getattr(rule.threshold, '__name__', rule.threshold)!r}", rule.device
+    for point in call.pointwise:
+        owner = getattr(point.edit, "__self__", None)
+        yield f"edit {getattr(owner or point.edit, 'name' if owner else '__name__', point.edit)!r}", point.device
+
+
 def _unfused(call):
     """Why these rules and edits have no fused kernel, or None."""
-    for rule in call.rules:
-        if rule.kind == "value" and rule.device is None:
-            return f"rule {getattr(rule.threshold, '__name__', rule.threshold)!r} has no device function"
-    for point in call.pointwise:
-        if point.device is None:
-            return f"edit {getattr(point.edit, '__name__', point.edit)!r} has no device function"
+    for name, device in _owners(call):
+        if device is None:
+            return f"{name} has no device function"
+        if device in _refused:
+            return f"the device function of {name} does not compile: {_refused[device]}"
     return None
+
+
+def _refuse(call, error):
+    """Whether an error comes from device functions of the call, which are then not asked again."""
+    chain = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    if not any(type(one).__name__ in ("CompilationError", "InterpreterError") for one in chain):
+        return False
+    given = {device for _, device in _owners(call) if not isinstance(device, str)}
+    codes = {(frame.f_code.co_filename, frame.f_code.co_name) for one in chain
+             for frame, _ in traceback.walk_tb(one.__traceback__)}  # fmt: skip
+    sources = {getattr(one, "src", None) for one in chain}
+    named = {device for device in given if _place(device) in codes or getattr(device, "src", 0) in sources}
+    reason = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())
+    _refused.update(dict.fromkeys(named or given, reason))
+    return bool(given)
+
+
+def _place(function):
+    code = function.fn.__code__
+    return code.co_filename, code.co_name
 
 
 def check(call):

@@ -55,6 +55,15 @@ class Levels(Keep):
         return statistics.variance - n
 
 
+class NoNumbers(Keep):
+    """Its level is no number."""
+
+    defaults = {"n": 0.0}
+
+    def level(self, statistics, n):
+        return statistics.maximum * float("nan")
+
+
 class Masses(Keep):
     """Raises before the sampler, while the step is planned."""
 
@@ -104,6 +113,7 @@ FAULTS = {
     Levels(
         1.0
     ): "processor 'Levels' raised AttributeError: there is no statistic 'variance'; a rule may read maximum",
+    NoNumbers(1.0): "processor 'NoNumbers' gave NaN as its level",
     Masses(1.0): "processor 'Masses' raised ZeroDivisionError: no mass",
     Lists(1.0): "processor 'Lists' raised TypeError: no list",
     Forgets(): "processor 'Forgets' raised KeyError: 'count'",

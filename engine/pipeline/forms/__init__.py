@@ -3,7 +3,7 @@
 from .context import Context
 from .edit import Edit
 from .keep import Keep
-from .processor import NEG_INF, Adapted, Function, Processor, committed, guarded, values_of
+from .processor import NEG_INF, Adapted, Function, Processor, committed, guarded, is_ours, values_of
 
 __all__ = [
     "NEG_INF",
@@ -15,5 +15,6 @@ __all__ = [
     "Processor",
     "committed",
     "guarded",
+    "is_ours",
     "values_of",
 ]

@@ -13,7 +13,7 @@ from ...errors import ParameterError
 from ...kernels.sampling.reference import statistics, truncate
 from ...kernels.sampling.rules import MASS_SHARE, Rule, Statistics
 from .context import Context
-from .processor import NEG_INF, Processor
+from .processor import NEG_INF, Processor, is_ours
 
 LIMITS = ("level", "threshold", "count", "mass", "known")
 
@@ -29,7 +29,7 @@ class Keep(Processor):
       mass(context) -> [B, 1]                keep the largest keys until their probability reaches mass; ties kept
       known(context) -> Rule                 a rule of `kernels.rules`, parameters [B], off in rows that are off
     and, where the key is not the logit, key(logits, context) -> [B, V], larger is better. The token with the
-    largest key is always kept. `device`: for a `level`, the same as a Triton function (see `kernels.rules.Rule`).
+    largest key is always kept; but a limit of NaN keeps nothing, and ends its row. `device`: for a `level`, the same as a Triton function (see `kernels.rules.Rule`).
     """
 
     kind = "keep"
@@ -90,7 +90,12 @@ class Keep(Processor):
         graphs compare it.
         """
         off = float(self.defaults[self.fields[0]])
-        return lambda statistics, value: torch.where(value == off, NEG_INF, self.level(statistics, value))
+
+        def level(statistics: Statistics, value: Tensor) -> Tensor:
+            return torch.where(value == off, NEG_INF, self.level(statistics, value))
+
+        level.__name__ = self.name
+        return level
 
     def cut(self, logits: Tensor, key: Tensor, context: Context) -> Tensor:
         """The threshold of every row in units of the key, [B, 1]."""
@@ -124,7 +129,10 @@ class Keep(Processor):
         threshold = self.cut(logits, key, context)
         if context.values.rows_on is not None:
             threshold = torch.where(context.values.rows_on, threshold, NEG_INF)
-        return logits.masked_fill(key < threshold, NEG_INF)
+        if not is_ours(self):
+            suspects = context.cache.setdefault("suspects", [])
+            suspects.append((f"processor {self.name!r} gave NaN as its {self.limit}", threshold[:, 0].isnan()))
+        return logits.masked_fill(~(key >= threshold), NEG_INF)
 
 
 def count_threshold(key: Tensor, count: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def values_of(
 
 def guarded(processor: Processor, logits: Tensor, context: Context) -> Tensor:
     """Apply `processor`; rows for which it is off come back bit-identical whatever the rule returns."""
-    if type(processor).__module__.startswith(OURS) and not isinstance(processor, Function | Adapted):
+    if is_ours(processor):
         result = processor.apply(logits, context)
     else:
         result = _distrusted(processor, logits, context)
@@ -183,6 +183,11 @@ def guarded(processor: Processor, logits: Tensor, context: Context) -> Tensor:
     if rows_on is None or processor.leaves_off_rows or result is logits:
         return result
     return torch.where(rows_on, result, logits)
+
+
+def is_ours(processor: Processor) -> bool:
+    """Whether the processor's code is this library's."""
+    return type(processor).__module__.startswith(OURS) and not isinstance(processor, Function | Adapted)
 
 
 def _distrusted(processor: Processor, logits: Tensor, context: Context) -> Any:

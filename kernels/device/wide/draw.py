@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..groups import PLANES
-from ..row import DONE, FRAMED, FULL, LEFT, write_logprobs
+from ..row import DONE, FRAMED, FULL, LEFT, NOBODY, write_logprobs
 from ..search import BELOW_ALL, fixed
 from ..steps import CUT_TIES, KEEP_MASS, KEEP_VALUE, MASS_SHARE, entry, min_p_limit, steps_of_row
 from ..tokens import GROUP, key_value, ordered_key, scaled
@@ -31,7 +31,6 @@ from .rows import (
     LUMP_BEST,
     LUMP_BIN,
     MASS_ABOVE,
-    NOBODY,
     NUMBERS,
     PEAK,
     POINTERS,

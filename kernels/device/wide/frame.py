@@ -8,9 +8,10 @@ many tokens for the list, a sample of the row narrows it (Floyd and Rivest 1975)
 import triton
 import triton.language as tl
 
+from ..row import NOBODY
 from ..search import fixed
 from ..tokens import GROUP, load_groups, ordered_key, scaled
-from .rows import ABOVE, ACTIVE, BEST, GUESSED, HIGHEST, LOWEST, MASS_ABOVE, NOBODY, list_tokens, scores_of
+from .rows import ABOVE, ACTIVE, BEST, GUESSED, HIGHEST, LOWEST, MASS_ABOVE, list_tokens, scores_of
 
 SAMPLE = tl.constexpr(32)  # groups
 

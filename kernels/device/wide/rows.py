@@ -15,7 +15,6 @@ FRAME = tl.constexpr(8)
 LEAST, PEAK = tl.constexpr(0), tl.constexpr(1)  # of a row's record
 WHOLE, MASS_ABOVE, DOT, BEST, LUMP_BEST = (tl.constexpr(i) for i in range(5))  # of a row's sums
 SUMS = tl.constexpr(8)
-NOBODY = tl.constexpr(-9223372036854775807)  # a score below all
 
 NUMBERS = (
     "groups_of_vocab", "groups", "width", "wants", "report", "kinds", "more_kinds", "places", "more_places",
