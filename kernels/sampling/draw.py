@@ -18,7 +18,10 @@ FEW = 1024  # candidates that get noise at once, whatever the share of the row t
 PIECE = 16384  # tokens taken at a time, a multiple of 4
 SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score
 SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of the noise and of the score
-NO_TOKEN, NONE_KEPT = -1, -2  # of a row that holds nothing to draw, and of one of which the rules keep nothing
+NO_TOKEN, NONE_KEPT = (
+    -1,
+    -2,
+)  # of a row that holds nothing to draw, and of one of which the rules keep nothing
 COIN_ID = 2**33  # the coin of a row is the noise of this token id, which no vocabulary reaches
 
 

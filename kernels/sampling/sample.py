@@ -105,7 +105,10 @@ def _owners(call):
             yield f"rule {getattr(rule.threshold, '__name__', rule.threshold)!r}", rule.device
     for point in call.pointwise:
         owner = getattr(point.edit, "__self__", None)
-        yield f"edit {getattr(owner or point.edit, 'name' if owner else '__name__', point.edit)!r}", point.device
+        yield (
+            f"edit {getattr(owner or point.edit, 'name' if owner else '__name__', point.edit)!r}",
+            point.device,
+        )
 
 
 def _unfused(call):

@@ -29,7 +29,8 @@ class Keep(Processor):
       mass(context) -> [B, 1]                keep the largest keys until their probability reaches mass; ties kept
       known(context) -> Rule                 a rule of `kernels.rules`, parameters [B], off in rows that are off
     and, where the key is not the logit, key(logits, context) -> [B, V], larger is better. The token with the
-    largest key is always kept; but a limit of NaN keeps nothing, and ends its row. `device`: for a `level`, the same as a Triton function (see `kernels.rules.Rule`).
+    largest key is always kept; but a limit of NaN keeps nothing, and ends its row. `device`: for a `level`, the same
+    as a Triton function (see `kernels.rules.Rule`).
     """
 
     kind = "keep"
@@ -131,7 +132,9 @@ class Keep(Processor):
             threshold = torch.where(context.values.rows_on, threshold, NEG_INF)
         if not is_ours(self):
             suspects = context.cache.setdefault("suspects", [])
-            suspects.append((f"processor {self.name!r} gave NaN as its {self.limit}", threshold[:, 0].isnan()))
+            suspects.append(
+                (f"processor {self.name!r} gave NaN as its {self.limit}", threshold[:, 0].isnan())
+            )
         return logits.masked_fill(~(key >= threshold), NEG_INF)
 
 
