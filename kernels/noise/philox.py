@@ -117,6 +117,16 @@ def philox_lanes_numpy(seeds, positions, streams, counters):
     return philox_rounds_numpy(first, second, np.stack([seeds & WORD_MASK, seeds >> 32]))
 
 
+def philox_range_numpy(seeds, positions, streams, start, count):
+    """Words of one row's tokens from `start` on, a multiple of 4: int64 [1] x 3 -> uint32 [count], in order."""
+    counters = np.arange(start // 4, (start + count + 3) // 4, dtype=np.uint64)[None]
+    even, odd = philox_lanes_numpy(seeds, positions, streams, counters)
+    words = np.empty((counters.shape[1], 4), dtype=np.uint32)
+    for lane, each in enumerate((even[0, 0], odd[0, 0], even[1, 0], odd[1, 0])):
+        words[:, lane] = each
+    return words.reshape(-1)[:count]
+
+
 def philox_rounds_numpy(first, second, key):
     """Ten rounds: counter words (0, 2) and (1, 3) uint64 [2, B, C], key words uint64 [2, B, 1] -> the same pairs.
 

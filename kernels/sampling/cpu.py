@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..noise import philox
-from .draw import FEW, NO_TOKEN, NONE_KEPT, coin, contenders, draw_ragged
+from .draw import FEW, NO_TOKEN, NONE_KEPT, coin, draw_ragged, draw_wide
 from .keep_cpu import KEEPS, keep_exactly
 from .reference import apply_edits
 from .rules import FLOAT_MAX, MASS_SHARE, Drawn, Statistics, unknown_statistic, with_top
@@ -53,8 +53,12 @@ def sample_cpu(call):
                 left.apply(rule, values[index])
             if left.bad:
                 break
+        if left.bad:
+            continue
+        if left.wide:
+            left.token = draw_wide(*left.pool(), *(part[index : index + 1] for part in key))
         else:
-            pending.append((index, *left.candidates(*(part[index : index + 1] for part in key))))
+            pending.append((index, *left.candidates()))
     tokens = np.array([left.token for left in drawn], dtype=np.int64)
     if pending:
         index, winners = draw_ragged(pending, *key)
@@ -150,15 +154,21 @@ class _Row:
             return np.nan
         return self.full[token] - self.top - np.log(np.exp(self.values - self.top).sum())
 
-    def candidates(self, seed, position, stream):
-        """(ids ascending, logits minus their maximum) of the tokens that may win the draw."""
-        if len(self.values) > max(len(self.full) // 16, FEW):
-            pool = self.full
-            if not self.whole:
-                pool = np.full_like(self.full, -np.inf)
-                pool[self.ids] = self.values
-            ids = contenders(pool, self.top, self.limit, seed, position, stream)
-            return ids, pool[ids] - self.top
+    @property
+    def wide(self):
+        """Whether so many candidates are left that noise for all of them is made in another way."""
+        return len(self.values) > max(len(self.full) // 16, FEW)
+
+    def pool(self):
+        """(row in which tokens at or above the limit are the candidates, its maximum, the limit)."""
+        pool = self.full
+        if not self.whole:
+            pool = np.full_like(self.full, -np.inf)
+            pool[self.ids] = self.values
+        return pool, self.top, self.limit
+
+    def candidates(self):
+        """(ids ascending, logits minus their maximum) of the candidates."""
         return np.arange(len(self.values)) if self.ids is None else self.ids, self.values - self.top
 
 

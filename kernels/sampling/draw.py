@@ -6,6 +6,8 @@ offset does not cost the noise its resolution. Tokens at -inf cannot be drawn; t
 probability.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -15,7 +17,7 @@ from .rules import FLOAT_MAX, Call
 
 GUMBEL_SPAN = 26.7  # a token this far below the maximum cannot win: more than GUMBEL_MAX - GUMBEL_MIN
 FEW = 1024  # candidates that get noise at once, whatever the share of the row that they are
-PIECE = 16384  # tokens taken at a time, a multiple of 4
+PIECE = 49152  # tokens taken at a time, at most: what is in work stays in the cache
 SAMPLE = 64  # tokens whose noise gives the first lower bound of the winning score
 SLACK = 1.0001  # relative slack of the word limit: covers rounding of exp, of the noise and of the score
 NO_TOKEN, NONE_KEPT = (
@@ -108,7 +110,8 @@ def _draw_numpy(rows, seeds, positions, streams, greedy):
         ids = (row >= top - np.float32(GUMBEL_SPAN)).nonzero()[0]
         if len(ids) > max(len(row) // 16, FEW):
             key = seeds[index : index + 1], positions[index : index + 1], streams[index : index + 1]
-            ids = contenders(row, top, -np.inf, *key)
+            tokens[index] = draw_wide(row, top, -np.inf, *key)
+            continue
         pending.append((index, ids, np.minimum(row[ids], np.float32(FLOAT_MAX)) - top))
     if pending:
         index, winners = draw_ragged(pending, seeds, positions, streams)
@@ -139,32 +142,38 @@ def draw_ragged(pending, seeds, positions, streams):
     return index, [ids[start + scores[start:end].argmax()] for start, end in zip(starts, ends, strict=True)]
 
 
-def contenders(row, top, floor, seeds, positions, streams):
-    """Ids, ascending, of the few tokens of a long row that can win; words for all, logarithms for few.
+def draw_wide(row, top, floor, seeds, positions, streams):
+    """The token of a row of which many can win: words for all, logarithms for few.
 
     With S the score of some token, token i can win only if g_i >= S - d_i (d = logit - top), which needs
-    E_i <= exp(d_i - S) and, as E >= u, a word of at most 2**32 * exp(d_i - S). The row is taken in pieces that
-    stay in the cache.
+    E_i <= exp(d_i - S) and, as E >= u, a word of at most 2**32 * exp(d_i - S). S is the best score of tokens near the
+    top. The row is taken in pieces that stay in the cache, the one with the top first.
 
     Args:
         row: float32 [V]. top: its maximum, finite. floor: tokens below it cannot be drawn; at most top.
         seeds, positions, streams: int64 [1].
+
+    Returns:
+        The token id.
     """
-    first = (row >= max(top - np.float32(1.0), floor)).nonzero()[0][:SAMPLE]
-    shifted = np.minimum(row[first], top) - top
-    bound = (shifted + philox.gumbel_numpy(seeds, positions, streams, first)[0]).max()
-    found = [first]
-    for start in range(0, len(row), PIECE):
-        part = row[start : start + PIECE]
-        limits = np.exp((np.minimum(part, top) - top) - bound)
-        limits *= np.float32(2.0**32 * SLACK)
+    size = 4 * -(-len(row) // (4 * -(-len(row) // PIECE)))  # even pieces: NumPy is slow on a short one
+    pieces = sorted(range(0, len(row), size), key=(row.argmax() // size * size).__ne__)
+    found, bound = {}, None
+    for start in pieces:
+        part = row[start : start + size]
+        shifted = part - top
+        words = philox.philox_range_numpy(seeds, positions, streams, start, len(part))
+        if bound is None:
+            near = (part >= max(top - np.float32(1.0), floor)).nonzero()[0][:SAMPLE]
+            scores = np.minimum(shifted[near], 0) + philox.gumbel_from_words_numpy(words[near])
+            bound = scores.max() - np.float32(math.log(2.0**32 * SLACK))
+        limits = np.exp(shifted - bound)
         limits += np.float32(2.0)
         if floor > -np.inf:
             limits[part < floor] = -1.0
-        counters = np.arange(start // 4, (start + len(part) + 3) // 4, dtype=np.uint64)[None]
-        even, odd = philox.philox_lanes_numpy(seeds, positions, streams, counters)
-        for lane, words in enumerate((even[0, 0], odd[0, 0], even[1, 0], odd[1, 0])):
-            limit = limits[lane::4]
-            hits = (words[: len(limit)].astype(np.float32) <= limit).nonzero()[0]
-            found.append(hits * 4 + (start + lane))
-    return np.unique(np.concatenate(found))
+        hits = (words.astype(np.float32) <= limits).nonzero()[0]
+        found[start] = hits + start, np.minimum(shifted[hits], 0), words[hits]
+    ids, shifted, words = (
+        np.concatenate(parts) for parts in zip(*(found[s] for s in sorted(found)), strict=True)
+    )
+    return ids[(shifted + philox.gumbel_from_words_numpy(words)).argmax()]

@@ -5,7 +5,7 @@ import torch
 from sampling_rows import generator, key, rows
 
 from handloom.kernels.noise import philox
-from handloom.kernels.sampling.draw import GUMBEL_SPAN, draw, draw_reference
+from handloom.kernels.sampling.draw import GUMBEL_SPAN, PIECE, draw, draw_reference
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 31, 3000])
@@ -24,6 +24,18 @@ def test_draw_is_its_reference_at_full_size():
     for name, x in rows(3, 151936):
         for seed in range(3):
             assert torch.equal(draw(x, **key(3, seed)), draw_reference(x, **key(3, seed))), name
+
+
+def test_a_row_in_pieces_is_drawn_like_a_whole_one():
+    """The top in another piece each, ties, excluded tokens and infinities; a word of noise for every token."""
+    vocab = 2 * PIECE + 5
+    x = torch.randn(8, vocab, generator=generator(1)) * torch.tensor([0, 1e-3, 1, 3, 3, 3, 1, 1])[:, None]
+    x[2] = x[2].round()
+    x[3:6, [7, PIECE + 7, vocab - 1]] += torch.eye(3) * 9
+    x[6, : vocab // 2] = -torch.inf
+    x[7, -2:] = torch.inf
+    parts = key(8)
+    assert torch.equal(draw(x, **parts), draw_reference(x, **parts))
 
 
 def test_ties_take_the_lowest_id():
