@@ -15,7 +15,7 @@ NAMES = {
     "i32": """stride vocab groups_of_vocab groups width wants report report_on tiles programs kinds more_kinds
         places more_places seconds more_seconds steps mask_stride listed_length touched_stride rows n_top""",
     "*fp32": """stats records values biases repetition presence frequency floats temperatures limits point_values
-        listed_x top_logprobs""",
+        listed_x top_logprobs found adaptive""",
     "*i32": """counters active keys_of ids_of counts_of frames bitmask listed_ids listed_to seen listed_counts
         touched""",
     "*fp64": "parts totals",

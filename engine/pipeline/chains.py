@@ -82,12 +82,12 @@ class ListedDynamicTemperature(rules.DynamicTemperature):
     defaults = rules.DynamicTemperature.defaults | {"top_k": 0, "typical_p": 1.0, "top_p": 1.0, "min_p": 0.0}
 
     def candidates(self, logits: Tensor, context: Context) -> Tensor:
-        v, left = context.values, super().candidates(logits, context)
+        v, left = context.values, (logits > NEG_INF).sum(-1, keepdim=True)
         vocab = logits.shape[-1]
         listed = torch.where(v.top_k > 0, v.top_k, vocab).clamp(max=vocab)
         listed = listed - context.cache.get("dropped by xtc", 0)
         shortened = (v.typical_p < 1) | (v.top_p < 1) | (v.min_p > 0)
-        return torch.where(shortened, left, torch.maximum(left, listed))
+        return torch.where(shortened, left, torch.maximum(left, listed))[:, 0]
 
 
 class StrictTypical(rules.Typical):

@@ -89,6 +89,7 @@ def _fused(rows: Rows, logits: Tensor, context: Context, n_top: int) -> Drawn:
         positions=context.positions,
         streams=context.streams,
         temperature=plan.temperature,
+        adaptive=plan.adaptive,
         rules=tuple(rules),
         logprobs="chosen",
         n_top=n_top if seen else 0,

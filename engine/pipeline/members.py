@@ -14,7 +14,7 @@ from ..errors import ParameterError
 from ..kernels.sampling.rules import Rule
 from ..params.sampling_params import SamplingParams
 from .forms import Context, Edit, Keep, Processor, values_of
-from .processors.temperature import Temperature
+from .processors.temperature import AdaptiveTemperature, Temperature
 
 
 class Member:
@@ -107,10 +107,10 @@ class Plan:
 
     edits: members that edit there. remembering: truncation rules there that have memory. rules: the truncation
     rules in order, a member's index where its parameter is in memory, and made in every step. levels: rules by a level
-    that somebody else has written, which may be NaN. temperature: [B]
-    float32, 0 for greedy rows; None: no row needs one. untouched: [B] bool, greedy rows for which no member is on;
-    None: none. Where all rows are greedy, no rule is needed: what the sampler truncates by keeps the most probable
-    token.
+    that somebody else has written, which may be NaN. temperature: [B] float32, 0 for greedy rows; None: no row needs
+    one. adaptive: [4, B], of the rows whose temperature follows their entropy, or None. untouched: [B] bool, greedy
+    rows for which no member is on; None: none. Where all rows are greedy, no rule is needed: what the sampler
+    truncates by keeps the most probable token.
     """
 
     unfused: list[int]
@@ -119,6 +119,7 @@ class Plan:
     levels: list[int] = dataclasses.field(default_factory=list)
     rules: list[Rule | int] = dataclasses.field(default_factory=list)
     temperature: Tensor | None = None
+    adaptive: Tensor | None = None
     untouched: Tensor | None = None
 
     @property
@@ -132,16 +133,18 @@ def reasons(
     settings: Sequence[Sequence[dict]],
     device_type: str = "cpu",
     greedy: Sequence[bool] | None = None,
+    on: Sequence[Sequence[bool]] | None = None,
 ) -> list[str]:
     """Why each processor, on beside the others, cannot run in the fused sampler; "" for those that can.
 
     The sampler takes edits, then a temperature, then truncation rules, and nothing before it may come after it:
     so what it runs is the longest end of the pipeline in that order.
 
-    settings: of each processor, those of the rows for which it is on. greedy: whether it is on for a greedy row.
+    settings: of each processor, those of the rows for which it is on. greedy: whether it is on for a greedy row. on:
+    for which rows it is, if not for the same ones.
     """
     found, follower, ends = [""] * len(processors), "", len(processors) - 1
-    keeps, sparse = True, ""
+    keeps, sparse, dividing, memory = True, "", set(), ""
     for i in range(ends, -1, -1):
         processor = processors[i]
         own = unfused_alone(processor, settings[i], device_type)
@@ -154,17 +157,26 @@ def reasons(
                 own = f"runs before {processors[i + 1].name}, and the sampler truncates last"
             elif i < ends and remembers(processor):
                 own = f"runs before {processors[i + 1].name}, and remembers what it left itself"
-        elif not own and isinstance(processor, Temperature):
-            if not keeps:
+        elif not own and divides(processor):
+            rows = {0} if on is None else {row for row, own_row in enumerate(on[i]) if own_row}
+            if not keeps and (not dividing or rows & dividing):
                 own = f"runs before {processors[i + 1].name}, and the sampler edits first"
-            keeps = False
+            elif memory and not isinstance(processor, Temperature):
+                own = f"runs before {memory}, which remembers probabilities"
+            keeps, dividing = False, dividing | rows
         elif not own:
-            keeps = False
+            keeps, dividing = False, set()
             if processor.form == "pointwise" and sparse:
                 own = f"runs before {sparse}, and the sampler edits listed tokens first"
             sparse = processor.name if processor.listed is not None else sparse
+        memory = memory or (processor.name if isinstance(processor, Keep) and remembers(processor) else "")
         found[i], follower = own, follower or (processor.name if own else "")
     return found
+
+
+def divides(processor: Processor) -> bool:
+    """Whether a processor is the sampler's temperature, of some rows."""
+    return isinstance(processor, Temperature | AdaptiveTemperature)
 
 
 def unfused_alone(processor: Processor, rows: Sequence[dict] = (), device_type: str = "cpu") -> str:

@@ -17,9 +17,8 @@ from .chains import chain_of
 from .drawing import Drawn
 from .foreign.huggingface import HFProcessor, TransformersWatermark, is_huggingface
 from .forms import Adapted, Context, Edit, Function, Keep, Processor
-from .members import reasons, unfused_alone
+from .members import divides, reasons, unfused_alone
 from .processors import DEFAULT_ORDER
-from .processors.temperature import Temperature
 from .rows import Rows
 
 __all__ = [
@@ -356,7 +355,7 @@ def form_of(processor: Processor) -> str:
     """The form in which a processor is written."""
     if isinstance(processor, Keep):
         return f"keep by {processor.limit}"
-    if isinstance(processor, Temperature):
+    if divides(processor):
         return "temperature"
     return f"{processor.form} edit" if isinstance(processor, Edit) else processor.kind
 

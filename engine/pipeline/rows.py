@@ -16,8 +16,19 @@ from ..kernels.sampling.rules import Rule
 from .drawing import Drawn, draw_rows
 from .edits import Edits
 from .forms import Context, Edit, Keep, Processor, guarded, is_ours, values_of
-from .members import Member, Plan, Quick, joined, merge, put_memory, reasons, remembers, select_memory
-from .processors.temperature import Temperature
+from .members import (
+    Member,
+    Plan,
+    Quick,
+    divides,
+    joined,
+    merge,
+    put_memory,
+    reasons,
+    remembers,
+    select_memory,
+)
+from .processors.temperature import AdaptiveTemperature
 
 NEG_INF = float("-inf")
 
@@ -153,16 +164,19 @@ class Rows:
             members = [self.members[i] for i in chosen]
             settings = [[s for s, on in zip(m.settings, m.on, strict=True) if on] for m in members]
             greedy = [any(g and on for g, on in zip(self.greedy, m.on, strict=True)) for m in members]
-            found = reasons([m.processor for m in members], settings, self.site.device.type, greedy)
+            kind, on = self.site.device.type, [m.on for m in members]
+            found = reasons([m.processor for m in members], settings, kind, greedy, on)
             fused = [i for i, reason in zip(chosen, found, strict=True) if not reason]
             keeps = [i for i in fused if isinstance(self.members[i].processor, Keep)]
+            dividing = [i for i in fused if divides(self.members[i].processor)]
             self._plan = Plan(
                 unfused=chosen[: len(chosen) - len(fused)],
-                edits=[i for i in fused if i not in keeps and not self._is_temperature(i)],
+                edits=[i for i in fused if i not in keeps and i not in dividing],
                 remembering=[i for i in keeps if remembers(self.members[i].processor)],
                 levels=[i for i in keeps if self._foreign_level(self.members[i].processor)],
             )
-            self._plan.temperature = self._temperature([i for i in fused if self._is_temperature(i)])
+            self._plan.temperature = self._temperature([i for i in dividing if not self._is_adaptive(i)])
+            self._plan.adaptive = self._adaptive([i for i in dividing if self._is_adaptive(i)])
             if not all(self.greedy):
                 self._plan.rules = [i if i in self._plan.remembering else self.rule(i) for i in keeps]
             if not self._plan.plain or not all(self.greedy):
@@ -176,20 +190,33 @@ class Rows:
     def _foreign_level(self, rule: Processor) -> bool:
         return isinstance(rule, Keep) and rule.limit == "level" and not is_ours(rule)
 
-    def _is_temperature(self, index: int) -> bool:
-        return isinstance(self.members[index].processor, Temperature)
+    def _is_adaptive(self, index: int) -> bool:
+        return isinstance(self.members[index].processor, AdaptiveTemperature)
 
     def _temperature(self, members: list[int]) -> Tensor | None:
-        """What the sampler divides by, 0 for greedy rows; `members` holds the temperature that is fused, if any."""
+        """What the sampler divides by, 0 for greedy rows; `members`: the temperatures that are fused."""
         temperature = None
         for i in members:
-            temperature = self.members[i].ready(self.site).temperature[:, 0]
+            own = self.members[i].ready(self.site).temperature[:, 0]
+            temperature = (
+                own if temperature is None else temperature * own
+            )  # no row has two; 1 where it is off
         if any(self.greedy):
             temperature = (
                 torch.ones(self.size, device=self.site.device) if temperature is None else temperature
             )
             temperature = torch.where(self.greedy_rows(), 0.0, temperature)
         return temperature
+
+    def _adaptive(self, members: list[int]) -> Tensor | None:
+        """The fused temperatures that follow a row's entropy, [4, B] with columns of 0 for other rows."""
+        found = None
+        for i in members:
+            view = self.site.view(self.members[i].processor, self.members[i].ready(self.site), None)
+            own, on = view.key.adaptive(view), view.values.rows_on
+            own = own if on is None else torch.where(on[:, 0], own, 0.0)
+            found = own if found is None else found + own  # no row has two
+        return found
 
     def rule(self, index: int, context: Context | None = None) -> Rule:
         """The truncation rule of a member, in a step if it has memory."""

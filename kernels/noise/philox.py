@@ -10,8 +10,8 @@ probability (the naive -log(-log u) has steps of 1.7 % at g = 12). The logarithm
 float32 multiplications, additions, subtractions and integer operations alone, all of which IEEE 754 defines
 to the last bit. Hence g lies in [GUMBEL_MIN, GUMBEL_MAX].
 
-Sources: Philox, Salmon et al., SC 2011 (Random123); Gumbel-max, arXiv 1411.0030; logf, Cephes mathematical
-library.
+Sources: Philox, Salmon et al., SC 2011 (Random123); Gumbel-max, arXiv 1411.0030; logf and expf, Cephes
+mathematical library.
 """
 
 import numpy as np
@@ -39,6 +39,14 @@ LOG_POLYNOMIAL = (
 )
 LN2_HIGH = 0.693359375
 LN2_LOW = -2.12194440e-4
+EXP_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 
 
 def philox_words_reference(seeds, positions, streams, token_ids):
@@ -96,6 +104,18 @@ def log_reference(x, minus=None):
     value = value + exponent * LN2_LOW
     value = value - square * 0.5
     return (fraction + value) + exponent * LN2_HIGH
+
+
+def exp_reference(x):
+    """Cephes expf of float32 x, cut to [-87, 88]: products and sums alone, so the same bits everywhere."""
+    x = x.clamp(-87.0, 88.0)
+    power = (x * 1.44269504 + 0.5).floor()
+    x = (x - power * LN2_HIGH) - power * LN2_LOW
+    value = x * EXP_POLYNOMIAL[0]
+    for coefficient in EXP_POLYNOMIAL[1:-1]:
+        value = (value + coefficient) * x
+    value = (value + EXP_POLYNOMIAL[-1]) * (x * x) + x + 1.0
+    return value * ((power.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
 def gumbel_reference(seeds, positions, streams, token_ids):

@@ -46,6 +46,21 @@ def log_polynomial(fraction, exponent):
 
 
 @triton.jit
+def exact_exp(x):
+    """Cephes expf of float32 x, cut to [-87, 88]: the bits of `philox.exp_reference`."""
+    x = tl.minimum(tl.maximum(x, -87.0), 88.0)
+    power = tl.floor(x * 1.44269504 + 0.5)
+    x = (x - power * 0.693359375) - power * -2.12194440e-4
+    value = x * 1.9875691500e-4
+    value = (value + 1.3981999507e-3) * x
+    value = (value + 8.3334519073e-3) * x
+    value = (value + 4.1665795894e-2) * x
+    value = (value + 1.6666665459e-1) * x
+    value = (value + 5.0000001201e-1) * (x * x) + x + 1.0
+    return value * ((power.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def gumbel_from_words(words):
     """Gumbel noise of uint32 words."""
     uniform = (words | 1).to(tl.float32) * 2.3283064365386963e-10

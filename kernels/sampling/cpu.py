@@ -14,7 +14,7 @@ import torch
 from ..noise import philox
 from .draw import FEW, NO_TOKEN, NONE_KEPT, coin, draw_ragged, draw_wide
 from .keep_cpu import KEEPS, keep_exactly
-from .reference import apply_edits
+from .reference import apply_edits, temperatures
 from .rules import FLOAT_MAX, MASS_SHARE, Drawn, Statistics, unknown_statistic, with_top
 
 GROUPS = 512  # group maxima taken per row before a count limit
@@ -34,7 +34,8 @@ def sample_cpu(call):
         hidden = logits.isnan().any(dim=1)  # a ban must not hide a NaN
         rows = apply_edits(logits.detach(), **call.changes)
         rows = rows.masked_fill_(hidden[:, None], torch.nan).numpy()
-    temperature = np.ones(len(rows), np.float32) if temperature is None else temperature.numpy()
+    temperature = torch.ones(len(rows)) if temperature is None else temperature
+    temperature = temperatures(torch.from_numpy(rows), temperature, call.adaptive).numpy()
     key = tuple(part.numpy() for part in call.key)
     parameters = [rule.parameter.numpy() for rule in rules]
     seconds = [rule.parameter.numpy() if rule.second is None else rule.second.numpy() for rule in rules]

@@ -18,6 +18,7 @@ from ..device import groups as triton_groups
 from ..device import rules as triton_rules
 from ..device.general import general_kernel, top_kernel
 from ..device.order.moments import PARTS, SUMS, moment_kernel
+from ..device.order.temperatures import temperature_kernel
 from ..device.row import row_kernel
 from ..device.tokens import BITMASK, LISTED, REPLACED
 from ..device.wide.bins import BINS, bin_kernel
@@ -94,7 +95,9 @@ class Plan:
     and changed in place, they cost no copy.
     """
 
-    def __init__(self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False, n_top=0):
+    def __init__(
+        self, logits, *, rules=(), edits=None, pointwise=(), logprobs=False, n_top=0, adaptive=False
+    ):
         rows, vocab = logits.shape
         device = logits.device
         self.rows, self.vocab = rows, vocab
@@ -124,7 +127,7 @@ class Plan:
             torch.empty(rows, 2, **empty),
             torch.empty(rows, 8, device=device, dtype=torch.int64),
         )
-        parts = (rows, PARTS.value) if any(self.special) else (1, 1)
+        parts = (rows, PARTS.value) if any(self.special) or adaptive else (1, 1)
         self.parts, self.totals = (
             torch.empty(*size, SUMS.value, device=device, dtype=torch.float64) for size in (parts, parts[:1])
         )
@@ -133,6 +136,7 @@ class Plan:
         self.wide_ids = torch.empty(rows, CAPACITY, **whole)
         self.tokens = torch.empty(rows, device=device, dtype=torch.int64)
         self.floats = torch.empty(3, rows, **empty)
+        self.temperatures = torch.empty(rows, **empty)  # of a call that has adaptive ones
         self.counts = torch.empty(2, rows, device=device, dtype=torch.int64)
         self.top_ids = torch.empty(rows, self.n_top, device=device, dtype=torch.int64)
         self.top_logprobs = torch.empty(rows, self.n_top, **empty)
@@ -168,7 +172,7 @@ class Plan:
     @classmethod
     def of(cls, call):
         """A plan for calls like this one."""
-        asked = {"logprobs": call.logprobs, "n_top": call.n_top}
+        asked = {"logprobs": call.logprobs, "n_top": call.n_top, "adaptive": call.adaptive is not None}
         return cls(call.logits, rules=call.rules, edits=call.edits, pointwise=call.pointwise, **asked)
 
 
@@ -265,7 +269,8 @@ def launches(call, plan, tokens):
     wants = plan.wants | edits_of(edits, bitmask)
     head = logits, logits.stride(0), plan.vocab, plan.vocab_groups, plan.groups, plan.statistics, plan.width
     key = call.seeds, call.positions, plan.zeros if call.streams is None else call.streams
-    row = *key, plan.ones if call.temperature is None else call.temperature, plan.limits, *plan.program
+    given = plan.ones if call.temperature is None else call.temperature
+    row = *key, given if call.adaptive is None else plan.temperatures, plan.limits, *plan.program
     mask = (plan.counters, 0) if bitmask is None else (bitmask, bitmask.stride(0))
     touched = (plan.counters, 0) if edits is None else (edits.touched, edits.touched.stride(0))
     last = plan.point_values, plan.rows
@@ -275,23 +280,24 @@ def launches(call, plan, tokens):
     builds = plan.builds(logits.device)
     asked = plan.counters, wants, tiles, programs
     listed = *_listed(plan, edits), plan.listed, *touched, *_penalties(plan, edits), plan.values
-    found = [("group", grid, (*head, *asked, *row, *mask, *listed, *last))]
+    sweep = plan.rows, min(PARTS.value, triton.cdiv(plan.vocab_groups, MOMENT_GROUPS))
+    groups = [("group", grid, (*head, *asked, *row, *mask, *listed, *last))]
+    ids = plan.counters if edits is None else edits.ids
+    edited = *mask, ids, plan.values, plan.listed, *touched, *last
+    found = groups
+    if call.adaptive is not None:  # the maxima alone, and a sweep for the entropy, come first
+        maxima = plan.counters, wants & ~plan.wants, tiles, programs
+        found = [("group", grid, (*head, *maxima, *row, *mask, *listed, *last)),
+                 ("temperature", sweep, (*head, plan.counters, wants, plan.parts, plan.temperatures,
+                                                            call.adaptive, given, *edited)), *groups]  # fmt: skip
     head = *head, plan.counters, wants, plan.report
-    row = (
-        *row,
-        *mask,
-        plan.counters if edits is None else edits.ids,
-        plan.values,
-        plan.listed,
-        *touched,
-        *last,
-    )
+    row = *row, *edited
     results = tokens, plan.floats, plan.counts
     lists = plan.active, plan.lists, plan.list_keys, plan.list_weights, plan.list_ids
     bins, frame = (plan.bin_counts, plan.bin_masses), (plan.frames, plan.records, plan.sums)
     if any(plan.special[1:]):
         sums = *head[:-1], plan.parts, plan.totals
-        found.append(("moment", (plan.rows, PARTS.value), (*sums, *row)))
+        found.append(("moment", sweep, (*sums, *row)))
     found.append(("row", (plan.rows,), (*head, *lists, *bins, *frame, plan.totals, *results, *row)))
     if plan.n_top:
         own = plan.active, plan.wide_values, plan.wide_ids, plan.top_ids, plan.top_logprobs, plan.n_top
@@ -347,6 +353,9 @@ def builds_of(
         "moment": Build(
             moment_kernel,
             {"GROUPS": MOMENT_GROUPS, "WIDTH": width, "FULL": special[3], "num_warps": 4, **shared},
+        ),
+        "temperature": Build(
+            temperature_kernel, {"GROUPS": MOMENT_GROUPS, "WIDTH": width, "num_warps": 4, **shared}
         ),
         "bin": Build(bin_kernel, wide),
         "wide": Build(wide_kernel, {"WIDTH": width, **wide}),

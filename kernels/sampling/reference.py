@@ -2,6 +2,7 @@
 
 import torch
 
+from ..noise.philox import exp_reference, log_reference
 from .draw import NO_TOKEN, NONE_KEPT, coin, draw_reference
 from .rules import (
     ENTROPY_SHARE,
@@ -15,6 +16,10 @@ from .rules import (
     unpack_mask,
     with_top,
 )
+
+FIXED_ONE = 2.0**35  # of sums in fixed point
+NEAR = 40.0  # a token so far below the highest adds nothing to an entropy
+SMALLEST = 1e-30  # share of the most entropy that counts as none
 
 
 def apply_edits(logits, *, edits=None, bitmask=None, pointwise=()):
@@ -58,6 +63,38 @@ def scale(x, temperature):
     temperature = torch.where(temperature > 0, temperature, 1.0)[:, None]
     scaled = (x / temperature).clamp(-FLOAT_MAX, FLOAT_MAX)
     return torch.where(x == -torch.inf, x, scaled)
+
+
+def temperatures(x, temperature, adaptive=None, count=None):
+    """What to divide edited logits [B, V] by, float32 [B]: the temperature, or where there is one the adaptive one.
+
+    Sums are integers, and all else products and sums of float32, so every path has the same bits.
+
+    Args:
+        temperature: float32 [B]; where it is 0, nothing is adaptive.
+        adaptive: float32 [4, B] or None: (form, three parameters); form 0 is none, 1 `rules.dynamic_temperature`, 2
+            `rules.entropy_temperature`.
+        count: [B] or None (the tokens above -inf): how many tokens the most entropy is of.
+    """
+    if adaptive is None:
+        return temperature
+    form, low, high, power = adaptive
+    x = x.clamp(max=FLOAT_MAX)
+    shift = x - x.amax(dim=1, keepdim=True)
+    near = shift >= -NEAR
+    shift = torch.where(near, shift, 0.0)
+    weight = torch.where(near, exp_reference(shift), 0.0)
+    mass = (weight * FIXED_ONE).long().sum(dim=1).float()
+    dot = (-weight * shift * FIXED_ONE).long().sum(dim=1).float()
+    count = (x > -torch.inf).sum(dim=1) if count is None else count
+    entropy = (log_reference(mass * (1 / FIXED_ONE)) + dot / mass).clamp(min=0.0)
+    share = (entropy / log_reference(count.float().clamp(min=2.0))).clamp(0.0, 1.0)
+    grown = exp_reference(power * log_reference(share.clamp(min=SMALLEST)))
+    grown = torch.where(share < SMALLEST, (power <= 0).float(), torch.where(power == 1, share, grown))
+    dynamic = low + (high - low) * grown
+    by_theta = low * exp_reference((power / entropy.clamp(min=1e-9)) * log_reference(high))
+    found = torch.where(form == 1, dynamic, by_theta).clamp(1e-6, FLOAT_MAX)
+    return torch.where((form > 0) & (temperature > 0), found, temperature)
 
 
 def statistics(x):
@@ -191,7 +228,7 @@ def sample_reference(call):
     temperature = torch.ones(len(logits), device=logits.device) if temperature is None else temperature
     greedy = temperature <= 0
     bad = ~(edited.amax(dim=1) > -torch.inf) | logits.isnan().any(dim=1)
-    scaled = scale(edited, temperature)
+    scaled = scale(edited, temperatures(edited, temperature, call.adaptive))
     usable = torch.where(bad[:, None], 0.0, scaled)
     left = torch.where(greedy[:, None], usable, truncate(usable, call.rules, call.key))
     tokens = draw_reference(left, *call.key, greedy)

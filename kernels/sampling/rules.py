@@ -47,6 +47,7 @@ class Call:
     positions: torch.Tensor  # int64 [B]
     streams: torch.Tensor | None = None  # int64 [B]
     temperature: torch.Tensor | None = None  # float32 [B]
+    adaptive: torch.Tensor | None = None  # float32 [4, B], a temperature by the entropy, see `sample`
     rules: "tuple[Rule, ...]" = ()
     edits: "SparseEdits | Replaced | None" = None
     bitmask: torch.Tensor | None = None  # int32 [B, ceil(V / 32)]
@@ -236,6 +237,21 @@ def count_tokens(tokens, starts, ends, capacity=None):
         counts = torch.zeros_like(result[0])
         result.append(counts.scatter_add_(1, slot, inside.to(torch.int32)))
     return tuple(result)
+
+
+def dynamic_temperature(temperature, reach, exponent):
+    """A temperature from max(0, t - reach) to t + reach by (entropy / its most)**exponent, [4, B] for `sample`.
+
+    temperature, reach, exponent: [B], >= 0. The most is the logarithm of the number of tokens above -inf (kalomaze,
+    llama.cpp).
+    """
+    low, high = (temperature - reach).clamp(min=0.0), temperature + reach
+    return torch.stack([torch.ones_like(low), low, high, exponent]).float()
+
+
+def entropy_temperature(temperature, base, theta):
+    """A temperature t * base**(theta / entropy), [4, B] for `sample`; base (0, 1] (arXiv 2403.14541)."""
+    return torch.stack([torch.full_like(temperature, 2.0), temperature, base, theta]).float()
 
 
 def top_k(k, ties="keep"):

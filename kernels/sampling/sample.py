@@ -20,6 +20,7 @@ def sample(
     positions,
     streams=None,
     temperature=None,
+    adaptive=None,
     top_k=None,
     top_p=None,
     min_p=None,
@@ -44,6 +45,8 @@ def sample(
         streams: int64 [B] or None (0).
         temperature: float32 [B] or None (1); 0 is greedy: highest edited logit, lowest id on ties, no
             truncation.
+        adaptive: float32 [4, B] or None; temperatures that follow the entropy of the edited logits instead, by
+            `rules.dynamic_temperature` or `rules.entropy_temperature`; a column of zeros is none.
         top_k: int [B] or None; <= 0 or >= V is off. Ties of the k-th are kept; `rules.top_k` with
             ties="lowest" keeps exactly k.
         top_p: float [B] or None; >= 1 is off. Mass is of what top_k left; ties at the boundary are kept.
@@ -75,6 +78,7 @@ def sample(
         positions=positions,
         streams=streams,
         temperature=temperature,
+        adaptive=adaptive,
         rules=(*(make(value) for value, make in short if value is not None), *rules),
         edits=edits,
         bitmask=bitmask,
@@ -155,6 +159,8 @@ def check(call):
             raise ValueError(
                 f"{name} of shape {tuple(value.shape)}: expected ({len(logits)},), one value a row"
             )
+    if call.adaptive is not None and tuple(call.adaptive.shape) != (4, len(logits)):
+        raise ValueError(f"adaptive of shape {tuple(call.adaptive.shape)}: expected (4, {len(logits)})")
     if not 0 <= n_top <= logits.shape[1]:
         raise ValueError(f"n_top={n_top}: expected 0 to the vocabulary size {logits.shape[1]}")
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():

@@ -1,23 +1,29 @@
 """Where the paths of `sample` used to differ or to complain: fractional counts, finite masks, unknown statistics."""
 
+import dataclasses
 import math
 import warnings
 
 import pytest
 import torch
-from sampling_rows import differences, generator
+from sampling_rows import differences, edits, generator
 
 from handloom import Context, Keep, Pipeline, SamplingParams
 from handloom.kernels.device.row import DONE, FRAMED
 from handloom.kernels.device.wide.rows import ABOVE, GUESSED, HIGHEST, LISTED_SO_FAR, LOWEST
+from handloom.kernels.noise.philox import exp_reference
+from handloom.kernels.sampling.cpu import sample_cpu
 from handloom.kernels.sampling.fused import Plan, sample_fused
-from handloom.kernels.sampling.reference import sample_reference, truncate
+from handloom.kernels.sampling.reference import apply_edits, sample_reference, temperatures, truncate
 from handloom.kernels.sampling.rules import (
     Call,
     Rule,
     Statistics,
+    dynamic_temperature,
+    entropy_temperature,
     eta,
     min_p,
+    pack_mask,
     top_h,
     top_k,
     top_n_sigma,
@@ -127,6 +133,43 @@ def test_rules_by_entropy_distance_and_moments_are_read_off_the_order(rules):
     plan = Plan.of(call)
     assert not differences(sample_reference(call), sample_fused(call, plan=plan))
     assert plan.counters[0, 1].item() == DONE.value
+
+
+def test_adaptive_temperatures_have_the_same_bits_on_every_path():
+    """Dynamic, by theta, none, and greedy; behind edits and a mask; against float64."""
+    x, one = logits_of(4, 300) * torch.tensor([0.5, 6.0, 3.0, 3.0])[:, None], torch.ones(4)
+    adaptive = dynamic_temperature(one * 1.1, one * 0.5, torch.tensor([2.0, 1.0, 1.0, 1.0]))
+    adaptive[:, 1] = entropy_temperature(one * 0.9, one * 0.8, one * 0.3)[:, 1]
+    adaptive[:, 2] = 0.0
+    given = torch.tensor([0.3, 1.0, 0.7, 0.0])
+    mask = torch.rand(4, 300, generator=generator(2)) < 0.8
+    call = Call(
+        x, **key(4), temperature=given, adaptive=adaptive, edits=edits(4, 300, 4), bitmask=pack_mask(mask),
+        logprobs="chosen",
+    )  # fmt: skip
+    edited = apply_edits(x, **call.changes)
+    found = temperatures(edited, given, adaptive)
+    weights = edited.double().softmax(1)
+    entropy = torch.special.entr(weights).sum(1)
+    share = entropy / edited.isfinite().sum(1).log()
+    expected = 0.6 + share ** adaptive[3].double()
+    expected[1] = 0.9 * 0.8 ** (0.3 / entropy[1])
+    expected[2:] = given[2:]
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
+    plan, reference = Plan.of(call), sample_reference(call)
+    drawn = sample_fused(call, plan=plan)
+    assert torch.equal(plan.temperatures, found)
+    assert torch.equal(drawn.tokens, reference.tokens)
+    assert torch.equal(sample_cpu(call).tokens, reference.tokens)
+    torch.testing.assert_close(drawn.logprob, reference.logprob, rtol=0, atol=1e-5)
+    plain = dataclasses.replace(call, adaptive=None)
+    assert torch.equal(sample_reference(plain).tokens[2:], reference.tokens[2:])
+
+
+def test_the_exponential_is_right_to_its_last_bits():
+    x = torch.linspace(-86, 87, 30_001)
+    assert exp_reference(torch.zeros(1)) == 1
+    torch.testing.assert_close(exp_reference(x).double(), x.double().exp(), rtol=2e-7, atol=0)
 
 
 class Unknown(Keep):

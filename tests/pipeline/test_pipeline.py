@@ -447,7 +447,7 @@ def test_explain_of_a_whole_pipeline_judges_each_member_alone():
     text = Pipeline.default().explain()
     assert "told for each alone" in text
     torch_only = {name for name, line in explained(Pipeline.default()).items() if "torch (" in line}
-    assert torch_only == {"dynatemp", "edt", "smoothing", "tfs", "adaptive_p", "watermarking_config"}
+    assert torch_only == {"smoothing", "tfs", "adaptive_p", "watermarking_config"}
 
 
 def test_the_same_processor_twice_is_an_error():

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...cache.transfer import upload
+from ...kernels.sampling.reference import scale, temperatures
+from ...kernels.sampling.rules import dynamic_temperature, entropy_temperature
 from ..forms import NEG_INF, Context, Edit
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Shannon entropy in nats of softmax(logits [B, V]), [B, 1]; excluded tokens (-inf) count nothing."""
-    logp = logits.log_softmax(-1)
-    return (logp.exp() * -logp.masked_fill(logp == NEG_INF, 0.0)).sum(-1, keepdim=True).clamp(min=0.0)
 
 
 class Temperature(Edit):
@@ -44,7 +41,35 @@ class Temperature(Edit):
         return logits / context.values.temperature
 
 
-class DynamicTemperature(Edit):
+class AdaptiveTemperature(Edit):
+    """A temperature that follows a row's entropy; it runs in the fused sampler, where `adaptive` says how."""
+
+    keeps_argmax = True
+    sampling_only = True
+
+    def adaptive(self, context: Context) -> Tensor:
+        """float32 [4, B], as `kernels.sample` takes it; for rows that are on."""
+        raise NotImplementedError
+
+    def candidates(self, logits: Tensor, context: Context) -> Tensor | None:
+        """The number of tokens [B] that the most entropy is of; None: those that are not excluded."""
+        return None
+
+    def unfused(self, device_type: str = "cpu", rows: Sequence[dict] = ()) -> str:
+        own = type(self)
+        if own.edit is not AdaptiveTemperature.edit or own.apply is not Edit.apply:
+            return "it has an edit() of its own"
+        counts = own.candidates is not AdaptiveTemperature.candidates
+        return "it counts its candidates in its own way" if counts else ""
+
+    def edit(self, logits: Tensor, context: Context) -> Tensor:
+        one = torch.ones(len(logits), device=logits.device)
+        return scale(
+            logits, temperatures(logits, one, self.adaptive(context), self.candidates(logits, context))
+        )
+
+
+class DynamicTemperature(AdaptiveTemperature):
     """Temperature from the row's entropy (kalomaze; llama.cpp): T = low + (high - low) * (H / ln n)^exponent.
 
     low, high = max(0, temperature -+ dynatemp_range); n = number of tokens that are not excluded. Off at
@@ -53,36 +78,21 @@ class DynamicTemperature(Edit):
 
     name = "dynatemp"
     defaults = {"dynatemp_range": 0.0, "dynatemp_exponent": 1.0, "temperature": 1.0}
-    keeps_argmax = True
-    sampling_only = True
 
-    def candidates(self, logits: Tensor, context: Context) -> Tensor:
-        """n of every row, [B, 1]."""
-        return (logits > NEG_INF).sum(-1, keepdim=True)
-
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
+    def adaptive(self, context: Context) -> Tensor:
         v = context.values
-        low = (v.temperature - v.dynatemp_range).clamp(min=0.0)
-        high = v.temperature + v.dynatemp_range
-        n = self.candidates(logits, context)
-        normalised = entropy(logits) / n.clamp(min=2).log()
-        return logits / (low + (high - low) * normalised.clamp(0.0, 1.0) ** v.dynatemp_exponent).clamp(
-            min=1e-6
-        )
+        return dynamic_temperature(v.temperature[:, 0], v.dynatemp_range[:, 0], v.dynatemp_exponent[:, 0])
 
 
-class EDT(Edit):
+class EDT(AdaptiveTemperature):
     """Entropy-based dynamic temperature (2403.14541): T = temperature * base^(theta / H). Off at theta 0."""
 
     name = "edt"
     defaults = {"edt_theta": 0.0, "edt_base": 0.8, "temperature": 1.0}
-    keeps_argmax = True
-    sampling_only = True
 
-    def edit(self, logits: Tensor, context: Context) -> Tensor:
+    def adaptive(self, context: Context) -> Tensor:
         v = context.values
-        temperature = v.temperature * v.edt_base ** (v.edt_theta / entropy(logits).clamp(min=1e-9))
-        return logits / temperature.clamp(min=1e-6)
+        return entropy_temperature(v.temperature[:, 0], v.edt_base[:, 0], v.edt_theta[:, 0])
 
 
 FARTHEST = -1e12  # its cube is a float32, which that of a finite mask such as finfo.min is not

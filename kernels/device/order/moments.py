@@ -12,8 +12,30 @@ from ..search import BELOW_ALL, moments, plus
 from ..steps import asks_moments, first_kind, toss
 from ..tokens import GROUP, load_groups, scaled
 
-PARTS = tl.constexpr(32)  # programs a row
+PARTS = tl.constexpr(32)  # programs a row, at most
 SUMS = tl.constexpr(8)  # room for count, mass, dot, shift, shift**2, weight**2
+
+
+@triton.jit
+def leave_part(found, part, parts, counter):
+    """Leave this program's sums; whether it is the last one of its row."""
+    for i in tl.static_range(len(found)):
+        tl.store(parts + part * SUMS + i, found[i].to(tl.float64))
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(1) - 1
+
+
+@triton.jit
+def sum_of_parts(parts, NUMBER: tl.constexpr):
+    """The sums [SUMS] of what all programs of a row have left, in order."""
+    place = tl.arange(0, PARTS)[:, None] * SUMS + tl.arange(0, SUMS)[None, :]
+    taken = tl.load(
+        parts + place,
+        mask=((place % SUMS) < NUMBER) & (place < tl.num_programs(1) * SUMS),
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    return tl.sum(taken, axis=0)
 
 
 @triton.jit(
@@ -33,7 +55,7 @@ def moment_kernel(
     bitmask, mask_stride, listed_ids, values, listed_length, touched, touched_stride, point_values, rows,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, POINTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sums of `search.moments` of rows whose first rule asks for them; grid (rows, PARTS).
+    """Sums of `search.moments` of rows whose first rule asks for them; grid (rows, up to PARTS).
 
     parts [rows, PARTS, SUMS] and totals [rows, SUMS] are float64: integers below 2**53 are exact there.
     """
@@ -55,19 +77,13 @@ def moment_kernel(
     sparse = (listed_ids, values, listed_length, touched, touched_stride)
     none = tl.full((), 0, tl.int64)
     found = (top * 0, none, none, top.to(tl.float64) * 0, top.to(tl.float64) * 0, top * 0)
-    for start in range(part * GROUPS, groups, PARTS * GROUPS):
+    for start in range(part * GROUPS, groups, tl.num_programs(1) * GROUPS):
         mine = start + tl.arange(0, GROUPS)
         mine = tl.where(mine < groups, mine, -1)
         z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
                              mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
         y = tl.reshape(scaled(z, temperature), (GROUPS * GROUP,))
         found = plus(found, moments(y, BELOW_ALL, top, FULL))
-    at = parts + (wide_row * PARTS + part) * SUMS
-    for i in tl.static_range(6):
-        tl.store(at + i, found[i].to(tl.float64))
-    tl.debug_barrier()
-    if tl.atomic_add(counters + row * 4 + 3, 1, sem="acq_rel") == PARTS - 1:
-        place = tl.arange(0, PARTS)[:, None] * SUMS + tl.arange(0, SUMS)[None, :]
-        taken = tl.load(parts + wide_row * PARTS * SUMS + place, mask=(place % SUMS) < 6, other=0.0,
-                        cache_modifier=".cg")  # fmt: skip
-        tl.store(totals + wide_row * SUMS + tl.arange(0, SUMS), tl.sum(taken, axis=0))
+    parts += wide_row * (PARTS * SUMS)
+    if leave_part(found, part, parts, counters + row * 4 + 3):
+        tl.store(totals + wide_row * SUMS + tl.arange(0, SUMS), sum_of_parts(parts, len(found)))

@@ -94,6 +94,8 @@ def request(rng: random.Random, vocab: int, fusable: bool) -> SamplingParams:
         "mirostat": lambda: pick(rng, 2, 2, 1),
         "top_n_sigma": lambda: 1.5,
         "xtc_probability": lambda: 0.5,
+        "dynatemp_range": lambda: pick(rng, 0.3, 0.6),
+        "edt_theta": lambda: pick(rng, 0.2, 1.0),
     }
     if fusable:
         choices["mirostat"] = lambda: 2
@@ -124,7 +126,9 @@ def place(rule) -> int:
     """Where the sampler can take a rule: 0 edits of single tokens, 1 pointwise ones, 2 temperature, 3, 4 the rest."""
     if isinstance(rule, Keep):
         return 4 if rule.name == "mirostat" else 3
-    return {"temperature": 2}.get(rule.name, 3 if rule.sampling_only else int(isinstance(rule, Cap)))
+    return {"temperature": 2, "dynatemp": 2, "edt": 2}.get(
+        rule.name, 3 if rule.sampling_only else int(isinstance(rule, Cap))
+    )
 
 
 class Program:
