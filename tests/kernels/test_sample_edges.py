@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
-from sampling_rows import differences, edits, generator
+from sampling_rows import differences, edits, generator, oracle
 
 from handloom import Context, Keep, Pipeline, SamplingParams
-from handloom.kernels.device.row import DONE, FRAMED
+from handloom.kernels.device.row import DONE, FRAMED, LEFT
 from handloom.kernels.device.wide.rows import ABOVE, GUESSED, HIGHEST, LISTED_SO_FAR, LOWEST
 from handloom.kernels.noise.philox import exp_reference
+from handloom.kernels.sampling import fused
 from handloom.kernels.sampling.cpu import sample_cpu
 from handloom.kernels.sampling.fused import Plan, sample_fused
 from handloom.kernels.sampling.reference import apply_edits, sample_reference, temperatures, truncate
@@ -170,6 +171,42 @@ def test_the_exponential_is_right_to_its_last_bits():
     x = torch.linspace(-86, 87, 30_001)
     assert exp_reference(torch.zeros(1)) == 1
     torch.testing.assert_close(exp_reference(x).double(), x.double().exp(), rtol=2e-7, atol=0)
+
+
+def adversarial_rows():
+    """[4, 640]: all mass in one bin of the distances, ties at the edges of eight bins, denormals, and one token more
+    than the list of 64 takes."""
+    g = generator(9)
+    x = torch.full((4, 640), -1e4)
+    x[0] = -1 - torch.rand(640, generator=g) / 300
+    x[1] = -(1 + torch.randperm(640, generator=g) % 8 / 128)
+    x[2] = torch.randint(-400, 400, (640,), generator=g) * 1e-42
+    x[3, torch.randperm(640, generator=g)[:64]] = -1 - torch.arange(64) * 1e-4
+    x[[0, 1, 3], [5, 300, 639]] = 0.0
+    return x
+
+
+def test_boundaries_in_bins_are_those_of_float64_however_the_row_is_split(monkeypatch):
+    """Five programs a row and two, short lists, rows together and alone."""
+    for name, length in (("LIST", 16), ("WIDE_LIST", 64), ("WIDE_GROUPS", 1)):
+        monkeypatch.setattr(fused, name, length)
+    x, shares = adversarial_rows(), torch.tensor([0.35, 0.62, 0.8779, 0.55])
+    call = Call(x, **key(4), logprobs=True, rules=(top_p(shares),))
+    plan = Plan.of(call)
+    drawn = sample_fused(call, plan=plan)
+    assert plan.counters[:, 1].tolist() == [LEFT.value] * 4
+    for row in range(4):
+        kept, margin = oracle(x[row].numpy(), top_p=float(shares[row]))
+        assert margin > 1e-6
+        assert (drawn.kept[row], kept[drawn.tokens[row]]) == (kept.sum(), True), row
+    assert not differences(sample_reference(call), drawn)
+    monkeypatch.setattr(fused, "WIDE_GROUPS", 4)
+    for row in (1, 3):
+        one = slice(row, row + 1)
+        own = {name: value[one] for name, value in key(4).items()}
+        alone = sample(x[one], **own, logprobs=True, rules=(top_p(shares[one]),), kernels="triton")
+        for whole, part in zip(drawn[:6], alone[:6], strict=True):
+            assert torch.equal(whole[one], part)
 
 
 class Unknown(Keep):
