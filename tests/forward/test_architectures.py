@@ -1,10 +1,9 @@
 """The engine against `model.generate`: replacement in flight, forks, rewinds, extends; all architectures."""
 
-import gc
-
 import pytest
 import torch
 from architectures import ARCHITECTURES, MAX_LENGTH, greedy_reference, logits_reference, prompts_of
+from helpers import assert_nothing_leaked
 
 from handloom import Engine, SamplingParams
 
@@ -31,12 +30,6 @@ PATHS = {
 @pytest.fixture(params=ARCHITECTURES)
 def name(request):
     return request.param
-
-
-def assert_nothing_leaked(engine):
-    gc.collect()
-    engine.pool.check()
-    assert engine.pool.in_use == 0
 
 
 def test_ragged_batch_with_replacement_equals_generate(name):
