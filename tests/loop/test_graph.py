@@ -215,7 +215,6 @@ def test_replayed_steps_draw_the_eager_tokens_while_rows_are_replaced(name, reco
     once, others = eager.generate(PROMPTS, MIXED), [changed(p) for p in MIXED]
     for wanted, want in (
         (MIXED, once),
-        (MIXED, once),
         (others, eager.generate(PROMPTS, others)),
         (MIXED, once),
     ):
@@ -227,9 +226,9 @@ def test_replayed_steps_draw_the_eager_tokens_while_rows_are_replaced(name, reco
     assert_nothing_leaked(program)
     # A smaller batch, as eager steps move to when rows end, would have to record every step again.
     assert [batch.size for batch in program._batches.values()] == [program.slots]
-    recordings, replays = used(recorders) if recorders else (5, 60)
+    recordings, replays = used(recorders) if recorders else (5, 45)
     assert recordings >= 5
-    assert replays >= 60
+    assert replays >= 45
 
 
 @pytest.fixture(scope="module")

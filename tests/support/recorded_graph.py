@@ -10,7 +10,6 @@ import functools
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from handloom.forward.programs import recorded
 from handloom.forward.programs.compiling import CompiledStep
@@ -33,7 +32,11 @@ def refuse(what: str):
 def tensors_of(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):  # as most results are
         return [value]
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in tensors_of(item)]
 
 
 def place(tensor) -> int:
