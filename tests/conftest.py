@@ -39,9 +39,10 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """What was imported stays: no collection of garbage looks at it again, and every test that leaks nothing asks for
-    one."""
+    one. The oldest generation, which takes 0.1 s to look at, is looked at ten times less often than by default."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(700, 10, 100)
 
 
 def pytest_unconfigure():

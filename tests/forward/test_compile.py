@@ -29,7 +29,7 @@ def answers(engine, **overrides) -> list[list[int]]:
     return [g.token_ids for g in engine.generate(prompts_of(LENGTHS), params)]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gpt2", "gpt_oss", "mistral_sw"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt_oss"])
 def test_rows_replaced_in_flight_draw_the_eager_tokens_without_recompiling(name):
     model = ARCHITECTURES[name]()
     engine = compiled_engine(model)

@@ -68,8 +68,7 @@ def waits(monkeypatch):
     return counting
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
-@pytest.mark.parametrize("rules", ["greedy", "sampled"])
+@pytest.mark.parametrize(("name", "rules"), [("llama", "greedy"), ("gpt_oss", "sampled")])
 def test_the_host_waits_for_nothing_between_the_results_of_steps(name, rules, waits, monkeypatch):
     engine = Engine(ARCHITECTURES[name](), graph=True, slots=3, block_size=4, max_length=128)
     sampled = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}

@@ -46,16 +46,16 @@ def found(pattern: str, printed: str) -> list[tuple[int, str]]:
     return sorted({(int(at), name) for at, name in re.findall(pattern, printed, re.MULTILINE)})
 
 
-@pytest.fixture(scope="module")
-def cache(pytestconfig, tmp_path_factory) -> str:
-    """What mypy has read; the next run finds it again, where pytest keeps anything."""
-    kept = hasattr(pytestconfig, "cache")
-    return str(pytestconfig.cache.mkdir("mypy") if kept else tmp_path_factory.mktemp("mypy"))
-
-
 @pytest.mark.slow
-def test_mypy_finds_the_mistakes_of_a_script_and_nothing_else(cache, tmp_path):
+def test_mypy_has_nothing_to_say_of_our_rooms_and_finds_the_mistakes_of_a_script(pytestconfig, tmp_path):
+    """The rooms that pyproject.toml lists, and then the script: all that it imports is read already."""
     pytest.importorskip("mypy")
+    kept = hasattr(pytestconfig, "cache")  # what mypy has read, for the next run
+    cache = str(pytestconfig.cache.mkdir("mypy") if kept else tmp_path / "read")
+    command = [sys.executable, "-m", "mypy", "--cache-dir", cache]
+    path = os.environ | {"MYPYPATH": str(Path(handloom.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=path)
+    assert done.returncode == 0, done.stdout + done.stderr
     printed = check(["mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", cache], tmp_path)
     assert found(r"^script\.py:(\d+): error: .*\[([a-z-]+)\]$", printed) == mistakes(0), printed
 
@@ -72,16 +72,6 @@ def test_pyright_finds_the_mistakes_of_a_script_and_nothing_else(tmp_path):
     assert found(r"script\.py:(\d+):\d+ - error: (?:.|\n  )*?\((report\w+)\)$", printed) == mistakes(1), (
         printed
     )
-
-
-@pytest.mark.slow
-def test_mypy_has_nothing_to_say_of_the_rooms_that_it_is_asked_about(cache):
-    """Those that pyproject.toml lists; after the script's test most of what they import is read already."""
-    pytest.importorskip("mypy")
-    command = [sys.executable, "-m", "mypy", "--cache-dir", cache]
-    path = os.environ | {"MYPYPATH": str(Path(handloom.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=path)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_name_of_a_parameter_is_known_to_type_checkers():

@@ -1,27 +1,42 @@
-"""One rank of a split model; `torchrun --nproc-per-node N ranks.py FOLDER PROMPTS` writes FOLDER/rank<i>.json."""
+"""Two ranks of a split model, forked behind the imports; `ranks.py FOLDER PROMPTS` writes FOLDER/rank<i>.json."""
 
 import json
 import os
 import sys
 
 import torch
+from torch import distributed
 
 from handloom import Engine
 
+RANKS = 2
 torch.set_num_threads(1)
 folder, prompts = sys.argv[1], json.loads(sys.argv[2])
-engine = Engine.from_pretrained(folder, tp_plan="auto", dtype="float32", slots=2, max_length=64)
-torch.manual_seed(100 + int(os.environ["RANK"]))
 
 
-def ask(**params):
-    return [g.token_ids for g in engine.generate(prompts, max_new_tokens=8, progress=False, **params)]
+def rank(number: int) -> None:
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(RANKS))  # as torchrun does
+    meeting = f"file://{folder}/meeting"
+    distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=RANKS)
+    engine = Engine.from_pretrained(folder, tp_plan="auto", dtype="float32", slots=2, max_length=64)
+    torch.manual_seed(100 + number)
+
+    def ask(**params):
+        return [g.token_ids for g in engine.generate(prompts, max_new_tokens=8, progress=False, **params)]
+
+    found = {"greedy": ask(), "seeded": ask(temperature=1.0, seed=7), "unseeded": ask(temperature=1.0)}
+    found["heads"] = engine.pool.stores[0].keys.shape[-2]
+    with open(f"{folder}/rank{number}.json", "w") as file:
+        json.dump(found, file)
+    # A rank that is gone while another still listens to it would take that one with it.
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
-found = {"greedy": ask(), "seeded": ask(temperature=1.0, seed=7), "unseeded": ask(temperature=1.0)}
-found["heads"] = engine.pool.stores[0].keys.shape[-2]
-with open(f"{folder}/rank{os.environ['RANK']}.json", "w") as file:
-    json.dump(found, file)
-# A rank that is gone while another still listens to it would take that one with it.
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+children = []
+for number in range(RANKS):
+    if not (child := os.fork()):
+        rank(number)
+        sys.exit()
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
