@@ -107,11 +107,11 @@ def test_one_batch_of_all_parameters_equals_each_request_alone(given):
     alone = Engine(model, tokenizer, slots=1)
     expected = [alone.generate(p, own) for p, own in zip(prompts, params, strict=True)]
     together = Engine(model, tokenizer, slots=len(params)).generate(prompts, params)
-    others = [Engine(model, tokenizer, slots=5, graph=True).generate(prompts, params)]
+    batches = [together, Engine(model, tokenizer, slots=5, graph=True).generate(prompts, params)]
     if given == "ids":
-        others.append(Engine(model, tokenizer, slots=5).generate(prompts, params))
+        batches.append(Engine(model, tokenizer, slots=5).generate(prompts, params))
     plain = alone.generate(prompts, seed=7, max_new_tokens=12)
-    for name, one, *others, off in zip(MIXED, expected, together, *others, plain, strict=True):
+    for name, one, *others, off in zip(MIXED, expected, *batches, plain, strict=True):
         assert one.finish_reason != "error", (name, one.error)
         for other in others:
             assert outcome(other)[:4] == outcome(one)[:4], name
