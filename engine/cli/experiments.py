@@ -57,7 +57,7 @@ def sweep(
     if gpus is not None and ray is not None:
         raise ParameterError("--gpus spreads a run over this machine, --ray over a cluster; one of them")
     if gpus is not None:
-        raise typer.Exit(_spread(plan, output, [name.strip() for name in gpus.split(",")], part))
+        raise typer.Exit(_spread(plan, output, _devices(gpus), part))
     if workers is not None and ray is None:
         raise ParameterError("--workers is for --ray")
     note = Console(file=sys.stderr, highlight=False)
@@ -117,8 +117,8 @@ def _describe(plan, part: tuple[int, int], output: Path) -> None:
     read = sum(len(str(item.content)) for item in plan.items[part[0] :: part[1]]) * len(plan.models) // 4
     console.print(f"about {read} tokens of prompts (a token for four letters), each prompt once for a model")
     held = read_results([output])[1] if output.exists() else []
-    left = len({unit.id for unit in units} - {record["id"] for record in held})
-    spent = [t["prefill"] + t["decode"] for record in held if (t := record.get("timings"))]
+    left = len({unit.id for unit in units} - {record["unit_id"] for record in held})
+    spent = [t["prefill"] + t["decode"] for record in held if (t := record.get("time"))]
     if spent:
         rows = min(arguments.get("slots", 8) for arguments in plan.models.values())
         seconds = left * sum(spent) / len(spent) / rows
@@ -138,12 +138,26 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def _devices(text: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the devices of `--gpus`: numbers among those that this process sees, or UUIDs."""
+    import torch
+
+    names, count = [name.strip() for name in text.split(",")], torch.cuda.device_count()
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    seen = dict(zip(map(str, range(count)), given or map(str, range(count)), strict=False))
+    wrong = next((name for name in names if name not in seen and not name.startswith(("GPU-", "MIG-"))), None)
+    if wrong is not None or not count:
+        there = (
+            f"one of {', '.join(seen)}" if seen else "a machine with CUDA; without --gpus a run takes the CPU"
+        )
+        raise ParameterError(f"--gpus {text!r}: {wrong or names[0]!r} is not there; expected {there}")
+    return [seen.get(name, name) for name in names]
+
+
 def _spread(plan: Path, output: Path, gpus: list[str], shard: tuple[int, int]) -> int:
     """One process a device, each with a part of the shard; what they wrote becomes one file."""
     from ..experiments.records import merge
 
-    if not all(gpus):
-        raise ParameterError(f"--gpus {','.join(gpus)!r}: expected names of devices, such as 0,1")
     parts = [output.with_suffix(f".{place}.jsonl") for place in range(len(gpus))]
     children = []
     for place, (gpu, part) in enumerate(zip(gpus, parts, strict=True)):
@@ -218,7 +232,12 @@ def score(
         bool,
         typer.Option("--steps", help="Entropy, rank and kept set of every token, by the run's own model."),
     ] = False,
-    chat: Annotated[bool, typer.Option("--chat", "-c", help="The plan says chat.")] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", "-c", help="Through the judge's chat template; with --steps as the plan says."
+        ),
+    ] = False,
 ) -> None:
     """Ask a model about the samples: a judge for judge_perplexity, or with --steps the one that drew them."""
     from ..experiments.analysis import judged
@@ -231,7 +250,8 @@ def score(
         raise ParameterError(f"--model: the run has {', '.join(own) or 'none'}; name one")
     arguments = next(iter(own.values())) if model is None else {"name_or_path": model}
     engine = load_engine(**{name: value for name, value in arguments.items() if name != "tp"})
-    made = judged.with_steps(records, engine, chat=chat) if steps else judged.with_judge(records, engine)
+    chat = chat or (steps and bool(header.get("chat")))
+    made = (judged.with_steps if steps else judged.with_judge)(records, engine, chat=chat)
     write_results(output, header, made)
     Console(highlight=False).print(f"{len(made)} samples in {output}", markup=False)
 
@@ -275,7 +295,8 @@ def export(
     from ..experiments.records import export as write
     from ..experiments.records import read_results
 
-    write(read_results(files)[1], output, form)
+    header, records = read_results(files)
+    write(records, output, form, header)
 
 
 @app.command()

@@ -67,7 +67,7 @@ def read_answers(
             ids = [] if tokenizer is None else tokenizer.encode(answer["text"], add_special_tokens=False)
             key = f"{name}/{answer['prompt_id']}"
             records.append(
-                {"id": key, "sample": sample, "key": key, "model": model, "setting": name, "token_ids": ids}
+                {"unit_id": key, "sample": sample, "model": model, "setting": name, "token_ids": ids}
                 | {"params": {}, "finish_reason": "stop"}
                 | answer
             )

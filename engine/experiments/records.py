@@ -84,7 +84,8 @@ class ResultFile:
         path: the file; made if it does not exist.
 
     Attributes:
-        done: {(id, sample): key} of the records that were in the file, `key` naming the settings that made them.
+        done: {(id, sample): key} of the records that were in the file, `key` naming the settings that made them;
+            both are the `unit_id` of a plan's samples.
         header: what the last header line says of the records behind it (model, versions, defaults), or None.
 
     Raises:
@@ -135,7 +136,8 @@ class ResultFile:
                     if "header" in entry:
                         self.header = entry["header"]
                     else:
-                        done[entry["id"], entry["sample"]] = entry["key"]
+                        name, key = _named(entry)
+                        done[name] = key
                 except (ValueError, KeyError, TypeError) as error:
                     raise HandloomError(
                         f"{self.path}, line {number} is not a result of this command; name another --output"
@@ -150,7 +152,7 @@ class ResultFile:
         self.header = header
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append one record; it needs `id`, `sample` and `key`, and must be JSON."""
+        """Append one record; it needs `sample`, and `unit_id` or `id` and `key`, and must be JSON."""
         self._append([*self._opening, entry])
         self._opening = []
 
@@ -173,6 +175,13 @@ class ResultFile:
         self.close()
 
 
+def _named(entry: dict[str, Any]) -> tuple[tuple[int | str, int], str]:
+    """What names a record, and the settings that made it."""
+    unit = entry.get("unit_id")
+    name, key = (entry["id"], entry["key"]) if unit is None else (unit, unit)
+    return (name, entry["sample"]), key
+
+
 def read_results(paths: Iterable[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and records of result files of one plan, the first of records that come twice, in the plan's order.
 
@@ -192,7 +201,7 @@ def read_results(paths: Iterable[Path]) -> tuple[dict[str, Any], list[dict[str, 
                     entry = json.loads(line)
                     own = entry.get("header")
                     if own is None:
-                        found.setdefault((entry["id"], entry["sample"]), entry)
+                        found.setdefault(_named(entry)[0], entry)
                 except (ValueError, KeyError, AttributeError) as error:
                     raise HandloomError(f"{path}, line {number} is not a record") from error
                 if own is not None and header is not None and own.get("same") != header.get("same"):
@@ -237,10 +246,13 @@ def write_results(output: Path, header: dict[str, Any], records: Iterable[dict[s
     os.replace(fresh, output)
 
 
-def export(records: Iterable[dict[str, Any]], path: Path, form: str) -> None:
+def export(
+    records: Iterable[dict[str, Any]], path: Path, form: str, header: dict[str, Any] | None = None
+) -> None:
     """Records in a form that other tools read.
 
     Args:
+        header: what the records have in common, kept as JSON in Parquet's metadata under `handloom`.
         form: "parquet" (needs pyarrow), "human-eval" (task_id, completion), "alpaca-eval" (instruction, output,
             generator), or "open-ended" (prefix_text, generated_result) of the papers on open-ended generation.
     """
@@ -258,7 +270,8 @@ def export(records: Iterable[dict[str, Any]], path: Path, form: str) -> None:
         ]
         names = {name: None for row in rows for name in row}
         columns = {name: [row.get(name) for row in rows] for name in names}
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        told = {} if header is None else {"handloom": json.dumps(header)}
+        pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(told), path)
         return
     if form not in forms:
         raise HandloomError(f"form {form!r}: expected parquet, {', '.join(forms)}")

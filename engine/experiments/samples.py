@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -20,6 +22,7 @@ from ..params.sampling_params import SamplingParams
 from .plan import Plan, Setting, Unit, digest
 
 PACKAGES = ("handloom", "torch", "transformers", "triton", "numpy")
+PEAK = "peak_mem_mb"
 
 
 def load_engine(name_or_path: str, **arguments: Any) -> Engine:
@@ -32,7 +35,29 @@ def load_engine(name_or_path: str, **arguments: Any) -> Engine:
 def outcomes(
     engine: Engine, units: Sequence[Unit], chat: bool
 ) -> Iterator[tuple[Unit, Generation | HandloomError]]:
-    """The samples of units of one model, as they finish; an error belongs to its unit alone."""
+    """The samples of units of one model, as they finish; an error belongs to its unit alone.
+
+    Their `extra` tells `peak_mem_mb`, see `peak_memory`.
+    """
+    for unit, outcome in _drawn(engine, units, chat):
+        if isinstance(outcome, Generation):
+            outcome.extra[PEAK] = peak_memory(engine.device)
+        yield unit, outcome
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Most MB (10**6 bytes) so far, of torch's allocator on CUDA and of this process elsewhere; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _drawn(engine: Engine, units: Sequence[Unit], chat: bool) -> Iterator:
     plain = [unit for unit in units if unit.setting.strategy is None]
     if plain:
         yield from _isolated(engine, plain, chat, _stream)
@@ -99,36 +124,36 @@ def chain_of(engine: Engine, setting: Setting) -> list[str]:
 
 
 def record_of(unit: Unit, outcome: Generation | HandloomError) -> dict[str, Any]:
-    """One line of the results: what was asked, what came out, and how long it took."""
+    """One line of the results: what was asked, what came out, and what it cost; `header_of` tells the rest once."""
     record = {
-        "id": unit.id, "sample": unit.sample, "key": unit.id, "model": unit.model, "setting": unit.setting.name,
-        "strategy": unit.setting.strategy, "params": dict(unit.setting.values), "prompt_id": unit.item.id,
-        "prompt_hash": unit.item.hash, "prompt": unit.item.content, "seed": unit.seed,
+        "unit_id": unit.id, "model": unit.model, "setting": unit.setting.name, "strategy": unit.setting.strategy,
+        "params": dict(unit.setting.values), "prompt_id": unit.item.id, "prompt_hash": unit.item.hash,
+        "prompt": unit.item.content, "sample": unit.sample, "seed": unit.seed,
     }  # fmt: skip
     record |= {} if unit.item.target is None else {"target": unit.item.target}
     record |= {"task": dict(unit.item.rest)} if unit.item.rest else {}
     if isinstance(outcome, HandloomError):
         return record | {"token_ids": [], "text": "", "finish_reason": "error", "error": str(outcome)}
     made = outcome.to_dict()
-    record["prompt_tokens"] = len(made["prompt_token_ids"])
-    kept = (
-        "token_ids",
-        "text",
-        "finish_reason",
-        "stop_reason",
-        "error",
-        "raw_logprobs",
-        "logprobs",
-        "timings",
-        "extra",
-    )
-    return record | {name: made[name] for name in kept if made.get(name) not in (None, {}, [])} | {
-        "token_ids": made["token_ids"], "text": made["text"]
-    }  # fmt: skip
+    record |= {
+        "prompt_tokens": len(made["prompt_token_ids"]),
+        "token_ids": made["token_ids"],
+        "text": made["text"],
+    }
+    told = {
+        name: made[name] for name in ("finish_reason", "stop_reason", "error", "raw_logprobs", "logprobs")
+    }
+    for name, field in (("logprob_raw_sum", "raw_logprobs"), ("logprob_processed_sum", "logprobs")):
+        told[name] = None if None in made[field] or not made[field] else math.fsum(made[field])
+    told |= {"time": made["timings"], PEAK: made["extra"].pop(PEAK, None), "extra": made["extra"]}
+    return record | {"n_new": made["n_new"]} | {k: v for k, v in told.items() if v not in (None, {}, [])}
 
 
 def header_of(plan: Plan, engine: Engine, model: str) -> dict[str, Any]:
-    """What all records of a file have in common, and what is to be said of one model."""
+    """What all records of a file have in common, so that no line repeats it, and what is to be said of one model.
+
+    `chains` names, for each setting, the pipeline's members in their order.
+    """
     defaults = {name: value for name, value in SamplingParams().to_dict().items() if name != "processors"}
     found = {}
     for package in PACKAGES:
@@ -140,8 +165,9 @@ def header_of(plan: Plan, engine: Engine, model: str) -> dict[str, Any]:
         "models": plan.models, "settings": [setting.name for setting in plan.settings],
         "chains": {setting.name: chain_of(engine, setting) for setting in plan.settings},
         "weights": {model: weights_hash(engine)}, "slots": {model: engine.slots},
-        "revisions": {model: getattr(engine.model.config, "_commit_hash", None)}, "seed": list(plan.seeds),
-        "metrics": list(plan.metrics), "plan": digest([[s.name, s.strategy, s.values] for s in plan.settings]),
+        "revisions": {model: getattr(engine.model.config, "_commit_hash", None)},
+        "seed": list(plan.seeds), "chat": plan.chat, "metrics": list(plan.metrics),
+        "plan": digest([[s.name, s.strategy, s.values] for s in plan.settings]),
         "defaults": defaults, "versions": {"python": platform.python_version(), **found}, **hardware(engine.device),
     }  # fmt: skip
 

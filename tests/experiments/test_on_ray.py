@@ -4,12 +4,11 @@ import contextlib
 import csv
 import io
 import json
+import multiprocessing
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,9 @@ from handloom.experiments.ranks import Ranks
 from handloom.experiments.ray import Generate, on_ray
 from handloom.experiments.records import read_results
 from handloom.experiments.run import run
+from handloom.experiments.samples import load_engine
 
+MEASURED = {"time", "peak_mem_mb"}
 PARAMS = {"temperature": 1.2, "max_new_tokens": 5, "ignore_eos": True}
 
 
@@ -89,10 +90,10 @@ def test_a_command_without_ray_says_which_extra_it_needs(tmp_path, without_ray, 
 
 
 PLAN = """
-model: {{name_or_path: {model}, slots: 16, fixed_slots: true, layout: plain}}
+model: {{name_or_path: {model}, slots: 40, fixed_slots: true, layout: plain, dtype: bfloat16}}
 settings: {{min-p: {{min_p: 0.1}}, top-p: {{top_p: 0.9}}}}
 grid: {{temperature: [0.7, 1.5]}}
-params: {{max_new_tokens: 4, ignore_eos: true}}
+params: {{max_new_tokens: 3, ignore_eos: true}}
 samples: 4
 prompts: {prompts}
 """
@@ -106,8 +107,11 @@ def test_the_whole_path_on_a_real_model_and_on_ray(smollm2, folder, tmp_path, mo
     prompts = [f"What is {i} plus {i + 1}?" for i in range(20)]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.yaml").write_text(PLAN.format(model=smollm2, prompts=prompts))
+    (arguments,) = Plan.read("plan.yaml").models.values()
+    engine = load_engine(**arguments)  # once for all processes but Ray's
+    monkeypatch.setattr("handloom.experiments.run.load_engine", lambda **_: engine)
     killed_twice(["sweep", "plan.yaml", "-o", "0.jsonl", "--shard", "0/2"], tmp_path / "0.jsonl", (5, 60))
-    ids = [json.loads(line)["id"] for line in (tmp_path / "0.jsonl").read_text().splitlines()[1:]]
+    ids = [json.loads(line)["unit_id"] for line in (tmp_path / "0.jsonl").read_text().splitlines()[1:]]
     assert len(ids) == len(set(ids)) == 160
     said = ask("sweep", "plan.yaml", "-o", "1.jsonl", "--shard", "1/2")
     assert "160 samples drawn" in said
@@ -148,21 +152,26 @@ def ask(*arguments):
 
 
 def killed_twice(arguments, path, after):
-    """Run a command, kill it when its file has so many lines, and again, and then to the end."""
-    command = [sys.executable, "-m", "handloom", *arguments]
-    for count in after:
-        child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        until(lambda least=count: path.exists() and path.read_bytes().count(b"\n") >= least, 240)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert count <= path.read_bytes().count(b"\n") < 161
-    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    """Run a command in a process of its own, kill it when its file has so many lines, and again, and then to the end.
+
+    The processes are forks of this one, which has imported and loaded everything.
+    """
+    for count in (*after, None):
+        child = multiprocessing.get_context("fork").Process(target=ask, args=arguments)
+        child.start()
+        if count is not None:
+            until(lambda least=count: path.exists() and path.read_bytes().count(b"\n") >= least, 240)
+            child.kill()
+        child.join()
+        assert child.exitcode == (0 if count is None else -signal.SIGKILL)
+        assert count is None or count <= path.read_bytes().count(b"\n") < 161
 
 
 def lines(path):
-    """The records of a file without their times."""
+    """The records of a file without what was measured."""
     return sorted(
-        json.dumps({k: v for k, v in record.items() if k != "timings"}) for record in read_results([path])[1]
+        json.dumps({k: v for k, v in record.items() if k not in MEASURED})
+        for record in read_results([path])[1]
     )
 
 
@@ -218,7 +227,7 @@ def test_ranks_that_fail_say_so():
         ((False, "ModelError: x"), "^rank 1: ModelError: x$"),
         (None, "^rank 1: the process is gone$"),
     ):
-        ranks, ends = Ranks.__new__(Ranks), [Pipe() for _ in range(2)]
+        ranks, ends = Ranks.__new__(Ranks), [multiprocessing.Pipe() for _ in range(2)]
         ranks._pipes, ranks._processes = [mine for mine, _ in ends], []
         ranks._meeting = tempfile.TemporaryDirectory()
         ends[0][1].send((True, 7))

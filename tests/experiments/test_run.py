@@ -27,6 +27,9 @@ SOURCE = {
 }
 
 
+MEASURED = {"time", "peak_mem_mb"}
+
+
 @pytest.fixture(scope="module")
 def engine():
     """One engine for every run of this file."""
@@ -40,9 +43,12 @@ def load(engine):
 
 
 def assert_same(first, second):
-    """Two sets of files hold the same samples to the byte, but for times: slots are fixed."""
+    """Two sets of files hold the same samples to the byte, but for times and memory: slots are fixed."""
     told = [
-        {json.dumps({k: v for k, v in record.items() if k != "timings"}) for record in read_results(paths)[1]}
+        {
+            json.dumps({k: v for k, v in record.items() if k not in MEASURED})
+            for record in read_results(paths)[1]
+        }
         for paths in (first, second)
     ]
     assert told[0] == told[1]
@@ -57,13 +63,18 @@ def test_a_run_writes_every_sample_and_what_they_share(tmp_path, load, engine):
     assert seen[-1][:2] == (36, 36)
     units = {unit.id: unit for unit in plan.units()}
     for record in records:
-        unit = units[record["id"]]
+        unit = units[record["unit_id"]]
         assert (record["setting"], record["prompt_id"], record["seed"]) == (
             unit.setting.name,
             unit.item.id,
             unit.seed,
         )
-        assert len(record["token_ids"]) == len(record["raw_logprobs"]) == 5
+        assert len(record["token_ids"]) == len(record["raw_logprobs"]) == record["n_new"] == 5
+        for name, field in (("raw", "raw_logprobs"), ("processed", "logprobs")):
+            assert record[f"logprob_{name}_sum"] == pytest.approx(sum(record[field]))
+        assert record["prompt_tokens"] == len(engine.tokenizer.encode(unit.item.content))
+        assert 10 < record["peak_mem_mb"] < 10**5
+        assert "peak_mem_mb" not in record.get("extra", {})
         if unit.setting.strategy is None:
             values = {**unit.setting.params, "seed": unit.seed}
             assert engine.generate(unit.item.content, **values).token_ids == record["token_ids"]
@@ -171,8 +182,12 @@ def test_records_in_forms_that_others_read(tmp_path, load):
     with pytest.raises(HandloomError, match="'parqet': expected parquet, human-eval"):
         export(records, tmp_path / "x", "parqet")
     parquet = pytest.importorskip("pyarrow.parquet")
-    export(records, tmp_path / "a.parquet", "parquet")
-    assert parquet.read_table(tmp_path / "a.parquet").column("id").to_pylist() == [r["id"] for r in records]
+    header = read_results([tmp_path / "a.jsonl"])[0]
+    export(records, tmp_path / "a.parquet", "parquet", header)
+    assert json.loads(parquet.read_schema(tmp_path / "a.parquet").metadata[b"handloom"]) == header
+    assert parquet.read_table(tmp_path / "a.parquet").column("unit_id").to_pylist() == [
+        r["unit_id"] for r in records
+    ]
 
 
 def test_memory_does_not_grow_with_the_units(tmp_path, engine):
@@ -199,7 +214,7 @@ def test_memory_does_not_grow_with_the_units(tmp_path, engine):
     assert many < 1.1 * few
 
 
-def test_a_process_for_each_device_draws_its_part(tmp_path, load, monkeypatch):
+def test_a_process_for_each_device_draws_its_part(tmp_path, load, monkeypatch, capsys):
     source = SOURCE | {"samples": 1, "prompts": [f"prompt {i}" for i in range(8)]}
     (tmp_path / "plan.yaml").write_text(json.dumps(source))
     started = []
@@ -221,13 +236,21 @@ def test_a_process_for_each_device_draws_its_part(tmp_path, load, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["handloom", *arguments])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        return end.value.code
+        return end.value.code, capsys.readouterr().err
 
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    code, said = sweep("--gpus", "0,1")
+    assert (code, "'0' is not there; expected a machine with CUDA" in said) == (2, True)
     monkeypatch.setattr("handloom.cli.experiments.subprocess.Popen", Child)
-    assert sweep("--gpus", "0, 3", "--shard", "1/2") == 0
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sweep("--gpus", "0, 3", "--shard", "1/2")[0] == 0
     assert started == [("0", "1/4"), ("3", "3/4")]
     records = read_results([tmp_path / "all.jsonl"])[1]
-    assert {r["id"] for r in records} == {u.id for u in Plan.of(source).units((1, 2))}
-    assert sweep("--gpus", "5", "--shard", "0/2") == 0  # what was there stays
+    assert {r["unit_id"] for r in records} == {u.id for u in Plan.of(source).units((1, 2))}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,GPU-a,7")  # numbers are among those that a job was given
+    assert sweep("--gpus", "1", "--shard", "0/2")[0] == 0  # what was there stays
+    assert started[2:] == [("5", "0/2")]
     assert len(read_results([tmp_path / "all.jsonl"])[1]) == len(Plan.of(source))
-    assert sweep("--gpus", "0,,1") == sweep("--gpus", "0", "--ray") == 2
+    assert sweep("--gpus", "0,,1")[0] == sweep("--gpus", "0", "--ray")[0] == 2
+    assert "'4' is not there; expected one of 0, 1, 2, 3" in sweep("--gpus", "0,4")[1]

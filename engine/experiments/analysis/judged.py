@@ -19,13 +19,13 @@ from ..samples import turned
 Records = Sequence[Mapping[str, Any]]
 
 
-def with_judge(records: Records, engine: Engine) -> list[dict[str, Any]]:
+def with_judge(records: Records, engine: Engine, *, chat: bool = False) -> list[dict[str, Any]]:
     """Records with `judge_logprobs`, of each token of the text behind its prompt, for `judge_perplexity`.
 
     Texts are encoded by the judge's own tokenizer; a prompt's samples share its computation.
 
     Args:
-        engine: of the judge. Prompts that are messages go through its chat template.
+        engine: of the judge. Prompts that are messages go through its chat template, and with `chat` texts, too.
     """
     if engine.tokenizer is None:
         raise ParameterError("a judge reads texts, and this engine has no tokenizer")
@@ -38,7 +38,7 @@ def with_judge(records: Records, engine: Engine) -> list[dict[str, Any]]:
         read = [(i, ids) for i, ids in zip(same, texts, strict=True) if ids]
         if not read:
             continue
-        state = engine.prefill([records[same[0]]["prompt"]]).select([0] * len(read))
+        state = engine.prefill([turned(records[same[0]]["prompt"], chat)]).select([0] * len(read))
         scores = engine.score(state, [ids for _, ids in read]).tolist()
         for (i, ids), row in zip(read, scores, strict=True):
             made[i]["judge_logprobs"] = row[: len(ids)]

@@ -176,7 +176,7 @@ def majority(records: Sequence[Record], k: int) -> float | None:
 
 def tokens_per_second(record: Record) -> float | None:
     """Output tokens after the first, per second of decoding."""
-    return (record.get("timings") or {}).get("tokens_per_second") or None
+    return (record.get("time") or {}).get("tokens_per_second") or None
 
 
 def extra(name: str) -> Callable[[Record], float | None]:
@@ -223,6 +223,7 @@ METRICS: dict[str, Metric] = {
         *(Metric(f"pass_{k}", partial(pass_rate, k=k), group=True) for k in (1, 5, 10, 100)),
         *(Metric(f"majority_{k}", partial(majority, k=k), group=True) for k in (5, 16, 64)),
         Metric("tokens_per_second", tokens_per_second),
+        Metric("peak_mem_mb", lambda record: record.get("peak_mem_mb")),
         Metric("forward_passes", extra("passes")),
         Metric("acceptance", extra("acceptance")),
     )

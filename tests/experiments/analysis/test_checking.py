@@ -16,8 +16,7 @@ TASK = {"entry_point": "add", "test": "def check(candidate):\n    assert candida
 
 def record(text, sample=0, **more):
     made = {
-        "id": f"x{sample}",
-        "key": "k",
+        "unit_id": f"x{sample}",
         "sample": sample,
         "prompt_id": "HumanEval/0",
         "prompt": PROMPT,

@@ -91,7 +91,7 @@ def test_failed_samples_and_missing_fields_are_left_out():
     failed = record([1, 1, 1]) | {"finish_reason": "error"}
     assert value("rep_1", failed, record([1, 1])) == [0.5]
     assert value("distinct_1", failed) == []
-    assert value("tokens_per_second", record(timings={"tokens_per_second": 0.0}), record()) == []
+    assert value("tokens_per_second", record(time={"tokens_per_second": 0.0}), record()) == []
     assert value("acceptance", record(extra={"acceptance": 0.5}), record()) == [0.5]
 
 

@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 
 def record(setting, prompt, sample, tokens, **params):
     made = {
-        "id": f"{setting}{prompt}{sample}",
+        "unit_id": f"{setting}{prompt}{sample}",
         "setting": setting,
         "prompt_id": prompt,
         "sample": sample,
@@ -96,9 +96,9 @@ def test_models_are_settings_of_their_own_and_speed_is_over_their_batch(records,
     both = [
         r
         | {
-            "id": model + r["id"],
+            "unit_id": model + r["unit_id"],
             "model": model,
-            "timings": {"tokens_per_second": rate + int(r["prompt_id"])},
+            "time": {"tokens_per_second": rate + int(r["prompt_id"])},
         }
         for model, rate in (("small", 10.0), ("large", 5.0))
         for r in records
@@ -161,8 +161,8 @@ def test_a_dry_run_says_what_would_be_drawn(tmp_path, run):
     )
     assert "min-p temperature=2" in out
     assert not (tmp_path / "plan.jsonl").exists()
-    held = {"id": next(Plan.read("plan.yaml").units()).id, "sample": 0, "key": "k"}
-    write_results(tmp_path / "plan.jsonl", {}, [held | {"timings": {"prefill": 1.0, "decode": 15.0}}])
+    held = {"unit_id": next(Plan.read("plan.yaml").units()).id, "sample": 0}
+    write_results(tmp_path / "plan.jsonl", {}, [held | {"time": {"prefill": 1.0, "decode": 15.0}}])
     assert (
         "11 are left of them, about 22 s by the 1 in plan.jsonl" in run("sweep", "plan.yaml", "--dry-run")[1]
     )
