@@ -6,7 +6,8 @@ from . import dispatch
 
 
 def append(
-    tokens, logprobs, top, *, results, ids, fed, history, cells, positions, active, limits, stops, kernels=None
+    tokens, logprobs, top, *, results, ids, fed, history, table, block_size, positions, active, limits, stops,
+    kernels=None,
 ):  # fmt: skip
     """Append a drawn token to every row, and test whether the row goes on; everything is changed in place.
 
@@ -18,7 +19,8 @@ def append(
         ids: int64 [B], receives the tokens.
         fed: int64 [3, B], receives position and cell of each token, and how many cells its row then has.
         history: int64 [B, T]; the token goes to its row's position.
-        cells: int64 [B, C], cell of every position.
+        table: int32 [B, M], the blocks of each row. block_size: positions in a block; position p of a row has cell
+            table[p // block_size] * block_size + p % block_size.
         positions: int64 [B, 1], where the token goes; rows that go on move to the next.
         active: int64 [B, 1], 1 for a row that goes on, 0 from its last token on.
         limits: int64 [B, 1], tokens that a row may have. stops: int64 [B, S], ids that end it, padded with -1.
@@ -27,7 +29,8 @@ def append(
     Raises:
         dispatch.KernelUnavailable: kernels="triton" cannot run here.
     """
-    given = tokens, logprobs, top, results, ids, fed, history, cells, positions, active, limits, stops
+    rows = positions, active, limits, stops
+    given = tokens, logprobs, top, results, ids, fed, history, table, block_size, *rows
     if dispatch.select("append", tokens.device, kernels) == "torch":
         return append_reference(*given)
     from .append_triton import launch
@@ -36,7 +39,7 @@ def append(
 
 
 def append_reference(
-    tokens, logprobs, top, results, ids, fed, history, cells, positions, active, limits, stops
+    tokens, logprobs, top, results, ids, fed, history, table, block_size, positions, active, limits, stops
 ):
     """Defines `append`, whose arguments it shares."""
     torch.clamp(tokens, min=0, out=ids)
@@ -47,7 +50,8 @@ def append_reference(
         start += column.shape[1]
     history.scatter_(1, positions, ids[:, None])
     fed[0].copy_(positions[:, 0])
-    fed[1].copy_(cells.gather(1, positions)[:, 0])
+    blocks = table.gather(1, positions // block_size).long()
+    fed[1].copy_((blocks * block_size + positions % block_size)[:, 0])
     torch.add(fed[0], 1, out=fed[2])
     stopped = (ids[:, None] == stops).any(1, keepdim=True)
     stopped |= fed[2][:, None] >= limits

@@ -9,9 +9,9 @@ from .launching import on_its_device
 @triton.jit
 def append_kernel(
     drawn, raw, processed, top_ids, top_logprobs, results, ids, positions_fed, cells_fed, counts_fed,
-    history, cells, positions, active, limits, stops,
-    top, stop_count, result_stride, history_stride, cell_stride, stop_stride,
-    TOP: tl.constexpr, STOPS: tl.constexpr,
+    history, table, positions, active, limits, stops,
+    top, stop_count, result_stride, history_stride, table_stride, stop_stride,
+    TOP: tl.constexpr, STOPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """See `append`; results are float64 [B, 3 + 2 top]."""
     row = tl.program_id(0).to(tl.int64)
@@ -21,7 +21,8 @@ def append_kernel(
     slot = tl.arange(0, STOPS)
     ends = tl.load(stops + row * stop_stride + slot, mask=slot < stop_count, other=-1)
     stopped = (tl.max((ends == token).to(tl.int32), axis=0) > 0) | (position + 1 >= tl.load(limits + row))
-    cell = tl.load(cells + row * cell_stride + position)
+    block = tl.load(table + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
+    cell = block * BLOCK_SIZE + position % BLOCK_SIZE
     line = results + row * result_stride
     tl.store(line, token.to(tl.float64))
     tl.store(line + 1, tl.load(raw + row).to(tl.float64))
@@ -44,12 +45,15 @@ def append_kernel(
 
 
 @on_its_device
-def launch(tokens, logprobs, top, results, ids, fed, history, cells, positions, active, limits, stops):
+def launch(
+    tokens, logprobs, top, results, ids, fed, history, table, block_size, positions, active, limits, stops
+):
     """`append` by the kernel."""
     count = 0 if top is None else top[0].shape[1]
     named = (tokens, logprobs[0]) if top is None else [part.contiguous() for part in top]
     append_kernel[(len(tokens),)](
-        tokens, *logprobs, *named, results, ids, *fed, history, cells, positions, active, limits, stops,
-        count, stops.shape[1], results.stride(0), history.stride(0), cells.stride(0), stops.stride(0),
-        TOP=triton.next_power_of_2(count) if count else 0, STOPS=triton.next_power_of_2(stops.shape[1]), num_warps=1,
+        tokens, *logprobs, *named, results, ids, *fed, history, table, positions, active, limits, stops,
+        count, stops.shape[1], results.stride(0), history.stride(0), table.stride(0), stops.stride(0),
+        TOP=triton.next_power_of_2(count) if count else 0, STOPS=triton.next_power_of_2(stops.shape[1]),
+        BLOCK_SIZE=block_size, num_warps=1,
     )  # fmt: skip

@@ -113,11 +113,12 @@ def _rotation(name, tokens, dim, rotated, interleaved, norms, limits):
 
 def _append(name, top, limits):
     floats, ints = ("raw", "processed", "top_logprobs"), ("top", "stop_count")
-    kernel, types = append_triton.append_kernel, {"results": "*fp64"} | dict.fromkeys(floats, "*fp32")
+    kernel, types = append_triton.append_kernel, {"results": "*fp64", "table": "*i32"}
+    types |= dict.fromkeys(floats, "*fp32")
     types = {
         n: types.get(n, "i32" if n in ints or n.endswith("_stride") else "*i64") for n in kernel.arg_names
     }
-    return _plain(name, kernel, types, {"TOP": top, "STOPS": 8}, 1, limits)
+    return _plain(name, kernel, types, {"TOP": top, "STOPS": 8, "BLOCK_SIZE": 16}, 1, limits)
 
 
 def _penalties(name, on, limits):

@@ -1,11 +1,13 @@
-"""What the host does for a step and for an admission, where replaying what was recorded costs nothing.
+"""What the host does for a step, an admission and ragged requests, where replaying what was recorded costs nothing.
 
     python -m benchmarks.decode.host                        # this checkout
     python -m benchmarks.decode.host --tree OTHER           # beside another one, in turns; repeatable
 
 Steps and passes are recorded as on CUDA, by a recorder whose replays do nothing: what is left is the host's own work,
 which no device hides. The model's forward, where one runs, is left out. Times are those of the thread, the least of
-many runs; calls of Python functions are exact. An admission is a call with one token, less a step.
+many runs; calls of Python functions are exact. An admission is a call with one token, less a step. Of 192 ragged
+requests on 64 slots, "asked" is what it takes to read and check them, "prepare" to make room for their tokens, step
+by step.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import functools
 import gc
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MODES = {"greedy": {}, "sampled": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 1}}
 ROWS = (1, 16)
+REQUESTS, SLOTS, PROMPTS, ANSWERS = (
+    192,
+    64,
+    (32, 512),
+    (12, 96),
+)  # ragged ones, as the check on a GPU has them
 SHORT, LONG, LAYERS = 17, 273, 16  # answers between which a step is taken; layers as a model of 1B has them
 
 
@@ -122,6 +131,29 @@ class Host:
         step = (many - few) / (LONG - SHORT)
         return {"us_per_step": 1e6 * step, "us_per_admission": 1e6 * (one - step)}
 
+    def ragged(self, repeats: int) -> dict[str, float]:
+        """Milliseconds of ragged requests, never seen before: to read and check them, and to make room step by step."""
+        from handloom import SamplingParams
+
+        batches = [
+            m.Batch for n, m in [*sys.modules.items()] if n.startswith("handloom") and hasattr(m, "Batch")
+        ]
+        found: list[dict[str, float]] = []
+        for turn in range(repeats):
+            rng, spent = random.Random(turn), []
+            prompts = [[rng.randrange(3, 500) for _ in range(rng.randint(*PROMPTS))] for _ in range(REQUESTS)]
+            params = [
+                SamplingParams(max_new_tokens=rng.randint(*ANSWERS), ignore_eos=True, **MODES[self.mode])
+                for _ in prompts
+            ]
+            start = time.thread_time()
+            self.engine.requests(prompts, params)
+            asked = time.thread_time() - start
+            with timed(batches[0], "prepare", spent):
+                self.engine.generate(prompts, params, progress=False)
+            found.append({"ms_asked": 1e3 * asked, "ms_prepare": 1e3 * sum(spent)})
+        return {name: min(each[name] for each in found) for name in found[0]}
+
     def calls(self) -> dict[str, float]:
         """Calls of Python functions in a step and in an admission of all rows."""
         one, few, many = (self._calls(new) for new in (1, SHORT, LONG))
@@ -143,6 +175,25 @@ class Host:
         return count
 
 
+@contextmanager
+def timed(kind: type, name: str, spent: list[float]):
+    """Note the seconds of this thread that each call of a method takes."""
+    original = getattr(kind, name)
+
+    def call(*given):
+        start = time.thread_time()
+        try:
+            return original(*given)
+        finally:
+            spent.append(time.thread_time() - start)
+
+    setattr(kind, name, call)
+    try:
+        yield
+    finally:
+        setattr(kind, name, original)
+
+
 def worker() -> None:
     """Answer one case a line: figures of the checkout whose `handloom` is on the path."""
     import torch
@@ -153,7 +204,7 @@ def worker() -> None:
         case = json.loads(line)
         key = case["rows"], case["mode"]
         host = made[key] if key in made else made.setdefault(key, Host(*key))
-        found = host.calls() if case["calls"] else host.times(case["repeats"])
+        found = getattr(host, case["what"])(**case["how"])
         sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()
 
@@ -176,9 +227,9 @@ def started(tree: Path, folder: Path) -> subprocess.Popen:
     )
 
 
-def ask(process: subprocess.Popen, **case) -> dict:
+def ask(process: subprocess.Popen, what: str, how: dict, about: dict) -> dict:
     """A worker's answer."""
-    process.stdin.write(json.dumps(case) + "\n")
+    process.stdin.write(json.dumps(about | {"what": what, "how": how}) + "\n")
     process.stdin.flush()
     return json.loads(process.stdout.readline())
 
@@ -189,18 +240,25 @@ def measure(trees: list[Path], rounds: int, repeats: int):
         workers = {tree: started(tree, Path(folder, str(i))) for i, tree in enumerate(trees)}
         for mode in MODES:
             for rows in ROWS:
-                found = {tree: ask(w, rows=rows, mode=mode, calls=True) for tree, w in workers.items()}
-                for _ in range(rounds):
-                    for tree, process in workers.items():
-                        times = ask(process, rows=rows, mode=mode, calls=False, repeats=repeats)
-                        for name, us in times.items():
-                            found[tree][name] = min(us, found[tree].get(name, us))
-                for tree in trees:
-                    about = {"benchmark": "decode/host", "mode": mode, "rows": rows, "tree": commit(tree)}
-                    yield about | {name: round(value, 1) for name, value in found[tree].items()}
+                about = {"mode": mode, "rows": rows}
+                counts = {tree: ask(each, "calls", {}, about) for tree, each in workers.items()}
+                yield from least(workers, "times", about, rounds, repeats, counts)
+            yield from least(workers, "ragged", {"mode": mode, "rows": SLOTS}, 1, repeats)
         for process in workers.values():
             process.stdin.close()
             process.wait()
+
+
+def least(workers: dict, what: str, about: dict, rounds: int, repeats: int, counts: dict | None = None):
+    """Rows of one case: every checkout in turn, the least of all rounds."""
+    found: dict[Path, dict] = counts or {tree: {} for tree in workers}
+    for _ in range(rounds):
+        for tree, process in workers.items():
+            for name, time_ in ask(process, what, {"repeats": repeats}, about).items():
+                found[tree][name] = min(time_, found[tree].get(name, time_))
+    for tree, figures in found.items():
+        row = {"benchmark": "decode/host", **about, "tree": commit(tree)}
+        yield row | {name: round(value, 1) for name, value in figures.items()}
 
 
 def commit(tree: Path) -> str:
@@ -228,7 +286,14 @@ def main() -> None:
     rows = list(measure([*options.tree, ROOT], options.rounds, options.repeats))
     if options.output:
         record(rows, options.output)
-    names = ("us_per_step", "calls_per_step", "us_per_admission", "calls_per_admission")
+    names = (
+        "us_per_step",
+        "calls_per_step",
+        "us_per_admission",
+        "calls_per_admission",
+        "ms_asked",
+        "ms_prepare",
+    )
     show("the host's share", {n: n for n in ("mode", "rows", "tree", *names)}, rows)
 
 

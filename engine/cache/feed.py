@@ -195,23 +195,23 @@ def packed_numbers(tokens, begins, tables, block_size: int, shape=None) -> tuple
         int64 `[n]`: ids, positions, cells `[T]`, starts `[R + 1]`, lengths, last tokens `[R]`, table `[R * M]`, each
         at an even place; and (T, R, M).
     """
-    counts = np.array([len(row) for row in tokens])
-    offsets = np.concatenate(([0], counts.cumsum()))
-    wide, rows, real = max(len(table) for table in tables), len(tokens), int(offsets[-1])
-    _, room, width = shape = shape or (real, rows, wide)
+    counts, begins = np.array([*map(len, tokens)]), np.array(begins)
+    rows, ends = len(counts), counts.cumsum()
+    real = int(ends[-1])
+    _, room, width = shape = shape or (real, rows, max(map(len, tables)))
     numbers, (ids, positions, cells, starts, lengths, last, table) = _empty(_packed_sizes(*shape))
-    begins = np.asarray(begins)
-    ids[:real] = np.concatenate([np.asarray(row, np.int64) for row in tokens])
-    positions[:real] = np.arange(real) + np.repeat(begins - offsets[:-1], counts)
-    starts[: rows + 1], starts[rows + 1 :] = offsets, real
-    lengths[:rows], last[:rows] = begins + counts, offsets[1:] - 1
+    ids[:real] = [*itertools.chain.from_iterable(tokens)]
+    starts[1 : rows + 1], starts[rows + 1 :] = ends, real
+    lengths[:rows], last[:rows] = begins + counts, ends - 1
     table = table.reshape(room, width)
-    table[:] = ZERO
+    table.fill(ZERO)
     for row, known in zip(table, tables, strict=False):
         row[: len(known)] = known.blocks
-    where = positions[:real]
-    blocks = table[np.repeat(np.arange(rows), counts), where // block_size]
-    cells[:real], cells[real:] = blocks * block_size + where % block_size, TRASH * block_size
+    owner = np.arange(rows).repeat(counts)
+    where = np.add(np.arange(real), (begins + counts - ends)[owner], out=positions[:real])
+    block, place = np.divmod(where, block_size)
+    cells.fill(TRASH * block_size)
+    cells[:real] = table[owner, block] * block_size + place
     return numbers, shape
 
 

@@ -44,7 +44,7 @@ class BlockPool:
         block_size: cells (tokens) in a block, > 0.
         capacity: blocks to start with; the pool doubles when it runs out.
         max_blocks: upper bound for growth, None for none.
-        scrub: zero a block before it is handed out. Needed where a whole rectangle of cells is read and masked
+        scrub: zero a block before it is used. Needed where a whole rectangle of cells is read and masked
             afterwards: probability 0 times a stale NaN is NaN.
         prefix_cache: keep full prompt blocks after their last use, until the space is wanted.
 
@@ -66,8 +66,8 @@ class BlockPool:
         self.stores: list[Store] = []
         self._where: dict[int, tuple[int, int]] = {}
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # views of the stores, made once
-        self.refs = np.zeros(RESERVED, np.int32)
-        self.filled = np.zeros(RESERVED, np.int32)
+        self.refs = [0] * RESERVED
+        self.filled = [0] * RESERVED  # cells of each block that some sequence has written
         self._free = np.zeros(RESERVED, bool)
         self._free_count = self._free_low = 0  # all that are free, and those below the high water mark
         self._claimed = np.zeros(RESERVED, bool)
@@ -117,7 +117,7 @@ class BlockPool:
     def in_use(self) -> int:
         """Blocks that some Table holds."""
         self.settle()
-        return int((self.refs > 0).sum())
+        return len(self.refs) - self.refs.count(0)
 
     @property
     def cached(self) -> int:
@@ -141,9 +141,11 @@ class BlockPool:
     def retain(self, table: Table) -> None:
         """Count the references of a new Table."""
         self._tables.add(table)
-        self.refs[np.array(table.blocks, np.intp)] += 1  # no block is twice in a table
-        for block in table.blocks if self._idle else ():
-            self._idle.pop(block, None)
+        refs, idle = self.refs, self._idle
+        for block in table.blocks:
+            refs[block] += 1
+            if idle:
+                idle.pop(block, None)
 
     def settle(self) -> None:
         """Give back what gone Tables held; the last reference frees a block, or keeps it idle for its prefix."""
@@ -151,13 +153,14 @@ class BlockPool:
             self._release(self.dropped.popleft())
 
     def _release(self, blocks: tuple[int, ...]) -> None:
-        where = np.array(blocks, np.intp)
-        self.refs[where] -= 1
-        for block in where[self.refs[where] == 0].tolist():
-            if block in self.prefixes:
-                self._idle[block] = None
-            else:
-                self._put_back(block)
+        refs, known = self.refs, self.prefixes.keys
+        for block in blocks:
+            refs[block] -= 1
+            if refs[block] == 0:
+                if block in known:
+                    self._idle[block] = None
+                else:
+                    self._put_back(block)
 
     # -- allocation
 
@@ -191,15 +194,15 @@ class BlockPool:
         return tuple(blocks)
 
     def clean(self) -> None:
-        """Zero the blocks that were handed out since the last time, before anything is written to them."""
+        """Zero the blocks that were handed out since the last time, before anything is written to them.
+
+        Not those that `writable` gave to be filled at once.
+        """
         if self._dirty:
-            dirty, self._dirty = self._dirty, []
-            places = {store.keys.device for store in self.stores}
-            there = {device: upload(dirty, device) for device in places}
+            dirty = sorted(block for block in self._dirty if self.filled[block] < self.block_size)
+            self._dirty = []
             for store in self.stores:
-                where = there[store.keys.device]
-                store.keys.index_fill_(1, where, 0)
-                store.values.index_fill_(1, where, 0)
+                store.clear(dirty)
 
     def reserve(self, count: int) -> None:
         """Grow now, so that `count` blocks can be handed out without moving the pool in the middle of a run.
@@ -251,21 +254,17 @@ class BlockPool:
             behind = range(after + 1, after + 1 + count)
             if count == 1 or free[behind[0] : behind[-1] + 1].all():
                 return behind
-        edges = np.flatnonzero(np.diff(free > self._claimed, prepend=False, append=False))
-        starts, lengths = edges[::2], edges[1::2] - edges[::2]
-        fits = np.flatnonzero(lengths >= room)
-        if not len(fits):
-            fits = np.flatnonzero(lengths >= count)
-        if len(fits):
-            start = int(starts[fits[0]])
-            return range(start, start + count)
+        unclaimed = (free > self._claimed).tobytes()
+        for run in (room, count):
+            if (start := unclaimed.find(b"\1" * run)) >= 0:
+                return range(start, start + count)
         return np.flatnonzero(free)[:count].tolist()
 
     def _resize(self, capacity: int) -> None:
         extra = capacity - self.capacity
         self._free_count += extra
-        self.refs = np.concatenate((self.refs, np.zeros(extra, np.int32)))
-        self.filled = np.concatenate((self.filled, np.zeros(extra, np.int32)))
+        self.refs += [0] * extra
+        self.filled += [0] * extra
         self._free = np.concatenate((self._free, np.ones(extra, bool)))
         self._claimed = np.concatenate((self._claimed, np.zeros(extra, bool)))
         self.capacity, self.moves = capacity, self.moves + 1
@@ -273,6 +272,10 @@ class BlockPool:
         self.stores = [store.resized(capacity, self.high_water) for store in self.stores]
 
     # -- writing
+
+    def further(self, table: Table, count: int) -> Table:
+        """A Table with `count` more blocks, which are written to later."""
+        return self.table(table.blocks + self.allocate(count, table.blocks[-1]))
 
     def writable(self, table: Table, length: int, count: int, room: int = 0) -> Table:
         """A Table in which cells `[length, length + count)` may be written without harm to any other sequence.
@@ -373,16 +376,16 @@ class BlockPool:
     def check(self) -> None:
         """Raise AssertionError unless counts, free blocks and kept prefixes agree with the Tables alive."""
         self.settle()
-        expected = np.zeros(self.capacity, np.int32)
+        refs, expected = np.array(self.refs), np.zeros(self.capacity, np.int64)
         for table in self._tables:
             assert len(set(table.blocks)) == len(table.blocks), f"block twice in one table: {table.blocks}"
             for block in table.blocks:
                 expected[block] += 1
-        wrong = np.flatnonzero(expected != self.refs)
-        assert not len(wrong), f"blocks {wrong.tolist()}: counted {self.refs[wrong]}, held {expected[wrong]}"
+        wrong = np.flatnonzero(expected != refs)
+        assert not len(wrong), f"blocks {wrong.tolist()}: counted {refs[wrong]}, held {expected[wrong]}"
         idle = np.zeros(self.capacity, bool)
         idle[list(self._idle)] = True
-        state = (self.refs > 0).astype(int) + self._free + idle
+        state = (refs > 0).astype(int) + self._free + idle
         state[:RESERVED] += 1
         lost = np.flatnonzero(state != 1)
         assert not len(lost), f"blocks {lost.tolist()} are not exactly one of used, free, kept"

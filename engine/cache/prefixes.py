@@ -15,12 +15,12 @@ class Prefixes:
     def __init__(self, size: int):
         self.size = size
         self.blocks: dict[tuple[int, tuple[int, ...]], int] = {}
-        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.keys: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._uids: dict[int, int] = {}  # a block's number can be given again, what stands behind it not
         self._next_uid = 1
 
     def __contains__(self, block: int) -> bool:
-        return block in self._keys
+        return block in self.keys
 
     def match(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Blocks that hold the longest known prefix of `tokens`, leaving at least one token to compute."""
@@ -40,8 +40,8 @@ class Prefixes:
             key = (parent, tuple(tokens[i * self.size : (i + 1) * self.size]))
             if key not in self.blocks:
                 if blocks[i] in self:  # known behind a twin that is gone by now
-                    del self.blocks[self._keys[blocks[i]]]
-                self.blocks[key], self._keys[blocks[i]] = blocks[i], key
+                    del self.blocks[self.keys[blocks[i]]]
+                self.blocks[key], self.keys[blocks[i]] = blocks[i], key
                 self._uids[blocks[i]] = self._next_uid
                 self._next_uid += 1
                 added.append(blocks[i])
@@ -50,13 +50,13 @@ class Prefixes:
 
     def remove(self, block: int) -> None:
         """Forget what a block holds."""
-        del self.blocks[self._keys.pop(block)], self._uids[block]
+        del self.blocks[self.keys.pop(block)], self._uids[block]
 
     def clear(self) -> None:
         """Forget everything."""
-        for index in (self.blocks, self._keys, self._uids):
+        for index in (self.blocks, self.keys, self._uids):
             index.clear()
 
     def check(self) -> None:
         """Raise AssertionError unless the index agrees with itself."""
-        assert set(self.blocks.values()) == set(self._keys) == set(self._uids), "prefix index out of step"
+        assert set(self.blocks.values()) == set(self.keys) == set(self._uids), "prefix index out of step"

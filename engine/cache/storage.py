@@ -26,6 +26,15 @@ class Store:
             grown.append(new)
         return Store(self.layers, *grown)
 
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks, given in order; neighbours at once."""
+        start = 0
+        for at, block in enumerate(blocks, 1):
+            if at == len(blocks) or blocks[at] != block + 1:
+                for part in (self.keys, self.values):
+                    part.narrow(1, blocks[start], at - start).zero_()
+                start = at
+
 
 def zeros(shape, dtype, device) -> torch.Tensor:
     """Zeros whose pages, on a CPU, cost no memory until they are written; `torch.zeros` writes them all."""

@@ -50,7 +50,8 @@ class Pass:
         self.recurrent = any(kind in RECURRENT | HYBRID for kind, _ in self.plan)
         self.paged = any(kind in ATTENTION | HYBRID for kind, _ in self.plan)
         self.alone = False  # attend every row by itself, whatever it costs
-        pool.scrub = True  # rectangles of cells are read and masked afterwards
+        # Kernels read no cell beyond a row's length; what gathers rectangles of cells masks them afterwards.
+        pool.scrub = path == "mask" or (path == "attention" and self.device.type == "cpu")
         self.cache = PagedCache(self.plan, pool, path)
         self.layout = self.cache  # a cache whose recurrent states are laid out as the model wants them
         self._arguments = accepted(module)

@@ -9,7 +9,7 @@ import torch
 
 from ..cache.feed import Feed
 from ..cache.paged import PagedCache
-from ..cache.pool import TRASH, ZERO
+from ..cache.pool import TRASH, ZERO, Table
 from ..cache.sequence import Row
 from ..cache.transfer import upload
 from ..errors import HandloomError, PoolExhausted
@@ -22,7 +22,7 @@ IDLE = (TRASH,)
 AHEAD = 4  # blocks that a row is given at a time, as far as it may need them
 FULL = 1 << 62
 # Tensors with one entry per slot, which move with their rows when the batch shrinks.
-_PER_SLOT = ("logits", "tokens", "stops", "history", "cells", "table")
+_PER_SLOT = ("logits", "tokens", "history", "table")
 
 
 @dataclass
@@ -66,20 +66,22 @@ class Batch:
         self.block, self.eos = self.pool.block_size, engine.eos_token_ids
         device = self.model.device
 
-        def ints(*shape, fill=0, dtype=torch.long):
-            return torch.full(shape, fill, dtype=dtype, device=device)
-
-        blocks = -(-width // self.block) + 1
         self.logits = torch.zeros(size, engine.vocab_size, device=device)
-        self.tokens, self.stops = ints(size), ints(size, 8, fill=-1)
-        # One tensor, so that a new row's numbers arrive together; each of its rows begins at a multiple of 16 bytes.
-        self.numbers = ints(6, size + size % 2)[:, :size]
+        self.tokens = torch.zeros(size, dtype=torch.long, device=device)
+        # One tensor, so that what a new row brings is told in one transfer and one launch; what kernels read begins at
+        # a multiple of 16 bytes.
+        lane, blocks = size + size % 2, 4 * -(-(width + self.block) // (4 * self.block))
+        parts = 6 * lane, size * blocks // 2, size * (width + 1)
+        self.words = torch.zeros(sum(parts), dtype=torch.long, device=device)
+        numbers, table, history = self.words.split(parts)
+        self.numbers = numbers.view(6, lane)[:, :size]
         self.positions, self.active, self.limits = (row[:, None] for row in self.numbers[:3])
         self.prompt_lengths, self.seeds, self.streams = self.numbers[3:]
-        self.history = ints(size, width + 1, fill=-1)
-        self.cells = ints(size, blocks * self.block, fill=TRASH * self.block)  # position -> cell in the pool
-        self.table = ints(size, blocks, fill=ZERO, dtype=torch.int32)
-        self._within = torch.arange(self.block, device=device)
+        self.table = table.view(torch.int32).view(size, blocks).fill_(ZERO)
+        self.table[:, 0] = TRASH  # where idle slots write
+        self.history = history.view(size, width + 1).fill_(-1)
+        self._column, self._places = np.arange(6) * lane, np.cumsum(parts)  # where each part's numbers lie
+        self._held = self.table.cpu().numpy().copy()  # the table, on the host
         self.requests: list[Request | None] = [None] * size
         self.rows: list[Row | None] = [None] * size
         self.lengths = np.zeros(size, np.int64)
@@ -88,7 +90,8 @@ class Batch:
         self.claims: list = [None] * size
         self._running: list[int] | None = []  # None: to be looked up
         self._spare = 0  # steps in which no row comes to the end of its blocks
-        self._left: list[int] = []  # slots whose tensors still hold a row that has gone
+        # Slots whose tensors still hold a row that has gone, and how many tokens and blocks it has left there.
+        self._left: dict[int, tuple[int, int]] = {}
         self.cache: PagedCache | None = None
         self.sampler = engine.pipeline.bind(
             [], [], device=device, vocab_size=engine.vocab_size, eos_token_ids=self.eos, capacity=size
@@ -98,16 +101,13 @@ class Batch:
     def running(self) -> list[int]:
         """Slots that hold a request; the list is not to be changed."""
         if self._running is None:
-            self._running = np.flatnonzero(self.occupied).tolist()
+            self._running = self.occupied.nonzero()[0].tolist()
         return self._running
 
     # -- rows come and go
 
-    @torch.no_grad()
     def place(self, requests: list[Request]) -> list[tuple[Request, str]]:
         """Put prefilled requests into free slots; their blocks are shared until they write.
-
-        Everything that the device is told goes there in one transfer.
 
         Returns:
             Those that could not be placed, and why; the slots are as they were.
@@ -120,7 +120,7 @@ class Batch:
                 self.pool.unclaim(ready.claim)
                 ready.claim = None
             try:
-                row = self._own_tail(ready.row, ready.row.length) if self.model.paged else ready.row
+                row = self._own_tail(ready.row) if self.model.paged else ready.row
                 self.sampler.fill(free[0], request.params, request.prompt.ids, request.seed, request.sample)
             except (HandloomError, torch.OutOfMemoryError) as error:
                 ready.taken()
@@ -133,7 +133,6 @@ class Batch:
                 more = request.blocks(self.block) - len(row.table)
                 self.claims[slot] = self.pool.claim(row.table.blocks[-1] + 1, more)
             placed.append((slot, request))
-        self._settle({slot for slot, _ in placed})
         if placed:
             self._arrive(placed)
         for _, request in placed:
@@ -142,116 +141,116 @@ class Batch:
 
     def _arrive(self, placed: list[tuple[int, Request]]) -> None:
         """Fill the slots' tensors."""
-        ready = [request.prefilled for _, request in placed]
-        slots, stops = [slot for slot, _ in placed], [self._stop_ids(request) for _, request in placed]
-        self._widen_stops(max(map(len, stops)))
-        lengths = [self.rows[slot].length for slot in slots]
-        most = self.history.shape[1] - 1
-        numbers = [
-            (length, 1, min(request.room, most), length, request.seed, request.sample)
-            for length, (_, request) in zip(lengths, placed, strict=True)
-        ]
-        ids = _rectangle([request.prompt.ids for _, request in placed], -1)
-        held = [self.rows[s].table.blocks if self.model.paged else () for s in slots]
-        cells = _rectangle(held, TRASH)[..., None] * self.block + np.arange(self.block)
-        stops = _rectangle(stops, -1, self.stops.shape[1])
-        parts = np.array(slots), np.array(numbers).T, stops, ids, _rectangle(held, ZERO), cells
-        where, numbers, stops, ids, blocks, cells = _together(parts, self.history.device)
-        self.numbers.index_copy_(1, where, numbers)
-        self.stops.index_copy_(0, where, stops)
-        self.history[:, : ids.shape[1]].index_copy_(0, where, ids)
-        self.logits.index_copy_(0, where, torch.stack([r.logits for r in ready]).to(self.logits.device))
-        if self.model.paged:
-            self.table[:, : blocks.shape[1]].index_copy_(0, where, blocks.int())
-            self.cells[:, : blocks.shape[1] * self.block].index_copy_(0, where, cells.flatten(1))
-        for slot, prefilled in zip(slots, ready, strict=True):
+        self._tell([told for slot, request in placed for told in self._row(slot, request)] + self._emptied())
+        ready, lines = [request.prefilled for _, request in placed], self.logits.unbind()
+        torch._foreach_copy_([lines[slot] for slot, _ in placed], [each.logits for each in ready])
+        for (slot, _), prefilled in zip(placed, ready, strict=True):
             if prefilled.states:
                 self._insert(slot, prefilled.states)
 
-    def _stop_ids(self, request: Request) -> list[int]:
-        """What ends the row on the device, where the host looks late."""
-        params = request.params
-        return sorted({*params.stop_token_ids, *params.ends(self.eos)})
+    def _row(self, slot: int, request: Request) -> list[tuple]:
+        """Where the numbers of a new row lie in `words`, and which they are."""
+        length, ids = self.rows[slot].length, request.prompt.ids
+        room = min(request.room, self.history.shape[1] - 1)
+        tokens, blocks = self._left.pop(slot, (0, 0))
+        blocks = max(blocks, len(self.rows[slot].table) if self.model.paged else 0)
+        return [
+            (self._column + slot, (length, 1, room, length, request.seed, request.sample)),
+            self._tokens(slot, ids + [-1] * (tokens - len(ids))),
+            self._blocks_of(slot, 0, blocks),
+        ]
 
-    def _widen_stops(self, count: int) -> None:
-        if count > self.stops.shape[1]:
-            wider = self.stops.new_full((self.size, 2 * count), -1)
-            wider[:, : self.stops.shape[1]] = self.stops
-            self.stops = wider
+    def _emptied(self) -> list[tuple]:
+        """The same for all slots whose rows have gone."""
+        told = []
+        for slot, (tokens, blocks) in self._left.items():
+            told += (self._column[:3] + slot, (0, 0, 0)), self._tokens(slot, [-1] * tokens)
+            told.append(self._blocks_of(slot, 0, blocks))
+        self._left.clear()
+        return told
 
-    @torch.no_grad()
+    def _tokens(self, slot: int, ids: list[int]) -> tuple:
+        """Where the beginning of a slot's history lies in `words`, and what it is."""
+        start = int(self._places[1]) + slot * self.history.shape[1]
+        return np.arange(start, start + len(ids)), ids
+
+    def _blocks_of(self, slot: int, first: int, end: int) -> tuple:
+        """Where a part of a slot's table lies in `words`, and what it is: two blocks a number."""
+        pairs = self._held.view(np.int64)
+        first, end, start = first // 2, -(-end // 2), int(self._places[0]) + slot * pairs.shape[1]
+        return np.arange(start + first, start + end), pairs[slot, first:end]
+
+    def _tell(self, told: list[tuple]) -> None:
+        """Write numbers of the host to `words`, (where, which) each, in one transfer."""
+        where, which = zip(*told, strict=True)
+        both = np.empty((2, sum(map(len, where))), np.int64)
+        np.concatenate(where, out=both[0])
+        np.concatenate(which, out=both[1], casting="unsafe")
+        places, numbers = upload(both, self.words.device)
+        self.words.index_copy_(0, places, numbers)
+
     def clear(self, slot: int) -> None:
         """Take a finished request out; its blocks go back, full ones stay known as a prefix."""
         row, request, self._running = self.rows[slot], self.requests[slot], None
+        length = int(self.lengths[slot])
         if self.model.shares_prefixes and request.prompt.embeddings is None and request.error is None:
-            fed = min(int(self.lengths[slot]), len(request.prompt) + len(request.stopper.token_ids) - 1)
+            fed = min(length, len(request.prompt) + len(request.stopper.token_ids) - 1)
             self.pool.register(row.table, (request.prompt.ids + request.stopper.token_ids)[: max(fed, 0)])
         if self.claims[slot]:
             self.pool.unclaim(self.claims[slot])
+        # The step that is under way may append one more token.
+        self._left[slot] = (
+            min(length + 2, self.history.shape[1]),
+            len(row.table) if self.model.paged else 0,
+        )
+        self._held[slot], self._held[slot, 0] = ZERO, TRASH
         self.requests[slot] = self.rows[slot] = self.claims[slot] = None
         self.lengths[slot], self.occupied[slot] = 0, False
         self.sampler.clear(slot)
-        self._left.append(slot)
 
-    @torch.no_grad()
-    def _settle(self, taken=frozenset()) -> None:
-        """Empty the tensors of slots whose rows have gone: nothing may write to blocks that others hold by now.
-
-        Args:
-            taken: slots that are written to at once, as far as what a row brings fills them.
-        """
-        if not self._left:
-            return
-        left, self._left = self._left, []
-        where = upload(left, self.history.device)
-        for tensor, empty in ((self.history, -1), (self.table, ZERO), (self.cells, TRASH * self.block)):
-            tensor.index_fill_(0, where, empty)
-        if not taken.issuperset(left):
-            self.numbers[:3].index_fill_(1, where, 0)
-            self.stops.index_fill_(0, where, -1)
-            self.logits.index_fill_(0, where, 0)
+    def _settle(self) -> None:
+        """Empty the tensors of slots whose rows have gone: nothing may write to blocks that others hold by now."""
+        if self._left:
+            self._tell(self._emptied())
 
     def prepare(self) -> list[tuple[int, str]]:
         """Make room for the token that each slot draws next; the slots for which there is no block, and why."""
-        if self._left:
-            self._settle()
+        self._settle()
         if not self.model.paged:
             return []
         self._spare -= 1
         return self._grow() if self._spare < 0 else []
 
-    @torch.no_grad()
     def _grow(self) -> list[tuple[int, str]]:
         """New blocks for the slots that are at the end of theirs."""
         exhausted, grown = [], []
-        for slot in np.flatnonzero(self.occupied & (self.lengths >= self.ends)).tolist():
+        for slot in (self.occupied & (self.lengths >= self.ends)).nonzero()[0].tolist():
             row, first = self.rows[slot], len(self.rows[slot].table)
             try:
-                self._seat(slot, self._further(row, self._needed(slot) - first))
+                self._seat(slot, replace(row, table=self._further(row.table, self._needed(slot) - first)))
             except PoolExhausted as error:
                 exhausted.append((slot, str(error)))  # what it leaves may be enough for the others
                 break
-            grown += [(slot, first + i, b) for i, b in enumerate(self.rows[slot].table.blocks[first:])]
+            grown.append(self._blocks_of(slot, first, len(self.rows[slot].table)))
         if grown:
-            self._map(np.array(grown).T)
+            self._tell(grown)
         self.pool.clean()
         if self.running and not exhausted:
             self._spare = int((self.ends - self.lengths)[self.occupied].min()) - 1
         return exhausted
 
-    def _further(self, row: Row, needed: int) -> Row:
-        """The row with some more blocks; with one, where the pool has no more."""
-        cells = len(row.table) * self.block
+    def _further(self, table: Table, needed: int) -> Table:
+        """A table with some more blocks; with one, where the pool has no more."""
         try:
-            table = self.pool.writable(row.table, cells, min(AHEAD, needed) * self.block)
+            return self.pool.further(table, min(AHEAD, needed))
         except PoolExhausted:
-            table = self.pool.writable(row.table, cells, self.block)
-        return replace(row, table=table)
+            return self.pool.further(table, 1)
 
     def _seat(self, slot: int, row: Row) -> None:
         """Let a slot have a row, or the same row with more blocks."""
         self.rows[slot] = row
         if self.model.paged:
+            self._held[slot, : len(row.table)] = row.table.blocks
             full = len(row.table) >= self._needed(slot)
             self.ends[slot] = FULL if full else len(row.table) * self.block
 
@@ -259,16 +258,11 @@ class Batch:
         """Blocks that a slot's row may come to need."""
         return min(self.requests[slot].blocks(self.block), -(-(self.history.shape[1] - 1) // self.block))
 
-    def _own_tail(self, row: Row, length: int) -> Row:
-        """The row with the block of cell `length` to itself, up to the block's end."""
-        return replace(row, table=self.pool.writable(row.table, length, self.block - length % self.block))
-
-    def _map(self, entries: np.ndarray) -> None:
-        """Tell the device of blocks: `[3, n]` slot, place in its table, block."""
-        slots, places, blocks = upload(np.ascontiguousarray(entries), self.cells.device)
-        self.table.index_put_((slots, places), blocks.int())
-        cells = self.cells.view(self.size, -1, self.block)
-        cells.index_put_((slots, places), blocks[:, None] * self.block + self._within)
+    def _own_tail(self, row: Row) -> Row:
+        """The row with the block of its next cell to itself, up to the block's end."""
+        rest = self.block - row.length % self.block
+        table = self.pool.writable(row.table, row.length, rest)
+        return row if table is row.table else replace(row, table=table)
 
     def _insert(self, slot: int, states) -> None:
         if self.cache is None:
@@ -330,10 +324,15 @@ class Batch:
         return Feed(
             ids=self.tokens[:, None],
             positions=self.positions,
-            cells=self.cells.gather(1, self.positions),
+            cells=upload(self._next_cells(), self.positions.device)[:, None],
             tables=tables,
             lengths=(self.lengths + 1).tolist(),
         )
+
+    def _next_cells(self) -> np.ndarray:
+        """`[S]` flat number of the cell that each slot's next token is written to."""
+        block, place = np.divmod(self.lengths, self.block)
+        return self._held[np.arange(self.size), block] * np.int64(self.block) + place
 
     def _feed_alone(self) -> None:
         logits = self.logits.clone()
@@ -348,7 +347,7 @@ class Batch:
         row, _ = self.model.prefill(request.prompt.ids + request.stopper.token_ids)
         self._seat(slot, row)
         self.pool.filled[row.table.blocks[-1]] = self.block
-        self._map(np.array([(slot, i, block) for i, block in enumerate(row.table.blocks)]).T)
+        self._tell([self._blocks_of(slot, 0, len(row.table))])
 
     def record(self) -> None:
         """Nothing: its steps run as they are."""
@@ -359,7 +358,6 @@ class Batch:
         keep = self.running
         index = (keep + [i for i in range(self.size) if i not in keep])[:size]
         other = type(self)(engine, size, max(width, self.history.shape[1] - 1))
-        other.stops = self.stops.new_full((size, self.stops.shape[1]), -1)
         where, n = torch.tensor(index, device=self.logits.device), len(index)
         for name in _PER_SLOT:
             part = getattr(self, name).index_select(0, where)
@@ -367,6 +365,7 @@ class Batch:
         other.numbers[:, :n] = self.numbers.index_select(1, where)
         for name in ("lengths", "ends", "occupied"):
             getattr(other, name)[:n] = getattr(self, name)[index]
+        other._held[:n, : self._held.shape[1]] = self._held[index, : other._held.shape[1]]
         other._running = None
         for name in ("requests", "rows", "claims"):
             getattr(other, name)[:n] = [getattr(self, name)[i] for i in index]
@@ -380,18 +379,3 @@ class Batch:
             states = tuple(s.index_select(0, where) for s in self.cache.states())
             other.cache.load_states(states, self.model.layout)
         return other
-
-
-def _rectangle(rows, fill: int, width: int = 0) -> np.ndarray:
-    """Lists of different length as one array `[n, width or the longest]`."""
-    full = np.full((len(rows), max(width, 1, *map(len, rows))), fill, np.int64)
-    for mine, row in zip(full, rows, strict=True):
-        mine[: len(row)] = row
-    return full
-
-
-def _together(parts, device) -> list[torch.Tensor]:
-    """Arrays of the host on a device, in one transfer."""
-    flat = upload(np.concatenate([part.ravel() for part in parts]), device)
-    split = flat.split([part.size for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(split, parts, strict=True)]

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..cache.feed import Feed
+from ..cache.transfer import send, upload
 from ..forward.programs.capture import Letter, Mailbox, recorder_for
 from ..forward.programs.programs import Programs
 from ..kernels.append import append
@@ -59,6 +61,10 @@ class GraphBatch(Batch):
         self.failures = Failures()
         # Position and cell of the tokens that are fed, and how many cells their rows then have.
         self.fed = torch.zeros(3, size + size % 2, dtype=torch.long, device=device)[:, :size]
+        self._ends = np.full(
+            (size, 8), -1
+        )  # on the host what `stops` is on the device: ids that end a slot's row
+        self.stops = upload(self._ends.copy(), device)
         self._current: tuple | None = None  # blocks, key and program of the last step, until a row changes
         self._before: tuple | None = None  # what decided on it, key and program
         self._told: dict[int, torch.Tensor] = {}  # results, by their width
@@ -66,10 +72,20 @@ class GraphBatch(Batch):
 
     # -- what the host does
 
-    def place(self, requests):
-        """See `Batch.place`."""
-        self._current = None if requests else self._current
-        return super().place(requests)
+    def _arrive(self, placed) -> None:
+        """See `Batch`; and what ends the rows on the device, where the host looks late."""
+        self._current = None
+        super()._arrive(placed)
+        ends = [sorted({*r.params.stop_token_ids, *r.params.ends(self.eos)}) for _, r in placed]
+        if (most := max(map(len, ends))) > self.stops.shape[1]:
+            self._ends = np.pad(self._ends, ((0, 0), (0, 2 * most - self.stops.shape[1])), constant_values=-1)
+            self.stops = upload(self._ends.copy(), self.stops.device)
+        slots, told = [slot for slot, _ in placed], np.full((len(placed), self.stops.shape[1]), -1)
+        for mine, ids in zip(told, ends, strict=True):
+            mine[: len(ids)] = ids
+        if not np.array_equal(told, self._ends[slots]):
+            self._ends[slots] = told
+            send(self._ends, self.stops)
 
     def clear(self, slot) -> None:
         """See `Batch.clear`."""
@@ -124,8 +140,8 @@ class GraphBatch(Batch):
             _overwrite(old, new)
         append(
             drawn.tokens, (drawn.raw_logprobs, context.spoiled(drawn.logprobs)), drawn.top,
-            results=self._results(), ids=self.tokens, fed=self.fed, history=self.history, cells=self.cells,
-            positions=self.positions, active=self.active, limits=self.limits, stops=self.stops,
+            results=self._results(), ids=self.tokens, fed=self.fed, history=self.history, table=self.table,
+            block_size=self.block, positions=self.positions, active=self.active, limits=self.limits, stops=self.stops,
         )  # fmt: skip
 
     def _advance(self) -> None:

@@ -86,11 +86,12 @@ class Arrivals:
 
 def encoded(engine, prompts) -> tuple[list[Prompt], bool]:
     """The prompts as ids or embeddings, and whether a single one was given."""
+    vocab_size, hidden_size = engine.model.get_input_embeddings().weight.shape
     return encode_prompts(
         engine.tokenizer,
         prompts,
-        vocab_size=engine.model.get_input_embeddings().weight.shape[0],
-        hidden_size=engine.model.get_input_embeddings().weight.shape[1],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
         max_length=engine.max_length,
     )
 

@@ -341,11 +341,10 @@ class SamplingParams:
 
     def _ids(self) -> Iterator[tuple[str, int]]:
         """(field, token id) for every token id of these parameters; strings are left out."""
-        single = (
-            "banned_tokens allowed_tokens suppress_first stop_token_ids eos_token_ids dry_breakers logit_bias"
-        )
-        for name in single.split():
-            yield from ((name, token) for token in getattr(self, name) or () if not isinstance(token, str))
+        for name in _HOLD_IDS:
+            for token in getattr(self, name) or ():
+                if not isinstance(token, str):
+                    yield name, token
         for name in ("bad_words", "sequence_bias"):
             yield from ((name, t) for ids in getattr(self, name) if not isinstance(ids, str) for t in ids)
         yield from (("forced_tokens", token) for token in self.forced_tokens.values())
@@ -367,6 +366,9 @@ class SamplingParams:
         return f"{type(self).__name__}({shown})"
 
 
+_HOLD_IDS = (
+    "banned_tokens", "allowed_tokens", "suppress_first", "stop_token_ids", "eos_token_ids", "dry_breakers", "logit_bias"
+)  # fmt: skip
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 _CHECKS = {field.name: field.metadata["check"] for field in dataclasses.fields(SamplingParams)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -45,17 +46,28 @@ class Member:
         return self.values
 
 
+UNASKED = SamplingParams()
+
+
+def telling(processor: Processor) -> tuple[str, ...]:
+    """The fields that say, by the values they have when nothing is asked, that a rule is off; none: look closer."""
+    plain = type(processor).settings is Processor.settings and not processor.explicit
+    known = all(field in SamplingParams.__dataclass_fields__ for field in processor.fields)
+    return processor.fields if plain and known and not processor.active(UNASKED) else ()
+
+
 class Quick:
-    """A look at one field of each processor, all at once, that tells which are off for some `SamplingParams`."""
+    """A look at the fields of all processors at once, that tells which are off for some `SamplingParams`."""
 
     def __init__(self, processors: Sequence[Processor]):
-        fields = [p.tells() for p in processors]
-        self.fields = [f if f in SamplingParams.__dataclass_fields__ else None for f in fields]
-        named = [(f, p.defaults[f]) for f, p in zip(self.fields, processors, strict=True) if f]
-        # Two more fields, so that what is read is a tuple.
-        self._read = operator.attrgetter("temperature", "seed", *(f for f, _ in named))
-        self._off = [value for _, value in named]
-        self._all = [f is not None for f in self.fields]
+        self.fields = [telling(processor) for processor in processors]
+        named = [field for fields in self.fields for field in fields]
+        self._read = operator.attrgetter(
+            "temperature", "seed", *named
+        )  # with two more, so that it reads a tuple
+        self._off = [getattr(UNASKED, field) for field in named]
+        self._all = [bool(fields) for fields in self.fields]
+        self._ends = [*itertools.accumulate(map(len, self.fields), initial=0)]
 
     def off(self, params: Any) -> list[bool]:
         """Of every processor; False where it may be on."""
@@ -64,8 +76,8 @@ class Quick:
         values = [*self._read(params)][2:]
         if values == self._off:
             return self._all
-        found = iter([value == off for value, off in zip(values, self._off, strict=True)])
-        return [field is not None and next(found) for field in self.fields]
+        same = [value == off for value, off in zip(values, self._off, strict=True)]
+        return [first < end and all(same[first:end]) for first, end in itertools.pairwise(self._ends)]
 
 
 def select_memory(memory: Any, index: Tensor) -> Any:

@@ -225,20 +225,23 @@ class Pipeline(tuple):
 
     def greedy(self, params: Any, row: int = 0) -> bool:
         """True when the row takes the argmax: its temperature, explicit here or else in `params`, is 0."""
-        for processor in self:
-            if "temperature" in getattr(processor, "explicit", ()):
-                return processor.settings(None, row)["temperature"] == 0
+        if self._own_temperature is not None:
+            return self._own_temperature.settings(None, row)["temperature"] == 0
         return params is not None and params.temperature == 0
+
+    @functools.cached_property
+    def _own_temperature(self) -> Processor | None:
+        """The first member with a temperature of its own."""
+        return next((p for p in self if "temperature" in getattr(p, "explicit", ())), None)
 
     def check(self, params: Any) -> None:
         """Raise ParameterError when the request sets a field that no member of this pipeline reads."""
         if params is None:
             return
-        read = self._read
-        for rule in _built_in():
-            field = rule.fields[0]
-            if field in read or not rule.active(params):
+        for rule in self._unread:
+            if not rule.active(params):
                 continue
+            field = rule.fields[0]
             members = ", ".join(processor.name for processor in self) or "none"
             raise ParameterError(
                 f"{field}={getattr(params, field)!r} has no effect: no processor of the pipeline "
@@ -247,12 +250,12 @@ class Pipeline(tuple):
             )
 
     @functools.cached_property
-    def _read(self) -> set[str]:
-        """The fields of a request that some member reads."""
+    def _unread(self) -> list[Processor]:
+        """The built-in rules whose field no member reads."""
         read: set[str] = set()
         for processor in self:
             read.update(set(getattr(processor, "fields", ())) - set(getattr(processor, "gives_way_to", ())))
-        return read
+        return [rule for rule in _built_in() if rule.fields[0] not in read]
 
     def lint(self) -> list[str]:
         """Sentences about orders that rarely mean what was intended; empty when nothing is odd."""

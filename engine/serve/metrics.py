@@ -29,7 +29,11 @@ class Metrics:
         for name, text, value in (
             ("samples_pending", "Samples that run or wait.", lambda: worker.pending),
             # as they were counted last: counting is for the threads that compute
-            ("blocks_in_use", "Blocks of the key/value pool in use.", lambda: int((pool.refs > 0).sum())),
+            (
+                "blocks_in_use",
+                "Blocks of the key/value pool in use.",
+                lambda: len(pool.refs) - pool.refs.count(0),
+            ),
             ("blocks_cached", "Blocks that hold known prefixes.", lambda: len(pool._idle)),
         ):
             self._made(Gauge, name, text).set_function(value)

@@ -84,6 +84,20 @@ def test_scrubbed_blocks_come_out_clean():
     assert read(pool, again, 4) == [0, 0, 0, 0]
 
 
+def test_what_is_filled_at_once_is_not_scrubbed_and_what_comes_later_is():
+    pool = pool_of(capacity=12, max_blocks=6, scrub=True)
+    nan = float("nan")
+    table = grown(pool, pool.table(), 0, [nan] * 24)
+    first = table.blocks[0]
+    del table
+    table = pool.writable(pool.table(), 0, 6)  # a whole block and a half
+    longer = pool.further(table, 2)
+    assert longer.blocks == tuple(range(first, first + 4))
+    pool.clean()
+    seen = [value != value for value in read(pool, longer, 16)]
+    assert seen == [True] * 4 + [False] * 12
+
+
 # Sharing and copying
 
 

@@ -11,7 +11,7 @@ from recorded_graph import Recorder, Recording, install
 
 from handloom import Engine, HandloomError, SamplingParams
 from handloom.cache.feed import Feed, Lines, grid_numbers, packed_numbers
-from handloom.cache.pool import TRASH, ZERO
+from handloom.cache.pool import RESERVED, TRASH, ZERO
 from handloom.forward.programs import recorded as programs_module
 from handloom.forward.programs.capture import Letter
 from handloom.forward.programs.programs import bucket
@@ -146,6 +146,25 @@ def test_prompts_packed_into_programs_are_those_of_eager_passes(recorders):
         assert [g.token_ids for g in got] == [g.token_ids for g in want]
     assert program.runner.recorded.programs.refused == {}
     assert_nothing_leaked(program)
+
+
+def test_kernels_read_no_cell_beyond_a_row(recorders):
+    """So where they read, as on CUDA, no block has to be zeroed before it is used."""
+    eager, program = engines("llama", slots=4, block_size=8)
+    prompts = prompts_of([5, 40, 17, 3, 26, 9])
+    want = eager.generate(prompts, max_new_tokens=12)
+    program.pool.scrub = False
+    for store in program.pool.stores:
+        store.keys[:, RESERVED:], store.values[:, RESERVED:] = torch.nan, torch.nan
+    for _ in range(2):
+        got = program.generate(prompts, max_new_tokens=12)
+        assert [g.token_ids for g in got] == [g.token_ids for g in want]
+        program.pool.forget_prefixes()
+    state, other = program.prefill(prompts[:2]), eager.prefill(prompts[:2])
+    for _ in range(4):
+        tokens = other.logits.argmax(-1)
+        state, other = program.step(state, tokens), eager.step(other, tokens)
+        torch.testing.assert_close(state.logits, other.logits, **CLOSE)
 
 
 def test_with_fixed_slots_a_prompt_has_the_same_bits_beside_any_others(recorders):

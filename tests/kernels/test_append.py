@@ -6,7 +6,7 @@ import torch
 from handloom.kernels.append import append
 
 
-def given(rows, top, stops, width=11, cells=16):
+def given(rows, top, stops, width=11, size=4):
     """Rows at different places: a limit reached, a stop id drawn, an idle one, one without a token."""
     generator = torch.Generator().manual_seed(rows)
 
@@ -34,7 +34,8 @@ def given(rows, top, stops, width=11, cells=16):
         "positions": numbers[0][:, None],
         "active": numbers[1][:, None],
     }
-    fixed = {"cells": ints(999, rows, cells), "limits": numbers[2][:, None], "stops": ends}
+    table = ints(99, rows, width // size + 3).int()[:, :-1]
+    fixed = {"table": table, "block_size": size, "limits": numbers[2][:, None], "stops": ends}
     return (tokens, logprobs, best), changed, fixed
 
 
@@ -55,9 +56,10 @@ def test_rows_go_on_until_a_stop_id_or_their_limit():
     append(*drawn, **changed, **fixed, kernels="torch")
     assert changed["active"][:, 0].tolist() == [0, 0, 1, 1, 0]  # its limit, a stop id, -, -, idle
     assert (changed["positions"][:, 0] - before).tolist() == [0, 0, 1, 1, 0]
-    assert changed["fed"].tolist() == [
-        before.tolist(), fixed["cells"].gather(1, before[:, None])[:, 0].tolist(), (before + 1).tolist()
-    ]  # fmt: skip
+    cells = [
+        int(table[at // 4]) * 4 + at % 4 for at, table in zip(before.tolist(), fixed["table"], strict=True)
+    ]
+    assert changed["fed"].tolist() == [before.tolist(), cells, (before + 1).tolist()]
     assert changed["ids"][2] == 0  # nothing was drawn
     assert changed["history"].gather(1, before[:, None])[:, 0].tolist() == changed["ids"].tolist()
     assert changed["results"][:, 0].tolist() == changed["ids"].tolist()

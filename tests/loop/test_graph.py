@@ -140,7 +140,7 @@ def test_buffers_keep_their_addresses_over_steps_and_replaced_rows():
         if step == 2:
             batch.clear(0)
     assert {n: getattr(batch, n).data_ptr() for n in names} == before
-    assert {"logits", "tokens", "positions", "active", "history", "cells", "table"} <= set(names)
+    assert {"logits", "tokens", "positions", "active", "history", "table"} <= set(names)
 
 
 def to_meta(engine, batch):
@@ -399,7 +399,7 @@ def test_recording_leaves_no_trace(recorders):
     batch = started(program)
     assert not batch.prepare()
     other = batch.rows[1].table.blocks[0]
-    batch.cells[0, batch.lengths[0] + 1 :] = other * batch.block  # as a row before it may have left them
+    batch.table[0, batch.lengths[0] // batch.block + 1 :] = other  # as a row before it may have left them
     keys = program.pool.stores[0].keys
     before = {name: value.clone() for name, value in vars(batch).items() if torch.is_tensor(value)}
     cells = keys[:, other].clone()

@@ -98,11 +98,6 @@ class Processor:
             return True
         return settings[self.fields[0]] != self.defaults[self.fields[0]]
 
-    def tells(self) -> str | None:
-        """The field whose off value in `SamplingParams` says that the rule is off; None: it takes a closer look."""
-        plain = type(self).on is Processor.on and type(self).settings is Processor.settings
-        return self.fields[0] if plain and self.fields and not self.explicit else None
-
     def active(self, params: Any, row: int = 0) -> bool:
         """False when the rule is off (an identity) for a row with these `SamplingParams`."""
         return self.on(self.settings(params, row))
