@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,34 @@ from .loop.loop import run
 from .loop.request import Request
 
 PASS = {"cuda": 4096}  # prompt tokens of a pass; a pass of so many fills the device
+
+
+class Turns:
+    """One thing at a time in an engine and over its pool: another thread waits until it is through."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._running: int | None = None
+
+    @property
+    def mine(self) -> bool:
+        """Whether it is this thread's turn."""
+        return self._running == threading.get_ident()
+
+    @contextmanager
+    def __call__(self, what: str, owner) -> Iterator[None]:
+        """A turn for `what`, in words, of the engine `owner`, which prints itself where it would wait for itself."""
+        if self.mine:
+            raise HandloomError(
+                f"{what} was called from inside a run of the same {owner}, by a processor, a criterion or a hook, and "
+                "would wait for itself; give it an engine of its own: Engine(engine.model, engine.tokenizer)"
+            )
+        with self._lock:
+            self._running = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._running = None
 
 
 class Running:
@@ -77,8 +105,7 @@ class Running:
         )
         self.prefill_chunk, self._asked_slots, self._graph = prefill_chunk, slots, graph
         self.fixed_slots, self.compile = fixed_slots, compile
-        self._lock = threading.Lock()
-        self._running: int | None = None
+        self._turns = Turns()
         self._adapt()
         self.max_length = limits.longest(model, max_length)
         self.pool.owner = repr(self)
@@ -105,7 +132,7 @@ class Running:
             raise CapabilityError(f"graph=True: {able.reason}")
         self.graphs = bool(able) and self.device.type == "cuda" if self._graph is None else self._graph
         self.slots = self._asked_slots if self.capabilities.ragged else 1
-        self.runner.alone = self.fixed_slots
+        self.runner.alone, self.pool.turns = self.fixed_slots, self._turns
         self._forget_programs()
 
     def _forget_programs(self) -> None:
@@ -141,21 +168,9 @@ class Running:
 
     # -- one thing at a time
 
-    @contextmanager
-    def _turn(self, what: str) -> Iterator[None]:
+    def _turn(self, what: str) -> AbstractContextManager[None]:
         """One thing at a time: another thread waits until it is through."""
-        me = threading.get_ident()
-        if self._running == me:
-            raise HandloomError(
-                f"{what} was called from inside a run of the same {self!r}, by a processor, a criterion or a hook, and "
-                "would wait for itself; give it an engine of its own: Engine(engine.model, engine.tokenizer)"
-            )
-        with self._lock:
-            self._running = me
-            try:
-                yield
-            finally:
-                self._running = None
+        return self._turns(what, self)
 
     def _in_turns(self, requests: list[Request] | Arrivals) -> Generator[Event, None, None]:
         """The events of a run that others may go between."""
@@ -172,8 +187,8 @@ class Running:
                 yield event
         finally:
             if events is not None:
-                inside = self._running == threading.get_ident()  # collected in the middle of another call
-                with nullcontext() if inside else self._turn("stream"):
+                # It may be collected in the middle of another call.
+                with nullcontext() if self._turns.mine else self._turn("stream"):
                     events.close()
 
     # -- slots

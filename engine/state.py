@@ -179,7 +179,11 @@ class State:
             raise HandloomError("keep_path needs a State made by tree_step")
         given = paths.tolist() if torch.is_tensor(paths) else [list(path) for path in paths]
         chosen = [[int(place) for place in path if place != -1] for path in given]
-        rows = self.drafts.along(self.rows, chosen)
+        if not self.rows:
+            return self._along(self.drafts.along((), chosen), chosen)
+        pool = self.rows[0].table.pool
+        with pool.turns("keep_path", pool.owner):
+            rows = self.drafts.along(self.rows, chosen)
         return self._along(rows, chosen)
 
     def _along(self, rows, chosen) -> State:

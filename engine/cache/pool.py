@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, deque
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +75,8 @@ class BlockPool:
         self._claimed = np.zeros(RESERVED, bool)
         self.dropped: deque[tuple[int, ...]] = deque()  # of Tables that are gone; given back when it matters
         self.owner = "an engine"  # in words, for whoever is given rows that are not its own
+        # Gives a turn of its engine, for (what, owner), to what moves cells by itself.
+        self.turns: Any = lambda what, owner: nullcontext()
         self._tables: weakref.WeakSet[Table] = weakref.WeakSet()
         self.prefixes = Prefixes(block_size)
         self._idle: OrderedDict[int, None] = OrderedDict()

@@ -42,6 +42,29 @@ def test_threads_that_share_an_engine_get_what_each_would_get_alone():
     assert_nothing_leaked(engine)
 
 
+def test_a_path_is_committed_in_the_engines_turn():
+    """Cells move: not beside a run of another thread, and not from inside one."""
+    engine = Engine(tiny_llama(), slots=2, block_size=4)
+    tree = engine.tree_step(engine.prefill(PROMPTS[0]), [[3, 4, 5]], [[-1, -1, 1]])
+    kept = threading.Thread(target=lambda: tree.keep_path([[1, 2]]))
+    with engine._turn("test"):
+        kept.start()
+        kept.join(0.1)
+        assert kept.is_alive()
+    kept.join(10)
+    assert not kept.is_alive()
+
+    def inside(logits, context):
+        tree.keep_path([[1, 2]])
+        return logits
+
+    with engine._turn("test"), pytest.raises(HandloomError, match="keep_path was called from inside a run"):
+        inside(None, None)
+    answer = engine.generate(PROMPTS[1], max_new_tokens=3, processors=[inside])
+    assert answer.finish_reason == "error"
+    assert "keep_path was called from inside a run" in answer.error
+
+
 @pytest.mark.parametrize("name", ["llama", "bloom", "llama_dynamic_ntk", "mamba2"])
 def test_the_model_answers_in_another_thread_while_the_engine_runs(name):
     model = ARCHITECTURES[name]()
