@@ -73,6 +73,7 @@ class Prompts:
         self._waited += 1
         return sum(ready.filling.left for ready in ahead) >= self.budget // 2
 
+    @torch.no_grad()
     def compute(self) -> list[tuple[Request, str]]:
         """One round of passes; the requests whose prompts cannot be computed leave, with the reason."""
         spent, self._waited, failed = 0, 0, []
