@@ -1,10 +1,14 @@
 """What launches of Triton kernels share; importing this file needs triton."""
 
+import contextlib
+import contextvars
 import functools
 
 import torch
 import triton
 import triton.language as tl
+
+_early = contextvars.ContextVar("handloom_early", default=True)
 
 
 @triton.jit
@@ -33,6 +37,16 @@ def on_its_device(launch):
     return guarded
 
 
+@contextlib.contextmanager
+def early(on):
+    """Whether kernels launched or recorded in the block may start beside the launch before them; local to thread."""
+    token = _early.set(bool(on))
+    try:
+        yield
+    finally:
+        _early.reset(token)
+
+
 def beside(device):
     """Launch options and the constant PDL of a kernel that may start beside the launch before it.
 
@@ -42,7 +56,7 @@ def beside(device):
     Returns:
         ({"PDL": bool}, options for the launch).
     """
-    overlaps = device.type == "cuda" and _overlaps(device.index)
+    overlaps = device.type == "cuda" and _early.get() and _overlaps(device.index)
     return {"PDL": overlaps}, {"launch_pdl": True} if overlaps else {}
 
 

@@ -8,7 +8,8 @@
 Every section is a process of its own, so that a fault in one spoils no other. They start together, compile and warm
 up side by side, and measure one at a time, with the device to themselves. Every row is appended to
 benchmarks/results/gpu_check.jsonl as soon as it is there, with commit, GPU and versions; last comes what was aimed at,
-what was measured and whether it was met. FlashInfer and vLLM are timed beside where they can be imported.
+what was measured and whether it was met. FlashInfer and vLLM are timed beside where they can be imported, gpt-fast
+where its files are given: `--peers FOLDER` names a folder of checkouts (gpt-fast/, vllm/ ...) to import from.
 Exit status: 0 all well, 1 a check failed, was interrupted or found no time, 2 no GPU. An aim that was missed is no
 failure.
 """
@@ -49,6 +50,7 @@ from benchmarks.gpu.turns import Turns
 from benchmarks.kernels import attention as kernels_attention
 from benchmarks.kernels import nf4 as kernels_nf4
 from benchmarks.kernels import sampling as kernels_sampling
+from benchmarks.kernels import varlen as kernels_varlen
 from benchmarks.support.common import RESULTS, read, record, show
 
 OUTPUT = RESULTS / "gpu_check.jsonl"
@@ -82,22 +84,27 @@ class Section:
         return self.run.__module__ == checks.__name__
 
 
-# In the order in which they start: what takes longest to warm up first.
+# In the order in which they start: first what the clock has cut off before, then what takes longest to warm up.
 SECTIONS = [
+    Section(checks.recorded_steps, 150, 3),
+    Section(checks.fused_layers, 150, 3),
+    Section(checks.recorded_rules, 60, 6),
+    Section(decode.contexts, 15, 6),
+    Section(checks.compiled_steps, 90, 6),
     Section(decode.large_steps, 40, 3),
     Section(decode.many_rows, 30, 3),
     Section(decode.small_steps, 25, 3),
     Section(decode.first_tokens, 10, 3),
     Section(kernels.sampling_timings, 20, 3),
     Section(kernels.few_row_timings, 15, 3),
-    Section(checks.fused_layers, 90, 3),
-    Section(checks.recorded_steps, 60, 3),
     Section(checks.silent_steps, 30, 3),
     Section(checks.full_size_tokens, 60, 3, cuda=True),
     Section(decode.large_rivals, 40, 6),
     Section(decode.small_rivals, 25, 6),
-    Section(decode.contexts, 15, 6),
+    Section(decode.dependent_launches, 20, 6),
+    Section(decode.gpt_fast, 20, 6, cuda=True),
     Section(kernels.attention_timings, 12, 6),
+    Section(kernels.varlen_timings, 15, 6, cuda=True),
     Section(kernels.nf4_timings, 12, 6),
     Section(checks.kernel_values, 240, 6, cuda=True),
     Section(checks.attention_values, 60, 6, cuda=True),
@@ -105,8 +112,6 @@ SECTIONS = [
     Section(checks.graph_replay, 20, 6, cuda=True),
     Section(checks.nf4_values, 20, 6, cuda=True),
     Section(checks.few_row_values, 40, 6, cuda=True),
-    Section(checks.recorded_rules, 60, 6),
-    Section(checks.compiled_steps, 60, 6),
     Section(decode.many_rows_rivals, 40, 9),
     Section(kernels.sampling_peers, 40, 9),
     Section(decode.four_bits, 25, 9),
@@ -128,10 +133,13 @@ def driver() -> str | None:
 
 def run_check(section: Section, scale: Scale, turns: Turns, output: Path) -> bool:
     """Run a check until it is done or its time is up, and keep its row; whether all is well."""
-    started, failures, cases, done = time.monotonic(), [], 0, False
+    started, failures, cases, done, skipped = time.monotonic(), [], 0, False, {}
     try:
         for found in section.run(scale):
             cases += 1
+            if isinstance(found, checks.Skipped):
+                skipped = {"skipped": str(found)}
+                continue
             failures += [] if found is None else [found]
             turns.let_others()
             if time.monotonic() - started > section.seconds:
@@ -142,11 +150,16 @@ def run_check(section: Section, scale: Scale, turns: Turns, output: Path) -> boo
         failures.append(f"{type(error).__name__}: {error}")
         done = True
     seconds = time.monotonic() - started
-    row = {"check": section.name, "failures": failures[:20], "failed": len(failures), "complete": done}
+    row = {
+        "check": section.name,
+        "failures": failures[:20],
+        "failed": len(failures),
+        "complete": done,
+    } | skipped
     record([row | {"seconds": round(seconds, 1), "driver": driver()}], output)
-    word = "FAILED" if failures else "ok" if done else "SHORT"
-    print(f"{word:7}{section.name} ({seconds:.1f} s{'' if done else f', cut off after {cases}'})")
-    for text in failures[:20]:
+    word = "FAILED" if failures else "SHORT" if not done else "SKIPPED" if skipped else "ok"
+    print(f"{word:8}{section.name} ({seconds:.1f} s{'' if done else f', cut off after {cases}'})")
+    for text in (*skipped.values(), *failures[:20]):
         print(f"       {text[:300]}")
     return done and not failures
 
@@ -261,7 +274,10 @@ def tell(rows: list[dict], output: Path) -> None:
         {"model": "model", "mode": "mode", **speed.COLUMNS},
         decoded,
     )
-    modules = (("sampling", kernels_sampling), ("attention", kernels_attention), ("nf4", kernels_nf4))
+    modules = (
+        ("sampling", kernels_sampling), ("attention", kernels_attention), ("varlen", kernels_varlen),
+        ("nf4", kernels_nf4),
+    )  # fmt: skip
     for name, module in modules:
         kernel = [row for row in rows if row.get("benchmark") == f"kernels/{name}"]
         show(f"{name}, microseconds of device time a call in a replayed graph", module.COLUMNS, kernel)
@@ -297,6 +313,7 @@ def main() -> int:
         "--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="sections at once"
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="rows are appended here")
+    parser.add_argument("--peers", type=Path, help="folder with checkouts of gpt-fast, FlashInfer, vLLM")
     parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)  # tiny, on a CPU: for the tests
     parser.add_argument("--section", help=argparse.SUPPRESS)  # run it in this process
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
@@ -304,13 +321,16 @@ def main() -> int:
     if not options.dry and not torch.cuda.is_available():
         print("gpu: no CUDA device here; nothing was checked", file=sys.stderr)
         return 2
-    scale = DRY if options.dry else FULL
+    scale = replace(DRY if options.dry else FULL, peers=options.peers)
+    if options.peers is not None:
+        sys.path += [str(folder.resolve()) for folder in sorted(options.peers.iterdir()) if folder.is_dir()]
     if options.section:
         (section,) = chosen([options.section], False, on_cuda=scale.on_cuda)
         return 0 if run_section(section, scale, options.lock, options.output) else 1
     sections = chosen(options.only, options.checks_only, options.minutes, scale.on_cuda)
-    dry = ["--dry"] if options.dry else []
-    well, rows = run(sections, dry, 60 * options.minutes - GRACE, options.jobs, options.output)
+    passed = ["--dry"] if options.dry else []
+    passed += ["--peers", str(options.peers.resolve())] if options.peers else []
+    well, rows = run(sections, passed, 60 * options.minutes - GRACE, options.jobs, options.output)
     tell(rows, options.output)
     return 0 if well else 1
 

@@ -1,6 +1,7 @@
 """Checks on CUDA: kernel values, bits that equal the CPU's, recorded steps against eager ones, a loop that never waits.
 
-Every check takes a `Scale` and yields one text a failure, and None for a case that is well.
+Every check takes a `Scale` and yields one text a failure, None for a case that is well, and `Skipped` where there is
+nothing to check.
 """
 
 import json
@@ -47,6 +48,10 @@ MIXED = [
     SamplingParams(temperature=1.2, mirostat=2, max_new_tokens=11, seed=5),
     SamplingParams(temperature=1.0, dry_multiplier=0.8, max_new_tokens=9, seed=7),
 ]
+
+
+class Skipped(str):
+    """Why a check has nothing to check here."""
 
 
 def kernel_values(scale: Scale) -> Iterator[str | None]:
@@ -320,7 +325,7 @@ def tensor_parallel(scale: Scale) -> Iterator[str | None]:
     from helpers import tiny_llama
 
     if torch.cuda.device_count() < 2:
-        yield None
+        yield Skipped(f"{torch.cuda.device_count()} CUDA device here, two are needed")
         return
     model = tiny_llama()
     with tempfile.TemporaryDirectory() as folder:
@@ -353,9 +358,11 @@ ODD_SHAPES = "import benchmarks.gpu.checks as checks; checks.odd_shapes()"
 
 def memory_faults(scale: Scale) -> Iterator[str | None]:
     """compute-sanitizer over the kernels at odd shapes, without the allocator that would hide a stray access."""
-    tool = shutil.which("compute-sanitizer")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    folders = [os.environ.get("PATH", os.defpath), f"{home}/bin", f"{home}/compute-sanitizer"]
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     if tool is None:
-        yield None
+        yield Skipped(f"compute-sanitizer is neither on PATH nor in {home}")
         return
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", ODD_SHAPES]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

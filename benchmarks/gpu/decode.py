@@ -3,6 +3,7 @@
 Every function takes a `Scale` and yields rows.
 """
 
+import functools
 import gc
 import statistics
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.decode import speed
+from benchmarks.decode.gpt_fast import GptFast
 from benchmarks.decode.rivals import COMPILED, side
 from benchmarks.decode.sides import Sampling, twin
 from benchmarks.decode.speed import Case, Subject
@@ -22,6 +24,7 @@ from benchmarks.gpu.scale import EVERYTHING, PROMPTS, Scale
 from benchmarks.support.bandwidth import read_bandwidth
 from benchmarks.support.shapes import build, config_of, sizes
 from handloom import Engine
+from handloom.kernels.launching import early
 
 CHAIN = Sampling(temperature=0.8, top_k=50, top_p=0.95)
 
@@ -68,8 +71,9 @@ def row_of(
     repeats: int = 1,
     sampling=None,
     counted: bool = False,
+    make: Callable = side,
 ) -> dict:
-    """One side on one case; what it cannot do says why in `skipped`."""
+    """One side on one case, made by `make`; what it cannot do says why in `skipped`."""
     row = {
         "benchmark": "decode/ragged" if case.requests else "decode/speed",
         "case": case.name,
@@ -79,7 +83,7 @@ def row_of(
     row |= {} if sampling is None else {"mode": "sampling"}
     started, made = time.monotonic(), None
     try:
-        made = side(name, about.model, case.batch, case.context + case.new)
+        made = make(name, about.model, case.batch, case.context + case.new)
         made.timeline(case.workload(about, -1), sampling)
         row["first_run_s"] = time.monotonic() - started
         with scale.alone():
@@ -92,7 +96,7 @@ def row_of(
     finally:
         if made is not None:
             made.close()
-        if name in COMPILED:
+        if name in (*COMPILED, GptFast.name):
             torch.compiler.reset()
     return row
 
@@ -179,6 +183,36 @@ def state_steps(scale: Scale, about: Subject) -> dict:
         "figure": f"step of a State over the loop's, {about.name}", "model": about.name, "batch": 1,
         "greedy_ms": loop, "state_ms": state, "value": state / loop,
     }  # fmt: skip
+
+
+def dependent_launches(scale: Scale) -> Iterator[dict]:
+    """The greedy step of one row with kernels that wait for the launch before them, over that with early starts."""
+    for name in (scale.small, scale.large):
+        with subject(scale, name) as about:
+            prompt = [[(7 * i) % 500 + 3 for i in range(scale.prompt)]]
+            engines = {on: Engine(twin(about.model), slots=1) for on in (True, False)}
+
+            def walk(on, engines=engines, prompt=prompt):
+                with early(on):
+                    return gaps(engines[on], prompt, scale.new)
+
+            for on in engines:  # records the steps
+                walk(on)
+            with scale.alone():
+                times = [[walk(on) for on in engines] for _ in range(5)]
+            yield {
+                "figure": f"step without early starts over with them, {name}", "model": name, "batch": 1,
+                "greedy_ms": min(t for t, _ in times), "waiting_ms": min(t for _, t in times),
+                "value": statistics.median(b / a for a, b in times),
+            }  # fmt: skip
+
+
+def gpt_fast(scale: Scale) -> Iterator[dict]:
+    """The large model's step by gpt-fast, where its checkout is given."""
+    with subject(scale, scale.large) as about:
+        case = Case(1, scale.prompt, scale.new)
+        made = functools.partial(GptFast.of, scale.peers)
+        yield row_of(scale, about, case, GptFast.name, repeats=2, make=made)
 
 
 def profile(scale: Scale, about: Subject, most: int = 24) -> Iterator[dict]:

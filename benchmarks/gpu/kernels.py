@@ -10,8 +10,20 @@ from benchmarks.kernels import attention as kernels_attention
 from benchmarks.kernels import nf4 as kernels_nf4
 from benchmarks.kernels import sampling as kernels_sampling
 from benchmarks.kernels import timing as kernels_timing
+from benchmarks.kernels import varlen as kernels_varlen
 from handloom.kernels.layer.gated import gated
 from handloom.kernels.linear.few_rows import few_rows_linear
+
+# Rows, new tokens of each, cells of each: packed prompts, a later chunk of a long one, decoding.
+VARLEN = (
+    (8, 256, 256),
+    (64, 32, 32),
+    (1, 2048, 2048),
+    (1, 2048, 10240),
+    (1, 1, 2048),
+    (1, 1, 32768),
+    (64, 1, 2048),
+)
 
 
 def sampling_timings(scale: Scale) -> Iterator[dict]:
@@ -83,6 +95,21 @@ def attention_timings(scale: Scale) -> Iterator[dict]:
                 "bf16" if scale.on_cuda else "fp32", scale.device, list(kernels_attention.SIDES), 9,
                 caches=("cold",), budget=2.0, alone=scale.alone,
             )  # fmt: skip
+
+
+def varlen_timings(scale: Scale) -> Iterator[dict]:
+    """Attention of packed prompts and of decoding over paged cells: our kernels beside torch's `varlen_attn`."""
+    if reason := kernels_varlen.missing(scale.device):
+        yield {"benchmark": "kernels/varlen", "side": "varlen_attn", "skipped": reason}
+        return
+    from torch.nn.attention.varlen import varlen_attn
+
+    heads = kernels_attention.parse_heads("32/8x128")
+    for rows, queries, context in VARLEN:
+        yield from kernels_varlen.measure(
+            heads, rows, queries, context, "bf16", scale.device, varlen_attn,
+            caches=("cold",), repeats=9, budget=2.0, alone=scale.alone,
+        )  # fmt: skip
 
 
 PRODUCTS = {  # outputs side by side, inputs, gate

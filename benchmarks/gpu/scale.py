@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ class Scale:
         prompt, new: tokens of a prompt and its answer. few: of an answer of a slow side.
         contexts: lengths before the answer. rows: of a large batch; requests: ragged ones that share it.
         quantised: batches at which 4 bits are compared. alone: what keeps other sections off the device meanwhile.
+        peers: folder with checkouts of others, or None.
     """
 
     device: str
@@ -32,11 +34,12 @@ class Scale:
     prompt: int = 128
     new: int = 96
     few: int = 24
-    contexts: tuple[int, ...] = (256, 2048, 8192, 32768)
+    contexts: tuple[int, ...] = (32768, 256, 2048, 8192)  # first the one that is aimed at
     rows: int = 64
     requests: int = 192
     quantised: tuple[int, ...] = (1, 4, 16, 64)
     alone: Callable[[], AbstractContextManager] = nullcontext
+    peers: Path | None = None
 
     @property
     def on_cuda(self) -> bool:

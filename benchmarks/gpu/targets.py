@@ -128,6 +128,7 @@ TARGETS = [
     Target(
         "8B, one row, compiled: x static + compile", 1.3, faster("handloom compile", "generate static+compile", LARGE)
     ),
+    Target("8B, one row, compiled: x gpt-fast", 1.0, faster("handloom compile", "gpt-fast", LARGE)),
     Target("ragged requests, 1B: tokens/s", 8000, ragged("tokens_per_s")),
     Target("ragged requests, 1B: x generate_batch", 16, of_generate_batch),
     at_most("ragged requests, 1B: ms between tokens, p99", 30, ragged("tpot_p99_ms")),

@@ -20,6 +20,7 @@ from benchmarks.gpu.__main__ import SECTIONS, Section, chosen, run, run_check, r
 from benchmarks.gpu.scale import DRY
 from benchmarks.gpu.turns import Turns
 from benchmarks.support.common import read
+from handloom.kernels import launching
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,6 +196,38 @@ def test_a_section_that_dies_spoils_no_other(tmp_path, monkeypatch, capsys):
     assert "fine" in told
 
 
+def test_what_finds_nothing_to_check_says_so_and_is_well(turns, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "rows.jsonl"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert run_check(Section(checks.memory_faults, 9, 3), DRY, turns, output)
+    (row,) = read(output)
+    assert row["skipped"] == f"compute-sanitizer is neither on PATH nor in {tmp_path}/cuda"
+    assert "SKIPPED memory_faults" in capsys.readouterr().out
+
+
+def test_faults_are_looked_for_with_the_toolkits_own_tool(tmp_path, monkeypatch):
+    """A stand-in that finds one, in the folder of the toolkit."""
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho '===== Invalid read of size 4'\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert list(checks.memory_faults(DRY)) == ["===== Invalid read of size 4", None]
+
+
+def test_early_starts_can_be_switched_off(monkeypatch):
+    """As for a device that has them."""
+    monkeypatch.setattr(launching, "_overlaps", lambda index: True)
+    cuda = torch.device("cuda", 0)
+    assert launching.beside(cuda) == ({"PDL": True}, {"launch_pdl": True})
+    with launching.early(False):
+        assert launching.beside(cuda) == ({"PDL": False}, {})
+        with launching.early(True):
+            assert launching.beside(cuda)[0] == {"PDL": True}
+    assert launching.beside(cuda)[0] == {"PDL": True}
+
+
 def test_an_error_without_text_is_named_by_its_kind():
     assert checks.first_line(AssertionError()) == "AssertionError"
     assert checks.first_line(ValueError("one\ntwo")) == "one"
@@ -251,7 +284,7 @@ def test_sections_by_name_and_size():
     assert len({s.name for s in SECTIONS}) == len(SECTIONS)
     sizes = [{s.name for s in chosen(None, False, minutes)} for minutes in gpu_check.MINUTES]
     assert sizes[0] < sizes[1] < sizes[2] == {s.name for s in SECTIONS}
-    with pytest.raises(SystemExit, match="contxts: expected large_steps"):
+    with pytest.raises(SystemExit, match="contxts: expected recorded_steps"):
         chosen(["contxts"], False)
 
 
