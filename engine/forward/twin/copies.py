@@ -28,26 +28,21 @@ class Origin:
         modules: of the twin; their tables of parameters are the user's, so what is assigned there is seen.
     """
 
-    __slots__ = ("_seen", "_tables")
+    __slots__ = ("_seen",)
 
     def __init__(self, *modules: nn.Module):
-        self._tables = [module._parameters for module in modules]
-        self._seen = self._now()
-
-    def _now(self) -> list[tuple]:
-        return [
-            (parameter, 0 if parameter.is_inference() else parameter._version)
-            for table in self._tables
-            for parameter in table.values()
-            if parameter is not None
+        self._seen = [
+            (table, name, parameter, None if parameter is None or parameter.is_inference() else parameter._version)
+            for table in (module._parameters for module in modules)
+            for name, parameter in table.items()
         ]
 
     def moved(self) -> bool:
         """Whether one was assigned or edited; what went through `.data` is for `Fingerprint` to see."""
-        now = self._now()
-        return len(now) != len(self._seen) or any(
-            a is not b or m != n for (a, m), (b, n) in zip(now, self._seen, strict=True)
-        )
+        for table, name, parameter, version in self._seen:  # for every product of a step: no list, no generator
+            if table.get(name) is not parameter or (version is not None and parameter._version != version):
+                return True
+        return False
 
 
 class Copied(nn.Module):
@@ -85,11 +80,13 @@ class Copied(nn.Module):
         """x [..., K] -> [..., N]."""
         if torch.compiler.is_compiling():
             return self.copy(x)  # renewed by its engine before a run
-        if watched(self.layer):
-            return self.layer(x)
+        parts = self._modules  # asked by name, and called, a module takes longer than some products
+        layer = parts["layer"]
+        if (layer._forward_hooks or layer._forward_pre_hooks) and watched(layer):
+            return layer(x)
         if self.origin.moved():
             self.renew()
-        return self.copy(x)
+        return parts["copy"].forward(x)
 
 
 def check_layout(layout: str, quantization: str | None = None) -> None:
