@@ -44,7 +44,7 @@ def test_gpt_fasts_row_and_why_there_is_none():
     assert row["tokens_per_s"] > 0
     (row,) = decode.gpt_fast(replace(DRY, peers=PEERS / "gpt-fast"))
     assert "gpt-fast/gpt-fast/model.py" in row["skipped"]
-    with pytest.raises(ImportError, match="no gpt-fast/model.py: its checkout is given"):
+    with pytest.raises(ImportError, match=r"no gpt-fast/model\.py: its checkout is given"):
         load(DRY.peers)
     with pytest.raises(ValueError, match="qwen3_moe"):
         GptFast(load(PEERS), build("tiny-moe", torch.float32), 16)

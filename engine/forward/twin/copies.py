@@ -32,17 +32,22 @@ class Origin:
 
     def __init__(self, *modules: nn.Module):
         self._seen = [
-            (table, name, parameter, None if parameter is None or parameter.is_inference() else parameter._version)
+            (table, name, parameter, _version(parameter))
             for table in (module._parameters for module in modules)
             for name, parameter in table.items()
         ]
 
     def moved(self) -> bool:
         """Whether one was assigned or edited; what went through `.data` is for `Fingerprint` to see."""
-        for table, name, parameter, version in self._seen:  # for every product of a step: no list, no generator
+        for table, name, parameter, version in self._seen:  # asked for every product: no list, no generator
             if table.get(name) is not parameter or (version is not None and parameter._version != version):
                 return True
         return False
+
+
+def _version(parameter: nn.Parameter | None) -> int | None:
+    """How often a parameter was edited; None of one that does not count it."""
+    return None if parameter is None or parameter.is_inference() else parameter._version
 
 
 class Copied(nn.Module):
