@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from benchmarks.decode import speed
-from benchmarks.decode.gpt_fast import GptFast
 from benchmarks.decode.rivals import COMPILED, side
 from benchmarks.decode.sides import Sampling, twin
 from benchmarks.decode.speed import Case, Subject
 from benchmarks.gpu.checks import waits_are
+from benchmarks.gpu.gpt_fast import GptFast
 from benchmarks.gpu.scale import EVERYTHING, PROMPTS, Scale
 from benchmarks.support.bandwidth import read_bandwidth
 from benchmarks.support.shapes import build, config_of, sizes

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.decode.gpt_fast import GptFast, load
 from benchmarks.decode.sides import Request, Sampling
 from benchmarks.gpu import decode, kernels
+from benchmarks.gpu.gpt_fast import GptFast, load
 from benchmarks.gpu.scale import DRY
 from benchmarks.kernels import varlen
 from benchmarks.kernels.attention import parse_heads
@@ -16,7 +16,7 @@ from benchmarks.support.shapes import build
 from handloom import Engine
 from handloom.kernels.attention.packed import paged_attention_packed_reference
 
-PEERS = Path(__file__).resolve().parents[1] / "support" / "peers"
+PEERS = Path(__file__).resolve().parents[2] / "support" / "peers"
 
 
 def test_gpt_fasts_loop_says_what_the_model_says():
