@@ -183,24 +183,22 @@ def trace(
     """
     if candidates < 1:
         raise ParameterError(f"candidates={candidates} must be at least 1")
-    seen: list[list[tuple[str, Tensor]]] = []
+    asked = engine.requests([prompt], params, **overrides)
+    if len(asked) != 1:
+        raise ParameterError(f"trace follows one sample; these parameters ask for {len(asked)}")
+    steps: list[Step] = []
 
-    def watch(now: Now) -> None:
-        left = [(RAW, now.raw[0].clone())]
-        left += [
-            (rule.name, logits[0].clone()) for rule, logits in now.requests.rows.stages(now.raw, now.context)
-        ]
-        seen.append(left)
+    def watch(now: Now) -> Tensor:
+        stages = now.requests.rows.stages(now.raw, now.context)
+        left = [(RAW, now.raw[0]), *((rule.name, logits[0]) for rule, logits in stages)]
+        tokens = now.draw(left[-1][1][None])
+        steps.append(followed(int(tokens[0]), left, candidates))
+        return tokens
 
-    results = decode(engine, [prompt], params, step=watch, **overrides)
-    if len(results) != 1:
-        raise ParameterError(f"trace follows one sample; these parameters ask for {len(results)}")
-    (generation,) = results
+    (generation,) = decode(engine, [prompt], params, step=watch, **overrides)
     if generation.error is not None:
         raise HandloomError(generation.error)
-    steps = [
-        followed(token, left, candidates) for token, left in zip(generation.token_ids, seen, strict=False)
-    ]
+    del steps[len(generation.token_ids) :]
     ids = {token for step in steps for token in step.candidates} | {
         i for i in generation.prompt_token_ids if i >= 0
     }
@@ -209,7 +207,7 @@ def trace(
         if engine.tokenizer is None
         else {i: engine.decode([i], skip_special_tokens=False) for i in sorted(ids)}
     )
-    return Trace(generation, steps, texts, prompt_logprobs(engine, engine.requests([prompt])[0].prompt))
+    return Trace(generation, steps, texts, prompt_logprobs(engine, asked[0].prompt))
 
 
 def followed(

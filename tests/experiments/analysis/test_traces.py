@@ -2,14 +2,16 @@
 
 import json
 import re
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from helpers import text_engine
+from helpers import recorded, text_engine
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from handloom import ParameterError
-from handloom.experiments.analysis.trace import trace
+from handloom.experiments.analysis.trace import followed, trace
 
 PARAMS = {
     "temperature": 1.5,
@@ -99,3 +101,44 @@ def test_bad_traces_say_what_is_wrong(engine):
         trace(engine, "a", temperature=1.0, n=2, max_new_tokens=1)
     with pytest.raises(ParameterError, match="candidates=0"):
         trace(engine, "a", candidates=0)
+
+
+def test_a_trace_costs_nothing_where_there_is_none(engine):
+    """Operations of `generate` are the same before, and after a trace; a trace has its forward passes."""
+
+    class Counted(TorchDispatchMode):
+        """How many operations run."""
+
+        def __torch_dispatch__(self, function, types, given=(), named=None):
+            counts.append(str(function))
+            return function(*given, **(named or {}))
+
+    def operations():
+        counts.clear()
+        with Counted(), recorded(engine.model) as passes:
+            engine.generate("the cat", PARAMS, ignore_eos=True, progress=False)
+        return list(counts), list(passes.shapes)
+
+    counts = []
+    operations()  # what only a first run does
+    before = operations()
+    with recorded(engine.model) as passes:
+        trace(engine, "the cat", PARAMS, ignore_eos=True)
+    assert operations() == before
+    assert len(before[0]) > 100
+    assert (
+        len(passes.shapes) == len(before[1]) + 1
+    )  # the prompt is read once more, for its own log-probabilities
+
+
+def test_a_step_is_let_go_when_it_is_told(engine, monkeypatch):
+    held, alive = [], []
+
+    def watched(token, left, candidates):
+        alive.append(sum(each() is not None for each in held))
+        held.extend(weakref.ref(logits) for _, logits in left)
+        return followed(token, left, candidates)
+
+    monkeypatch.setattr("handloom.experiments.analysis.trace.followed", watched)
+    assert len(trace(engine, "the cat", PARAMS, ignore_eos=True).steps) == 8
+    assert max(alive) <= 5  # the last step's, of the forty that were seen
