@@ -3,6 +3,7 @@
 import json
 import sys
 import tracemalloc
+from collections import Counter
 
 import pytest
 from helpers import text_engine
@@ -190,8 +191,9 @@ def test_records_in_forms_that_others_read(tmp_path, load):
     ]
 
 
-def test_memory_does_not_grow_with_the_units(tmp_path, engine):
-    """What ten times the units need at their peak is within a tenth of it, the plan itself aside."""
+def test_a_unit_costs_the_same_however_many_there_are(tmp_path, engine):
+    """With ten times the units: memory's peak is within a tenth, the plan itself aside, and nothing is opened more
+    often; a unit takes one write and no more calls, fresh and where all are there."""
     generation = engine.generate("the cat", max_new_tokens=5, ignore_eos=True)
 
     def draw(plan, model, units):
@@ -200,18 +202,42 @@ def test_memory_does_not_grow_with_the_units(tmp_path, engine):
             yield record_of(unit, generation)
 
     def peak(samples):
-        plan = Plan.of(SOURCE | {"samples": samples})
-        run(plan, tmp_path / f"{samples}.jsonl", draw=draw)  # imports and caches
-        (tmp_path / f"{samples}.jsonl").unlink()
+        plan, path = Plan.of(SOURCE | {"samples": samples}), tmp_path / f"{samples}.jsonl"
+        calls = [counted(lambda: run(plan, path, draw=draw)) for _ in ("fresh", "all there")]
+        path.unlink()
         tracemalloc.start()
         try:
-            run(plan, tmp_path / f"{samples}.jsonl", draw=draw)
-            return tracemalloc.get_traced_memory()[1]
+            run(plan, path, draw=draw)
+            return len(plan), tracemalloc.get_traced_memory()[1], calls
         finally:
             tracemalloc.stop()
 
-    few, many = peak(6), peak(60)
-    assert many < 1.1 * few
+    peak(1)  # imports and caches
+    (few, small, before), (many, large, after) = peak(3), peak(30)
+    assert (few, many) == (36, 360)
+    assert large < 1.1 * small
+    for once, more in zip(before, after, strict=True):
+        assert more["open"] == once["open"]
+    assert after[0]["write"] == before[0]["write"] + 2 * (many - few)  # ours, and the file's
+    assert after[1]["write"] == before[1]["write"]
+    for limit, once, more in zip((2000, 300), before, after, strict=True):
+        assert more.total() / many <= min(limit, once.total() / few)
+
+
+def counted(work):
+    """How often each function is called meanwhile, by its name: Python's and those of C."""
+    calls = Counter()
+
+    def seen(frame, event, called):
+        if event in ("call", "c_call"):
+            calls[frame.f_code.co_name if event == "call" else called.__name__] += 1
+
+    sys.setprofile(seen)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
 def test_a_process_for_each_device_draws_its_part(tmp_path, load, monkeypatch, capsys):

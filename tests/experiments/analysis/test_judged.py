@@ -1,15 +1,22 @@
 """What other models say of records, against plain passes and by hand."""
 
+import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 from helpers import full_logits, text_engine
+from tiny_tokenizers import CHAT
 
-from handloom import ParameterError
+from handloom import ParameterError, cli
+from handloom.experiments import samples
 from handloom.experiments.analysis.judged import features, with_embeddings, with_judge, with_steps
 from handloom.experiments.analysis.metrics import METRICS, mauve, watermark
+from handloom.experiments.plan import Plan
+from handloom.experiments.records import read_results
+from handloom.experiments.run import run
 from handloom.strategies import Unigram, beam_search, exponential_watermark
 
 
@@ -107,3 +114,61 @@ def test_p_values_of_watermarks_are_metrics(engine):
     assert first < 1e-6 < 0.01 < second
     unigram = Unigram(engine.vocab_size, key=3)
     assert watermark(unigram.detect).of(records) == [unigram.detect(r["token_ids"]).p_value for r in records]
+
+
+def test_a_command_writes_what_models_say(engine, tmp_path, monkeypatch, capsys):
+    """A judge's log-probabilities and every token's entropy and rank, by plain passes of transformers alone."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["handloom", "score", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, capsys.readouterr()
+
+    asked = []
+    monkeypatch.setattr(samples, "load_engine", lambda **given: asked.append(given) or engine)
+    monkeypatch.setattr(engine.tokenizer, "chat_template", CHAT)
+    plan = {
+        "model": "own",
+        "prompts": ["the cat", "a dog"],
+        "params": {"temperature": 1.0, "top_k": 9, "max_new_tokens": 4, "ignore_eos": True},
+        "chat": True,
+    }
+    run(Plan.of(plan), tmp_path / "a.jsonl", load=samples.load_engine)
+    header, records = read_results([tmp_path / "a.jsonl"])
+    for options, model in (((), "own"), (("--chat", "-m", "judge"), "judge"), (("--steps",), "own")):
+        code, told = command(tmp_path / "a.jsonl", "-o", tmp_path / "b.jsonl", *options)
+        assert (code, "2 samples in" in told.out, asked[-1]) == (0, True, {"name_or_path": model})
+        again, made = read_results([tmp_path / "b.jsonl"])
+        assert again == header
+        for before, after in zip(records, made, strict=True):
+            assert {name: after[name] for name in before} == before
+            chat = [{"role": "user", "content": before["prompt"]}]
+            text = (
+                before["prompt"]
+                if not options
+                else engine.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            )
+            context = engine.tokenizer.encode(text, add_special_tokens=False)
+            ids = (
+                before["token_ids"]
+                if "--steps" in options
+                else engine.tokenizer.encode(before["text"], add_special_tokens=False)
+            )
+            logp = full_logits(engine.model, context + ids).log_softmax(-1)[len(context) - 1 : -1]
+            if "--steps" in options:
+                assert after["entropy"] == pytest.approx((-(logp.exp() * logp).sum(-1)).tolist(), abs=1e-3)
+                assert after["rank"] == [
+                    int((row > row[i]).sum()) + 1 for row, i in zip(logp, ids, strict=True)
+                ]
+                assert after["kept"] == [9] * 4
+            else:
+                expected = [float(row[i]) for row, i in zip(logp, ids, strict=True)]
+                assert after["judge_logprobs"] == pytest.approx(expected, abs=1e-4)
+    several = {"header": header | {"models": {"one": {}, "two": {}}}}
+    (tmp_path / "c.jsonl").write_text(json.dumps(several) + "\n")
+    for path, said in (("none.jsonl", "there is no"), ("c.jsonl", "--model: the run has one, two; name one")):
+        code, told = command(tmp_path / path, "-o", tmp_path / "d.jsonl")
+        assert code
+        assert said in told.err
+        assert not (tmp_path / "d.jsonl").exists()

@@ -127,8 +127,8 @@ def test_a_trace_costs_nothing_where_there_is_none(engine):
     assert operations() == before
     assert len(before[0]) > 100
     assert (
-        len(passes.shapes) == len(before[1]) + 1
-    )  # the prompt is read once more, for its own log-probabilities
+        len(passes.shapes) == len(before[1]) + 2
+    )  # one behind the last token, one for the prompt's own numbers
 
 
 def test_a_step_is_let_go_when_it_is_told(engine, monkeypatch):
