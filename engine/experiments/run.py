@@ -39,8 +39,9 @@ def run(
     that fails is a record with `finish_reason` "error" and its message. Tokens depend on nothing but their unit; the
     last bits of log-probabilities may depend on what shared a pass, unless the model's arguments have
     `fixed_slots: true`, which makes records equal to the byte, times and memory aside, in whatever pieces they were
-    drawn. Prompts are then computed one by one, and strategies run one sample at a time. On a CPU torch rounds the last
-    few numbers of a tensor otherwise where its size is no multiple of 32, so slots times the vocabulary should be one.
+    drawn. Prompts are then computed one by one, and strategies run one sample at a time. On a CPU torch's SiLU rounds
+    the last few numbers of a tensor otherwise, so an MLP's width (or its product with the slots) must be a multiple of
+    32, as it is in published models.
 
     Args:
         plan: what to draw. output: JSONL file, a header and then one line a sample, appended to.

@@ -6,9 +6,9 @@ import tracemalloc
 from collections import Counter
 
 import pytest
-from helpers import text_engine
+from helpers import text_engine, tiny_llama
 
-from handloom import HandloomError, cli
+from handloom import Engine, HandloomError, cli
 from handloom.experiments.plan import Plan
 from handloom.experiments.records import export, merge, read_results
 from handloom.experiments.run import run
@@ -137,6 +137,18 @@ def test_records_in_fixed_slots_are_the_same_bytes_in_whatever_pieces(tmp_path, 
     parts[0].write_bytes(b"".join(lines[:7]))
     run(plan, parts[0], shard=(0, 2), load=load)
     assert_same(parts, [tmp_path / "whole.jsonl"])
+
+
+def test_bytes_depend_on_no_neighbour_at_any_number_of_slots(tmp_path):
+    """Three slots of 77 tokens: neither a number that vectors divide. What counts is the MLP's width, see `run`."""
+    engine = Engine(tiny_llama(vocab_size=77, intermediate_size=64), slots=3, fixed_slots=True)
+    plan = Plan.of(
+        SOURCE | {"settings": {"min-p": {"min_p": 0.1}}, "prompts": [[5, 6, 7], [8], [9, 10, 11, 12, 13]]}
+    )
+    run(plan, tmp_path / "whole.jsonl", load=lambda **_: engine)
+    for i in range(3):
+        run(plan, tmp_path / f"{i}.jsonl", shard=(i, 3), load=lambda **_: engine)
+    assert_same([tmp_path / f"{i}.jsonl" for i in range(3)], [tmp_path / "whole.jsonl"])
 
 
 def test_a_header_tells_of_every_model(tmp_path, engine):
