@@ -19,6 +19,7 @@ ASKED = {
     "greedy": {},
     "alternatives": {"logprobs": 3},
     "sampling": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.05, "logprobs": 1},
+    "entropy": {"temperature": 0.8, "dynatemp_range": 0.3, "top_p": 0.9, "logprobs": 1},
     "penalties": {
         "repetition_penalty": 1.1,
         "presence_penalty": 0.1,
@@ -26,7 +27,7 @@ ASKED = {
         "logprobs": 1,
     },
 }
-MOST = {"greedy": 6, "alternatives": 7, "sampling": 10, "penalties": 9}  # launches of the draw and its append
+MOST = {"greedy": 6, "alternatives": 7, "sampling": 10, "entropy": 11, "penalties": 9}  # launches of the draw and its append
 
 
 def batch_of(engine, params: SamplingParams) -> GraphBatch:
