@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..noise.philox_triton import gumbel_at
 from .groups import COIN, MAX, NOISE, PLANES, RAW_MAX, RAW_SUM, SUM, plain_temperature, rough_band
-from .order.ranks import COUNT_BIT, ranks, store_order, take_special, ties_before
+from .order.ranks import COUNT_BIT, ranks, store_order, take_special, ties_before, two_sums
 from .search import FIXED_ONE, fixed
 from .steps import (
     BY_FUNCTION,
@@ -35,7 +35,7 @@ from .steps import (
     toss,
     value_limit,
 )
-from .tokens import FLOAT_MAX, GROUP, finite_top, load_groups, ordered_key, scaled
+from .tokens import FLOAT_MAX, GROUP, finite_top, key_value, load_groups, ordered_key, scaled
 
 BINS = tl.constexpr(512)
 MANTISSA, LOWEST = tl.constexpr(4), tl.constexpr(-16)  # bins of a distance: 16 a doubling, from 2**-16 on
@@ -401,14 +401,14 @@ def row_kernel(
     token = 2147483647 - (best & 0xFFFFFFFF).to(tl.int32)
     tl.store(tokens + row, token.to(tl.int64))
     if report != 0:
-        drawn = ids == token
-        logit = tl.max(tl.where(drawn & there, y, -float("inf")), axis=0)
-        left = tl.sum(tl.where(kept, weight, 0), axis=0)
+        drawn = (ids == token) & there  # one place
+        left, key = two_sums(tl.where(kept, weight, 0), tl.where(drawn, ordered_key(y), 0).to(tl.int64))
+        logit = key_value(key.to(tl.int32))
         dot, many, rank = left * 0, n * 0, n * 0
         if report == FULL:
             part = fixed(tl.where(kept & (weight > 0), -tl.exp(y - top) * (y - top), 0.0))
-            dot, many = tl.sum(part, axis=0), tl.sum(kept.to(tl.int32), axis=0)
-            rank = tl.max(tl.where(drawn & there, above, 0), axis=0) + 1
+            dot = tl.sum(part, axis=0)
+            many, rank = two_sums(kept.to(tl.int32), tl.where(drawn, above + 1, 0))
         write_logprobs(row, rows, token, logit, top, left, dot, many, rank, logits + wide_row * stride, vocab,
                        stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report,
                        WIDTH)  # fmt: skip

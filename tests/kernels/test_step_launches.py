@@ -27,7 +27,13 @@ ASKED = {
         "logprobs": 1,
     },
 }
-MOST = {"greedy": 6, "alternatives": 7, "sampling": 10, "entropy": 11, "penalties": 9}  # launches of the draw and its append
+MOST = {
+    "greedy": 6,
+    "alternatives": 7,
+    "sampling": 10,
+    "entropy": 11,
+    "penalties": 9,
+}  # launches of the draw and its append
 
 
 def batch_of(engine, params: SamplingParams) -> GraphBatch:

@@ -72,19 +72,23 @@ def store_order(keys, weights, slot, listed_keys, listed_weights):
 
 
 @triton.jit
+def two_sums(a, b):
+    """The sums of two vectors of one type, for which threads meet once."""
+    return tl.split(tl.sum(tl.join(a, b), axis=0))
+
+
+@triton.jit
 def moments_of(y, kept, weight, top, FULL: tl.constexpr):
     """`search.moments` of the kept tokens of a list."""
     shift = tl.where(kept, tl.maximum(y - top, -FLOAT_MAX), 0.0)
     light = tl.where(kept, tl.exp(shift), 0.0)
-    mass = tl.sum(tl.where(kept, weight, 0), axis=0)
-    dot = tl.sum(fixed(tl.where(light > 0, -light * shift, 0.0)), axis=0)
+    mass, dot = two_sums(tl.where(kept, weight, 0), fixed(tl.where(light > 0, -light * shift, 0.0)))
     count, zero = top * 0, tl.zeros((), tl.float64)
     first, second, squares = zero, zero, top * 0
     if FULL:
         wide = shift.to(tl.float64)
-        count = tl.sum(kept.to(tl.float32), axis=0)
-        first, second = tl.sum(wide, axis=0), tl.sum(wide * wide, axis=0)
-        squares = tl.sum(light * light, axis=0)
+        first, second = two_sums(wide, wide * wide)
+        count, squares = two_sums(kept.to(tl.float32), light * light)
     return count, mass, dot, first, second, squares
 
 
@@ -112,12 +116,13 @@ def keep_top_h(y, keys, kept, weight, number, mass, alpha, head, statistics, top
     partial, inside = head > 0, kept
     if partial:
         inside = kept & (number.to(tl.float32) < HEAD_TOKENS)
-        count = tl.sum(inside.to(tl.int32), axis=0)
         edge = tl.min(tl.where(inside, keys, 2147483647), axis=0)
-        surplus = tl.maximum(count.to(tl.float32) - HEAD_TOKENS, 0.0).to(tl.int64)  # ties of the last one
+        counted = tl.where(inside, weight + COUNT_BIT, 0)
+        all_mass, all_dot = two_sums(counted, tl.where(inside, part, 0))
+        count, all_mass = (all_mass >> 48).to(tl.float32), all_mass & (COUNT_BIT - 1)
+        surplus = tl.maximum(count - HEAD_TOKENS, 0.0).to(tl.int64)  # ties of the last one
         one, its = one_token(edge, top)
-        all_mass = tl.sum(tl.where(inside, weight, 0), axis=0) - surplus * one
-        all_dot = tl.sum(tl.where(inside, part, 0), axis=0) - surplus * its
+        all_mass, all_dot = all_mass - surplus * one, all_dot - surplus * its
     whole = tl.maximum(all_mass, 1).to(tl.float32) / FIXED_ONE
     form = (partial, tl.log(whole), whole)
     limit = alpha.to(tl.float64) * ENTROPY_SHARE * spread(all_mass, all_dot, form).to(tl.float64)
