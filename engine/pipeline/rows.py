@@ -103,12 +103,8 @@ class Rows:
 
     def _place(self, row: int, chain: Any, params: Any) -> None:
         """Switch the row's processors on, and everyone else's off for this row."""
-        chains = list({id(other): other for other in self.chains if other is not None}.values())
-        if [id(other) for other in chains] != [id(other) for other in self._merged]:
-            old = {id(member.processor): member for member in self.members}
-            self.members = [old.get(id(p)) or Member(p, self.size) for p in merge(chains)]
-            self._merged, self._quick = chains, Quick([member.processor for member in self.members])
-            self._changed()
+        if len(self._merged) != 1 or self._merged[0] is not chain:
+            self._merge()
         greedy = chain.greedy(params, row)
         mine = {id(processor) for processor in chain}
         for member, told_off in zip(self.members, self._quick.off(params), strict=True):
@@ -123,6 +119,15 @@ class Rows:
                 member.set(row, settings or member.settings[row], on)
                 self._changed()
         self._set_greedy(row, greedy)
+
+    def _merge(self) -> None:
+        """Members of all chains that the rows have, in one order."""
+        chains = list({id(other): other for other in self.chains if other is not None}.values())
+        if [id(other) for other in chains] != [id(other) for other in self._merged]:
+            old = {id(member.processor): member for member in self.members}
+            self.members = [old.get(id(p)) or Member(p, self.size) for p in merge(chains)]
+            self._merged, self._quick = chains, Quick([member.processor for member in self.members])
+            self._changed()
 
     def _set_greedy(self, row: int, value: bool) -> None:
         if self.greedy[row] != value:

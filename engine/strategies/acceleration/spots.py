@@ -29,8 +29,9 @@ class Spots:
             paths[row, -1] = []
             for place, parent in enumerate(parents):
                 paths[row, place] = [*paths[row, parent], drafts.tokens[row][place]]
+        remembers = requests.remembers
         for at, ids in paths.items():
-            levels.setdefault(len(ids) if requests.remembers else 0, []).append(at)
+            levels.setdefault(len(ids) if remembers else 0, []).append(at)
         order = [at for _, level in sorted(levels.items()) for at in level]
         self.number = {at: spot for spot, at in enumerate(order)}
         self.paths, self.rows = [paths[at] for at in order], [row for row, _ in order]
