@@ -18,7 +18,7 @@ import transformers
 import typer
 
 from benchmarks.decode import llm_perf, memory, speed
-from benchmarks.decode.counting import operations, python_calls, seconds_outside
+from benchmarks.decode.counting import step_and_call
 from benchmarks.decode.rivals import COMPILED, SIDES, caches
 from benchmarks.decode.sides import Handloom, HuggingFace, Request, Sampling, Side, loaded, twin
 from benchmarks.support.common import RESULTS, Progress, in_turn, median_ratio, record, show, spread
@@ -98,38 +98,8 @@ def counts(work: Workload, repeats: int) -> Iterator[list[dict]]:
 
             run()
             row = {"benchmark": "decode/counts", "case": case, "side": side.name, "rows": len(prompts)}
-            row |= _step_and_call(model, run, work.steps, repeats)
+            row |= step_and_call(model, run, work.steps, repeats)
             yield [row | ({"limit": limit} if side.name == "handloom" else {})]
-
-
-def _step_and_call(model, run: Callable, steps: tuple[int, int], repeats: int) -> dict:
-    """Cost of a step, from two answer lengths, and what is left of the shorter answer: the cost of a call."""
-    short, long = steps
-    apart = long - short
-
-    def split(measure: Callable[[int], float]) -> tuple[float, float]:
-        few, many = measure(short), measure(long)
-        step = (many - few) / apart
-        return step, few - short * step
-
-    names = [operations(model, lambda n=n: run(steps=n)) for n in steps]
-    each = {name: (count - names[0][name]) / apart for name, count in names[1].items()}
-    step, call = split(lambda n: names[steps.index(n)].total())
-    calls_step, calls_call = split(lambda n: python_calls(model, lambda: run(steps=n)))
-    # Noise only ever adds time, so the smallest of several measurements is the truest.
-    rounds = range(3 * repeats)
-    us_step, us_call = split(
-        lambda n: 1e6 * min(seconds_outside(model, lambda: run(steps=n)) for _ in rounds)
-    )
-    return {
-        "operations_per_step": step,
-        "operations_per_call": call,
-        "python_calls_per_step": calls_step,
-        "python_calls_per_call": calls_call,
-        "us_per_step": us_step,
-        "us_per_call": us_call,
-        "operation_names": {name: n for name, n in sorted(each.items(), key=lambda item: -item[1]) if n},
-    }
 
 
 def throughput(work: Workload, repeats: int, subject: speed.Subject) -> Iterator[list[dict]]:
@@ -365,41 +335,81 @@ def chosen_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+Sections = Annotated[list[str] | None, typer.Argument(help=f"{', '.join(SECTIONS)}; default: all of them")]
+Model = Annotated[
+    str, typer.Option(help=f"demo, a folder, a hub name, or random weights of {', '.join(SHAPES)}")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(help="default: float32 on a CPU, else bfloat16"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")]
+Sides = Annotated[
+    str | None, typer.Option(help=f"of speed, ragged and llm-perf, by commas: {', '.join(SIDES)}")
+]
+Batch = Annotated[list[int] | None, typer.Option(min=1, help="rows together; repeatable")]
+Context = Annotated[list[int] | None, typer.Option(min=1, help="tokens of a prompt; repeatable")]
+NewTokens = Annotated[int | None, typer.Option(min=2, help="tokens of an answer")]
+Drawn = Annotated[
+    bool, typer.Option(help="speed and ragged: draw with temperature, top-k and top-p, else greedy")
+]
+Threads = Annotated[int, typer.Option(help="threads of torch; 0 leaves its own choice")]
+Repeats = Annotated[
+    int | None, typer.Option(min=1, help="rounds in which all sides run in turn; default 5, llm-perf 10")
+]
+Duration = Annotated[
+    float | None, typer.Option(min=0, help="llm-perf: seconds that each side runs at least; default 10")
+]
+Preset = Annotated[
+    Literal["standard", "quick", "llm-perf"],
+    typer.Option(help="sizes of the workloads; llm-perf is that protocol alone, without sections"),
+]
+Reports = Annotated[Path, typer.Option(help="folder of the llm-perf reports")]
+Output = Annotated[Path, typer.Option(help="rows are appended here")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON lines in place of tables")]
+
+
+def wanted_sections(sections: list[str] | None, perf: bool, *fixed) -> list[str]:
+    """What to measure: the sections, or with `perf` that protocol alone, which leaves none of `fixed` to choose.
+
+    Raises:
+        typer.BadParameter: an unknown section, or a choice that the protocol makes.
+    """
+    unknown = set(sections or ()) - set(SECTIONS)
+    if unknown or (perf and sections):
+        known = "none with --preset llm-perf" if perf else ", ".join(SECTIONS)
+        raise typer.BadParameter(f"{', '.join(sections)}: sections are {known}")
+    if perf and any(fixed):
+        raise typer.BadParameter("--preset llm-perf fixes batch, context, new tokens and greedy choice")
+    return ["llm-perf"] if perf else list(sections or SECTIONS)
+
+
+def check(options: Options, wanted: list[str]) -> None:
+    """Refuse before anything is built what does not fit into memory."""
+    if "llm-perf" in wanted:
+        protocol = options.protocol
+        options.check([speed.Case(protocol.batch, protocol.prompt, protocol.new)])
+    for section in {"speed", "ragged"} & set(wanted):
+        options.check(options.cases(ragged=section == "ragged"))
+
+
 def main(
-    sections: Annotated[
-        list[str] | None, typer.Argument(help=f"{', '.join(SECTIONS)}; default: all of them")
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help=f"demo, a folder, a hub name, or random weights of {', '.join(SHAPES)}")
-    ] = "demo",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="default: float32 on a CPU, else bfloat16"),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
-    sides: Annotated[
-        str | None, typer.Option(help=f"of speed, ragged and llm-perf, by commas: {', '.join(SIDES)}")
-    ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="rows together; repeatable")] = None,
-    context: Annotated[list[int] | None, typer.Option(min=1, help="tokens of a prompt; repeatable")] = None,
-    new_tokens: Annotated[int | None, typer.Option(min=2, help="tokens of an answer")] = None,
-    sampling: Annotated[
-        bool, typer.Option(help="speed and ragged: draw with temperature, top-k and top-p, else greedy")
-    ] = False,
-    threads: Annotated[int, typer.Option(help="threads of torch; 0 leaves its own choice")] = 0,
-    repeats: Annotated[
-        int | None, typer.Option(min=1, help="rounds in which all sides run in turn; default 5, llm-perf 10")
-    ] = None,
-    duration: Annotated[
-        float | None, typer.Option(min=0, help="llm-perf: seconds that each side runs at least; default 10")
-    ] = None,
-    preset: Annotated[
-        Literal["standard", "quick", "llm-perf"],
-        typer.Option(help="sizes of the workloads; llm-perf is that protocol alone, without sections"),
-    ] = "standard",
-    reports: Annotated[Path, typer.Option(help="folder of the llm-perf reports")] = RESULTS / "llm-perf",
-    output: Annotated[Path, typer.Option(help="rows are appended here")] = RESULTS / "decode.jsonl",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON lines in place of tables")] = False,
+    sections: Sections = None,
+    model: Model = "demo",
+    dtype: Dtype = None,
+    device: Device = None,
+    sides: Sides = None,
+    batch: Batch = None,
+    context: Context = None,
+    new_tokens: NewTokens = None,
+    sampling: Drawn = False,
+    threads: Threads = 0,
+    repeats: Repeats = None,
+    duration: Duration = None,
+    preset: Preset = "standard",
+    reports: Reports = RESULTS / "llm-perf",
+    output: Output = RESULTS / "decode.jsonl",
+    as_json: Json = False,
 ) -> None:
     """Measure handloom's decoding next to other ways to decode the same model, in one run.
 
@@ -414,44 +424,31 @@ def main(
 
     ragged: the same for requests of different length that take over each other's slots.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
     perf = preset == "llm-perf"
-    unknown = set(sections or ()) - set(SECTIONS)
-    if unknown or (perf and sections):
-        wanted = "none with --preset llm-perf" if perf else ", ".join(SECTIONS)
-        raise typer.BadParameter(f"{', '.join(sections)}: sections are {wanted}")
-    if perf and (batch or context or new_tokens or sampling):
-        raise typer.BadParameter("--preset llm-perf fixes batch, context, new tokens and greedy choice")
-    work = PRESETS["standard" if perf else preset]
-    place = chosen_device(device)
+    wanted = wanted_sections(sections, perf, batch, context, new_tokens, sampling)
+    work, place = PRESETS["standard" if perf else preset], chosen_device(device)
     batches, contexts, new = work.grid or GRIDS[place.type]
     options = Options(
-        work=work,
-        model=model,
-        device=place,
-        dtype=getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")),
-        sampling=SAMPLING if sampling else None,
-        grid=(tuple(batch or batches), tuple(context or contexts), new_tokens or new),
-        sides=chosen_sides(sides, ("handloom", "generate") if perf else work.sides),
-        repeats=repeats,
-        duration=duration,
-        reports=reports,
-    )
-    wanted = ["llm-perf"] if perf else list(sections or SECTIONS)
-    if perf:
-        protocol = options.protocol
-        options.check([speed.Case(protocol.batch, protocol.prompt, protocol.new)])
-    for section in {"speed", "ragged"} & set(wanted):
-        options.check(options.cases(ragged=section == "ragged"))
+        work, model, place, getattr(torch, dtype or ("float32" if place.type == "cpu" else "bfloat16")),
+        SAMPLING if sampling else None, (tuple(batch or batches), tuple(context or contexts), new_tokens or new),
+        chosen_sides(sides, ("handloom", "generate") if perf else work.sides), repeats, duration, reports,
+    )  # fmt: skip
+    check(options, wanted)
+    measure_all(options, wanted, output, as_json, {"preset": preset})
+
+
+def measure_all(options: Options, wanted: list[str], output: Path, as_json: bool, about: dict) -> None:
+    """Measure section after section; Ctrl-C ends the command with status 130."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     progress = Progress()
     measure = measurements(options, progress)
     for section in wanted:
         if section not in ("speed", "ragged", "llm-perf"):  # those tell of every case
             progress(section)
-        complete = run(section, measure[section](), output, as_json, {"preset": preset})
+        complete = run(section, measure[section](), output, as_json, about)
         progress.clear()
         if not complete:
             raise typer.Exit(130)

@@ -155,3 +155,33 @@ def per_step(measure: Callable[[int], Counter], short: int, long: int) -> dict[s
     """
     few, many = measure(short), measure(long)
     return {name: (many[name] - few[name]) / (long - short) for name in few | many}
+
+
+def step_and_call(model, run: Callable, steps: tuple[int, int], repeats: int) -> dict:
+    """Cost of a step, from two answer lengths, and what is left of the shorter answer: the cost of a call."""
+    short, long = steps
+    apart = long - short
+
+    def split(measure: Callable[[int], float]) -> tuple[float, float]:
+        few, many = measure(short), measure(long)
+        step = (many - few) / apart
+        return step, few - short * step
+
+    names = [operations(model, lambda n=n: run(steps=n)) for n in steps]
+    each = {name: (count - names[0][name]) / apart for name, count in names[1].items()}
+    step, call = split(lambda n: names[steps.index(n)].total())
+    calls_step, calls_call = split(lambda n: python_calls(model, lambda: run(steps=n)))
+    # Noise only ever adds time, so the smallest of several measurements is the truest.
+    rounds = range(3 * repeats)
+    us_step, us_call = split(
+        lambda n: 1e6 * min(seconds_outside(model, lambda: run(steps=n)) for _ in rounds)
+    )
+    return {
+        "operations_per_step": step,
+        "operations_per_call": call,
+        "python_calls_per_step": calls_step,
+        "python_calls_per_call": calls_call,
+        "us_per_step": us_step,
+        "us_per_call": us_call,
+        "operation_names": {name: n for name, n in sorted(each.items(), key=lambda item: -item[1]) if n},
+    }
