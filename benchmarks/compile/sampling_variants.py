@@ -79,6 +79,7 @@ def sharing():
         "... with penalties, biases": {"rules": three, "edits": listed, "logprobs": "chosen"},
         "... with 5 alternatives": {"rules": three, "n_top": 5},
         "typical, top-h, xtc": {"rules": (rules.typical(one), rules.top_h(one), rules.xtc(one, one))},
+        "... with a temperature by the entropy": {"rules": three, "adaptive": torch.zeros(4, 1)},
         "eta, top-n-sigma": {"rules": (rules.eta(one), rules.top_n_sigma(one))},
     }
     found = {}

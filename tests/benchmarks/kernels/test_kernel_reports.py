@@ -69,6 +69,7 @@ def test_settings_share_builds():
         if "alternatives" not in setting and setting != "greedy, temperature"
     ]
     assert common[:5] == [four] * 5
+    assert found["... with a temperature by the entropy"] == ["group", "temperature", *four]
     assert found["greedy, temperature"] == ["group", "row"]  # nothing is left to other launches
 
 
