@@ -72,12 +72,12 @@ class Pass:
         elif path == "mask":
             install_mask_hook()
 
-    @property
+    @functools.cached_property
     def shares_prefixes(self) -> bool:
         """Whether what a cell holds depends on the tokens up to it alone, so that equal prefixes may share it."""
         return self.paged and not self.recurrent and not self._ropes
 
-    @property
+    @functools.cached_property
     def packs(self) -> bool:
         """Whether pieces of several prompts may stand behind one another in one row of a pass."""
         plain = self.path == "attention" and self.shares_prefixes and not self.restart

@@ -161,11 +161,12 @@ class Batch:
         ]
 
     def _emptied(self) -> list[tuple]:
-        """The same for all slots whose rows have gone."""
+        """The same for all slots whose rows have gone and left them empty."""
         told = []
         for slot, (tokens, blocks) in self._left.items():
             told += (self._column[:3] + slot, (0, 0, 0)), self._tokens(slot, [-1] * tokens)
             told.append(self._blocks_of(slot, 0, blocks))
+            self.sampler.clear(slot)
         self._left.clear()
         return told
 
@@ -206,7 +207,12 @@ class Batch:
         self._held[slot], self._held[slot, 0] = ZERO, TRASH
         self.requests[slot] = self.rows[slot] = self.claims[slot] = None
         self.lengths[slot], self.occupied[slot] = 0, False
-        self.sampler.clear(slot)
+        if self.sampler.chains[slot] is self.sampler.pipeline:
+            self.sampler.params[slot] = (
+                None  # a row that asks for the same may follow; if none does, `_emptied` clears
+            )
+        else:
+            self.sampler.clear(slot)
 
     def _settle(self) -> None:
         """Empty the tensors of slots whose rows have gone: nothing may write to blocks that others hold by now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -35,10 +36,10 @@ class Program:
     results: torch.Tensor
     live: list = field(default_factory=list)
 
-    @property
-    def leaves(self) -> list[torch.Tensor]:
-        """The pipeline's tensors, in a fixed order."""
-        return [leaf for leaf in _flatten(self.live) if torch.is_tensor(leaf)]
+    @functools.cached_property
+    def leaves(self) -> list:
+        """What `live` holds, in a fixed order."""
+        return _flatten(self.live)
 
 
 class GraphBatch(Batch):
@@ -83,7 +84,7 @@ class GraphBatch(Batch):
         slots, told = [slot for slot, _ in placed], np.full((len(placed), self.stops.shape[1]), -1)
         for mine, ids in zip(told, ends, strict=True):
             mine[: len(ids)] = ids
-        if not np.array_equal(told, self._ends[slots]):
+        if told.tobytes() != self._ends[slots].tobytes():
             self._ends[slots] = told
             send(self._ends, self.stops)
 
@@ -181,12 +182,12 @@ class GraphBatch(Batch):
             return None, None
         about = self._blocks(), self.stops.shape, self._top_count(), self.cache is None, self.sampler.changes
         if self._before is None or self._before[0] != about:
-            live = self._live() if self._whole() else []
-            key = self._key(live)
+            leaves = _flatten(self._live()) if self._whole() else []
+            key = self._key(leaves)
             program = self.programs.find(key)
             if program is None:
                 return key, None
-            self._adopt(program, live)
+            self._adopt(program, leaves)
             self._before = about, key, program
         _, key, program = self._before
         self._current = about[0], key, program
@@ -220,7 +221,7 @@ class GraphBatch(Batch):
         """The recorded step, unless the rows have changed and with them what it would hold."""
         whole = self._whole()
         live = self._live() if whole else []
-        if self._key(live) != key:
+        if self._key(_flatten(live)) != key:
             return None
         results = self._results()  # made here, not in the memory of graphs
         graphs = self.recorder.record(*([self._sample] if whole else []), self._advance)
@@ -239,7 +240,7 @@ class GraphBatch(Batch):
         values = [(m.processor.name, m.ready(self.sampler.site), m.memory) for m in members]
         return [values, self.sampler.plan(), self.sampler.greedy_rows()]
 
-    def _key(self, live) -> tuple:
+    def _key(self, leaves: list) -> tuple:
         shape = (
             self._whole(),
             self._blocks(),
@@ -247,15 +248,14 @@ class GraphBatch(Batch):
             self._top_count(),
             self.cache is None,
         )
-        return (*shape, *(_describe(leaf) for leaf in _flatten(live)))
+        return (*shape, *map(_describe, leaves))
 
-    def _adopt(self, program: Program, live) -> None:
+    def _adopt(self, program: Program, leaves: list) -> None:
         """Bring the tensors that a recorded step reads up to date, and make them the pipeline's own."""
-        if not live:
+        if not leaves:
             return
-        fresh = [leaf for leaf in _flatten(live) if torch.is_tensor(leaf)]
-        for mine, new in zip(program.leaves, fresh, strict=True):
-            if mine is not new:
+        for mine, new in zip(program.leaves, leaves, strict=True):
+            if mine is not new and torch.is_tensor(mine):
                 mine.copy_(new)
         values, plan, greedy = program.live
         for member, (_, packed, memory) in zip(self.sampler.active(), values, strict=True):

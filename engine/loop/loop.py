@@ -92,18 +92,19 @@ def widened(engine, batch: Batch, waiting: deque[Request], filling: int, most: i
 
 def admit(engine, batch: Batch, prompts: Prompts, waiting: deque[Request]) -> Iterator[Event]:
     """Take in waiting requests for which there is a slot, and memory to their end; compute some of their prompts."""
-    while waiting and len(batch.running) + len(prompts) < batch.size:
-        if (batch.running or prompts) and not fits(batch, prompts, waiting[0]):
+    running, queue = len(batch.running), prompts.queue
+    while waiting and running + len(queue) < batch.size:
+        if (running or queue) and not fits(batch, prompts, waiting[0]):
             break
         waiting[0].start(engine)
         prompts.add(waiting.popleft())
-    if not prompts:
+    if not queue:
         return
-    if prompts.worth_a_pass(bool(batch.running), bool(waiting)):
+    if prompts.worth_a_pass(running > 0, bool(waiting)):
         for request, error in prompts.compute():
             request.prefilled.taken()
             yield request.end("error", f"request {request.index}: {error}")
-    done = prompts.done(batch.size - len(batch.running))
+    done = prompts.done(batch.size - running)
     for request, error in batch.place(done) if done else ():
         yield request.end("error", f"request {request.index}: {error}")
 

@@ -67,13 +67,13 @@ class Prompts:
             more: whether requests wait that have no slot yet.
         """
         ahead = self._ahead()
-        begun = any(ready.filling.table is not None for ready in ahead)
-        if not (ahead and decoding and more) or begun or self._waited >= self._patience:
+        if not (ahead and decoding and more) or self._waited >= self._patience:
             return bool(ahead)
+        if any(ready.filling.table is not None for ready in ahead):
+            return True  # begun
         self._waited += 1
         return sum(ready.filling.left for ready in ahead) >= self.budget // 2
 
-    @torch.no_grad()
     def compute(self) -> list[tuple[Request, str]]:
         """One round of passes; the requests whose prompts cannot be computed leave, with the reason."""
         spent, self._waited, failed = 0, 0, []
@@ -91,9 +91,10 @@ class Prompts:
         """One pass over the next pieces; how many tokens it computed."""
         first = ahead[0].filling
         if not self.model.packs:
-            ahead[0].row, out = self.model.prefill(
-                first.ids, first.embeddings, every=first.every, room=first.room
-            )
+            with torch.no_grad():
+                ahead[0].row, out = self.model.prefill(
+                    first.ids, first.embeddings, every=first.every, room=first.room
+                )
             return self._computed(ahead[0], out) or len(first.ids)
         budget = self.budget if first.lone or self.model.alone else left
         budget = min(budget, LOGITS) if first.every else budget
@@ -148,11 +149,9 @@ class Prompts:
             self.model.pool.unclaim(ready.claim)
         ready.row = ready.claim = ready.filling = None
 
-    def _distinct(self) -> list[Prefilled]:
-        return list({id(request.prefilled): request.prefilled for request in self.queue}.values())
-
     def _ahead(self) -> list[Prefilled]:
-        return [ready for ready in self._distinct() if ready.row is None]
+        """Prompts that are still to be computed, in order."""
+        return [*{id(ready): ready for r in self.queue if (ready := r.prefilled).row is None}.values()]
 
 
 def prompt_logprobs(ids: list[int], logits: torch.Tensor, alternatives: int = 0) -> tuple[list, list]:

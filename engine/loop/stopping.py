@@ -165,7 +165,7 @@ class Stopper:
         totals = [t for t in (params.max_length, max_total) if t is not None]
         self._max_total = min(totals, default=None)
         limits = [params.max_new_tokens, *(total - len(prompt_ids) for total in totals)]
-        self._last = min((limit for limit in limits if limit is not None), default=math.inf)
+        self._last = min([limit for limit in limits if limit is not None], default=math.inf)
         self._deltas: list[str] = []  # one per token, before hold-back and trimming
         self._emitted: list[str] = []
         self._clock = clock

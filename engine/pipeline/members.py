@@ -47,6 +47,15 @@ class Member:
 
 
 UNASKED = SamplingParams()
+PLAIN = (bool, int, float, str, tuple, type(None))  # what tells by == whether it is the same
+
+
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows' settings of a processor are surely the same."""
+    return one.keys() == other.keys() and all(
+        value is other[name] or (type(value) is type(other[name]) in PLAIN and value == other[name])
+        for name, value in one.items()
+    )
 
 
 def telling(processor: Processor) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from .members import (
     Member,
     Plan,
     Quick,
+    alike,
     divides,
     joined,
     merge,
@@ -115,7 +116,7 @@ class Rows:
             if settings is not None:
                 skipped = greedy and processor.sampling_only and not chain.chain_when_greedy
                 on = processor.on(settings) and not skipped
-            if on or member.on[row]:
+            if on != member.on[row] or (on and not alike(settings, member.settings[row])):
                 member.set(row, settings or member.settings[row], on)
                 self._changed()
         self._set_greedy(row, greedy)

@@ -19,7 +19,7 @@ from handloom.cache.storage import Store
 from handloom.forward.model import uncapturable
 from handloom.forward.programs.compiling import CompiledStep
 from handloom.kernels import dispatch
-from handloom.loop.graph import GraphBatch
+from handloom.loop.graph import GraphBatch, _flatten
 from handloom.loop.prefill import Prompts
 from handloom.loop.request import Prefilled, Request
 from handloom.pipeline.forms import Edit
@@ -390,6 +390,28 @@ def test_rows_that_leave_early_and_wider_stop_lists(recorders):
     assert_nothing_leaked(program)
 
 
+def test_a_row_that_asks_for_what_the_one_before_it_asked_for_changes_nothing(recorders):
+    """Its settings are in place, so the step is found at once; another one's, or none's, are not left behind."""
+    eager, program = engines("llama", slots=2)
+    asked = SamplingParams(temperature=0.9, top_k=20, max_new_tokens=4, seed=1)
+    changes = []
+    for params in (
+        asked,
+        asked,
+        asked.replace(seed=5),
+        asked.replace(top_k=5),
+        SamplingParams(max_new_tokens=4),
+    ):
+        got = program.generate([PROMPTS[0]] * 2, params)
+        assert [g.token_ids for g in got] == [g.token_ids for g in eager.generate([PROMPTS[0]] * 2, params)]
+        [batch] = program._batches.values()
+        changes.append(batch.sampler.changes)
+    assert changes[0] == changes[1] == changes[2] < changes[3] < changes[4]
+    program.generate(PROMPTS[:2], [asked, asked.replace(max_new_tokens=9)])  # the first leaves its slot empty
+    assert [any(member.on) for member in batch.sampler.members].count(True) == 2
+    assert batch.sampler.chains == [None, batch.sampler.pipeline]
+
+
 @torch.no_grad()
 def test_recording_leaves_no_trace(recorders):
     """Cells behind a row's own may belong to another row by the time that they are reached."""
@@ -403,7 +425,7 @@ def test_recording_leaves_no_trace(recorders):
     keys = program.pool.stores[0].keys
     before = {name: value.clone() for name, value in vars(batch).items() if torch.is_tensor(value)}
     cells = keys[:, other].clone()
-    assert batch._record(batch._key(batch._live())) is not None
+    assert batch._record(batch._key(_flatten(batch._live()))) is not None
     assert torch.equal(keys[:, other], cells)
     for name, value in before.items():
         assert torch.equal(getattr(batch, name), value), name
