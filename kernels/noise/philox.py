@@ -109,13 +109,13 @@ def log_reference(x, minus=None):
 def exp_reference(x):
     """Cephes expf of float32 x, cut to [-87, 88]: products and sums alone, so the same bits everywhere."""
     x = x.clamp(-87.0, 88.0)
-    power = (x * 1.44269504 + 0.5).floor()
-    x = (x - power * LN2_HIGH) - power * LN2_LOW
+    power = (x * 1.44269504).add_(0.5).floor_()
+    x = (x - power * LN2_HIGH).sub_(power * LN2_LOW)
     value = x * EXP_POLYNOMIAL[0]
     for coefficient in EXP_POLYNOMIAL[1:-1]:
-        value = (value + coefficient) * x
-    value = (value + EXP_POLYNOMIAL[-1]) * (x * x) + x + 1.0
-    return value * ((power.to(torch.int32) + 127) << 23).view(torch.float32)
+        value.add_(coefficient).mul_(x)
+    value.add_(EXP_POLYNOMIAL[-1]).mul_(x * x).add_(x).add_(1.0)
+    return value.mul_(power.to(torch.int32).add_(127).bitwise_left_shift_(23).view(torch.float32))
 
 
 def gumbel_reference(seeds, positions, streams, token_ids):

@@ -19,6 +19,7 @@ from .rules import (
 
 FIXED_ONE = 2.0**35  # of sums in fixed point
 NEAR = 40.0  # a token so far below the highest adds nothing to an entropy
+PIECE = 32768  # tokens taken at a time on a CPU, so that what is in work stays in the cache
 SMALLEST = 1e-30  # share of the most entropy that counts as none
 
 
@@ -65,6 +66,14 @@ def scale(x, temperature):
     return torch.where(x == -torch.inf, x, scaled)
 
 
+def entropy_sums(shift):
+    """Sums of weight and of -weight * shift of float32 [B, N] relative to a maximum, in fixed point, int64 [B] each."""
+    shift = shift.clamp(min=-NEAR)
+    weight = exp_reference(shift)
+    dot = (shift * -weight).mul_(FIXED_ONE).long().sum(dim=1)
+    return weight.mul_(FIXED_ONE).long().sum(dim=1), dot
+
+
 def temperatures(x, temperature, adaptive=None, count=None):
     """What to divide edited logits [B, V] by, float32 [B]: the temperature, or where there is one the adaptive one.
 
@@ -80,12 +89,11 @@ def temperatures(x, temperature, adaptive=None, count=None):
         return temperature
     form, low, high, power = adaptive
     x = x.clamp(max=FLOAT_MAX)
-    shift = x - x.amax(dim=1, keepdim=True)
-    near = shift >= -NEAR
-    shift = torch.where(near, shift, 0.0)
-    weight = torch.where(near, exp_reference(shift), 0.0)
-    mass = (weight * FIXED_ONE).long().sum(dim=1).float()
-    dot = (-weight * shift * FIXED_ONE).long().sum(dim=1).float()
+    top = x.amax(dim=1, keepdim=True)
+    sums = [
+        entropy_sums(part - top) for part in x.split(PIECE if x.device.type == "cpu" else x.shape[1], dim=1)
+    ]
+    mass, dot = (sum(parts).float() for parts in zip(*sums, strict=True))
     count = (x > -torch.inf).sum(dim=1) if count is None else count
     entropy = (log_reference(mass * (1 / FIXED_ONE)) + dot / mass).clamp(min=0.0)
     share = (entropy / log_reference(count.float().clamp(min=2.0))).clamp(0.0, 1.0)

@@ -64,13 +64,11 @@ def temperature_kernel(
         z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
                              mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
         x = tl.reshape(z, (GROUPS * GROUP,))
-        shift = x - top
-        near = shift >= -NEAR
-        shift = tl.where(near, shift, 0.0)
-        weight = tl.where(near, exact_exp(shift), 0.0)
+        shift = tl.maximum(x - top, -NEAR)
+        weight = exact_exp(shift)
         count += (x > -float("inf")).to(tl.int64)
         mass += fixed(weight)
-        dot += fixed(-weight * shift)
+        dot += fixed(shift * -weight)
     sums = (tl.sum(count, axis=0), tl.sum(mass, axis=0), tl.sum(dot, axis=0))
     parts += wide_row * (PARTS * SUMS)
     if leave_part(sums, part, parts, counters + row * 4 + 3):
