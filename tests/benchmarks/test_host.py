@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.decode.host import Host
+from benchmarks.decode.host import Host, timed
 
 # Calls of Python functions at commit 639ff78, by the same command: steps and admissions of 1 and 16 rows.
 STEP, ADMISSION = {1: 63.2, 16: 342}, {1: 707, 16: 9201}
@@ -36,3 +36,16 @@ def test_the_count_itself():
 
     # Each step is one call, what happens in the forward is none; `run` is one, and the profile's end counts nothing.
     assert Two().calls() == {"calls_per_step": 1, "calls_per_admission": 6}
+
+
+def test_each_call_of_a_method_is_timed_for_as_long_as_it_is_asked_for():
+    class Kind:
+        def prepare(self, fails=False):
+            return 1 / (not fails)
+
+    spent, original = [], Kind.prepare
+    with timed(Kind, "prepare", spent):
+        assert Kind().prepare() == 1
+        with pytest.raises(ZeroDivisionError):
+            Kind().prepare(True)
+    assert (len(spent), min(spent) >= 0, Kind.prepare) == (2, True, original)
