@@ -143,7 +143,12 @@ def test_bytes_depend_on_no_neighbour_at_any_number_of_slots(tmp_path):
     """Three slots of 77 tokens: neither a number that vectors divide. What counts is the MLP's width, see `run`."""
     engine = Engine(tiny_llama(vocab_size=77, intermediate_size=64), slots=3, fixed_slots=True)
     plan = Plan.of(
-        SOURCE | {"settings": {"min-p": {"min_p": 0.1}}, "prompts": [[5, 6, 7], [8], [9, 10, 11, 12, 13]]}
+        SOURCE
+        | {
+            "settings": {"min-p": {"min_p": 0.1}},
+            "prompts": [[5, 6, 7], [8], [9, 10, 11, 12, 13]],
+            "samples": 4,
+        }
     )
     run(plan, tmp_path / "whole.jsonl", load=lambda **_: engine)
     for i in range(3):
