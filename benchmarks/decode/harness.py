@@ -87,6 +87,20 @@ def lengths(rng: random.Random, scale: float) -> Case:
     return "generate_until", [request("generate_until", words(rng, int(n * scale)), wanted) for n in counts]
 
 
+def answers(rng: random.Random, count: int) -> Case:
+    """Sums behind up to nine sentences, answered in a few tokens, and one request in eight that asks for a description:
+    a batch of `hf` goes on until its longest answer ends."""
+    sums = [
+        f"{question(rng, rng.choice(FACTS[:7]))[0]} What is {rng.randint(2, 20)} plus {rng.randint(2, 20)}?"
+        for _ in range(count)
+    ]
+    asked = [
+        f"Describe how {rng.choice(THINGS)} are made, step by step." if i % 8 == 3 else each
+        for i, each in enumerate(sums)
+    ]
+    return "generate_until", [request("generate_until", f"Question: {each}\nAnswer:", ENDS) for each in asked]
+
+
 def repeats(rng: random.Random, length: int) -> Case:
     """Eight samples of one prompt."""
     wanted = {"temperature": 1.0, "max_gen_toks": 16}
@@ -98,6 +112,7 @@ CASES = {
     "examples": lambda rng, scale: problems(rng, round(8 * scale), 24),
     "questions": lambda rng, scale: problems(rng, 0, 24),
     "lengths": lengths,
+    "answers": lambda rng, scale: answers(rng, 24),
     "repeats": lambda rng, scale: repeats(rng, int(400 * scale)),
 }
 
