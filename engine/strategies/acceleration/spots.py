@@ -42,8 +42,7 @@ class Spots:
             mine = [self.number[at] for at in level]
             above = [self.number[row, drafts.parents[row][place]] for row, place in level if depth]
             last = [self.paths[spot][-1] for spot in mine if depth]
-            first = self.whole if len(levels) == 1 else requests
-            forks = self.after(above, last) if depth else first
+            forks = self.after(above, last) if depth else (self.whole if len(levels) == 1 else requests)
             context = forks.context(*self._seen(mine))
             found.append(forks.rows.apply(self.given if forks is self.whole else self.given[mine], context))
             failures = context.failures
