@@ -62,7 +62,7 @@ def telling(processor: Processor) -> tuple[str, ...]:
     """The fields that say, by the values they have when nothing is asked, that a rule is off; none: look closer."""
     plain = type(processor).settings is Processor.settings and not processor.explicit
     known = all(field in SamplingParams.__dataclass_fields__ for field in processor.fields)
-    return processor.fields if plain and known and not processor.active(UNASKED) else ()
+    return processor.fields if plain and known and not processor.on(processor.settings(UNASKED, 0)) else ()
 
 
 class Quick:
