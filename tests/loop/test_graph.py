@@ -283,12 +283,9 @@ def test_a_pool_that_moves_is_recorded_anew(recorders, monkeypatch):
         assert len(batch.programs) <= 2  # those that wrote to the old place are gone
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow, id="inductor")]
-)
-def test_a_compiled_forward_is_recorded_with_the_rest(backend, recorders):
+def test_a_compiled_forward_is_recorded_with_the_rest(recorders):
     eager, program = engines("llama")
-    program.compile, program.runner.compiled = True, CompiledStep(program.runner, {1, 2, 3}, backend)
+    program.compile, program.runner.compiled = True, CompiledStep(program.runner, {1, 2, 3}, "aot_eager")
     graphs = []
     for wanted in (MIXED, [changed(p) for p in MIXED]):
         want, got = eager.generate(PROMPTS, wanted), program.generate(PROMPTS, wanted)
