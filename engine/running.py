@@ -28,6 +28,11 @@ from .loop.request import Request
 PASS = {"cuda": 4096}  # prompt tokens of a pass; a pass of so many fills the device
 
 
+def current(device: torch.device) -> AbstractContextManager:
+    """In the block a CUDA device is the current one: kernels, streams and events belong to it, whichever was before."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Turns:
     """One thing at a time in an engine and over its pool: another thread waits until it is through."""
 
@@ -94,15 +99,16 @@ class Running:
         # A shared prefix was computed in another shape than the prompt alone: equal, but not to the last bit.
         share = prefix_cache and not fixed_slots
         self.model = model
-        self._following = Following(
-            model,
-            {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": share},
-            prefill_chunk=prefill_chunk,
-            self_check=self_check,
-            fuse=fuse,
-            layout=layout,
-            quantization=quantization,
-        )
+        with current(model.get_input_embeddings().weight.device):
+            self._following = Following(
+                model,
+                {"block_size": block_size, "max_blocks": max_blocks, "prefix_cache": share},
+                prefill_chunk=prefill_chunk,
+                self_check=self_check,
+                fuse=fuse,
+                layout=layout,
+                quantization=quantization,
+            )
         self.prefill_chunk, self._asked_slots, self._graph = prefill_chunk, slots, graph
         self.fixed_slots, self.compile = fixed_slots, compile
         self._turns = Turns()
@@ -168,9 +174,11 @@ class Running:
 
     # -- one thing at a time
 
-    def _turn(self, what: str) -> AbstractContextManager[None]:
-        """One thing at a time: another thread waits until it is through."""
-        return self._turns(what, self)
+    @contextmanager
+    def _turn(self, what: str) -> Iterator[None]:
+        """One thing at a time, on the model's device: another thread waits until it is through."""
+        with self._turns(what, self), current(self.device):
+            yield
 
     def _in_turns(self, requests: list[Request] | Arrivals) -> Generator[Event, None, None]:
         """The events of a run that others may go between."""

@@ -52,7 +52,8 @@ def draw(logits, seeds, positions, streams=None, greedy=None, kernels=None):
 
         temperature = None if greedy is None else (~greedy).float()
         key = {"seeds": seeds, "positions": positions, "streams": streams}
-        return sample_fused(Call(logits, **key, temperature=temperature)).tokens
+        with torch.cuda.device_of(logits):
+            return sample_fused(Call(logits, **key, temperature=temperature)).tokens
     if logits.device.type != "cpu":
         return draw_reference(logits, seeds, positions, streams, greedy)
     rows = logits.detach().float().numpy()

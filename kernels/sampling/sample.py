@@ -91,7 +91,8 @@ def sample(
         from .fused import sample_fused
 
         try:
-            return sample_fused(call, out=out)
+            with torch.cuda.device_of(logits):  # Triton launches on the current device
+                return sample_fused(call, out=out)
         except Exception as error:
             if not _refuse(call, error):  # once for each device function, which is not tried again
                 raise

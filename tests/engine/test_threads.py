@@ -2,13 +2,14 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, prompts_of
 from helpers import assert_nothing_leaked, full_logits, tiny_llama
 
-from handloom import Engine
+from handloom import Engine, running
 from handloom.errors import HandloomError
 from handloom.strategies import beam_search
 
@@ -90,6 +91,33 @@ def test_the_model_answers_in_another_thread_while_the_engine_runs(name):
         asking.join()
     assert calls >= 5
     assert not wrong
+
+
+def test_an_engine_works_on_its_models_device_and_leaves_the_callers_current(monkeypatch):
+    """As for a model on the second of two devices: streams, events and Triton's launches belong to the current one."""
+    second = running.current(torch.device("cuda", 1))
+    assert (type(second), second.idx) == (torch.cuda.device, 1)
+    where, seen, model = ["the caller's"], [], tiny_llama()
+
+    @contextmanager
+    def entered(device):
+        where.append(device)
+        yield
+        where.pop()
+
+    monkeypatch.setattr(running, "current", entered)
+    hook = model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(where[-1]))
+    engine = Engine(model, slots=2)  # which checks itself
+    assert seen
+    state = engine.prefill(PROMPTS[:2])
+    engine.step(state, [3, 4]), engine.extend(state, [[3, 4], [5]]), engine.score(state, [[3, 4], [5]])
+    engine.tree_step(state, [[3, 4]] * 2, [-1, -1])
+    engine.generate(PROMPTS[:2], max_new_tokens=2)
+    for _ in engine.stream(PROMPTS[:3], max_new_tokens=3):
+        assert where == ["the caller's"]  # between two events
+    hook.remove()
+    assert len(seen) >= 12
+    assert set(seen) == {engine.device}
 
 
 def test_a_run_inside_a_run_of_the_same_engine_says_so_and_another_engine_helps():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from handloom.kernels import dispatch
+from handloom.kernels.sampling import rules
 
 LAUNCHERS = (
     "append_triton",
@@ -90,6 +91,28 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(name, monkeypatch):
         module.launch(first)
     assert entered == [first]
     assert module.launch.__wrapped__.__name__ == "launch"
+
+
+@pytest.mark.parametrize("name", ["sample", "draw"])
+def test_the_sampler_is_launched_on_the_device_of_its_logits(name, monkeypatch):
+    pytest.importorskip("triton")
+    from handloom.kernels.sampling import fused
+
+    told, logits, one = [], torch.zeros(1, 5), torch.zeros(1, dtype=torch.int64)
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        told.append(tensor is logits)
+        yield
+        told.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(
+        fused, "sample_fused", lambda call, **_: (told.append("launched"), rules.Drawn(one))[1]
+    )
+    function = getattr(importlib.import_module(f"handloom.kernels.sampling.{name}"), name)
+    function(logits, seeds=one, positions=one, kernels="triton")
+    assert told == [True, "launched", "left"]
 
 
 def test_every_file_with_a_launcher_is_in_the_list():
