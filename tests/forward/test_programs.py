@@ -121,8 +121,7 @@ UNRECORDED = {
 
 
 def beside_a_stream(engine):
-    """Tokens of requests that take each other's slots, and logits and tokens of a State that meanwhile goes on, forks and
-    rewinds in the same pool."""
+    """Tokens of requests that take each other's slots, and what a State says that forks and rewinds meanwhile."""
     params = [SamplingParams(max_new_tokens=n, temperature=n % 2, seed=n) for n in (4, 2, 2, 3)]
     engine.pool.reserve(80)  # where cells move, everything is recorded anew
     first = state = engine.prefill(prompts_of([7, 12]))
