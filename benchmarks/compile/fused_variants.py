@@ -1,5 +1,7 @@
 """The kernels of fused layers and of a step's ends as real models launch them, for the offline compile."""
 
+import triton
+
 from benchmarks.compile.attention_variants import Build, report
 from handloom.kernels import append_triton, penalties_triton
 from handloom.kernels.layer import gated_triton, norm_triton, rope_triton
@@ -11,6 +13,7 @@ def builds(target=None):
     yield from (_product(*row) for row in PRODUCTS)
     yield from (_norm(*row) for row in NORMS)
     yield from (_rotation(*row) for row in ROTATIONS)
+    yield from (_look_up(*row) for row in LOOK_UPS)
     for name, dtype in (("silu", "bf16"), ("gelu_tanh", "bf16"), ("gelu", "fp16")):
         kernel, constants = gated_triton._gated_kernel, {"NAME": name, "BLOCK": gated_triton.BLOCK}
         yield _build(f"gated {name} {dtype}", kernel, constants, dtype, 4, 3, (48, 64))
@@ -50,6 +53,8 @@ ROTATIONS = [
     ("rotate half of 128, many tokens", 512, 128, 64, False, 0, (48, 64)),
     ("rotate 256 normed, many tokens", 512, 256, 256, False, 2, (96, 96)),
 ]
+# name, width of the angles; most registers and vgprs
+LOOK_UPS = [("angles looked up, 128", 128, (24, 16)), ("angles looked up, 96", 96, (24, 16))]
 # name, alternatives that are told; most registers and vgprs
 APPENDS = [("append", 0, (48, 24)), ("append with alternatives", 4, (48, 24))]
 # name, which penalties are on, in the order of the kernel; most registers and vgprs
@@ -111,6 +116,11 @@ def _rotation(name, tokens, dim, rotated, interleaved, norms, limits):
     return _build(name, rope_triton._rotate_kernel, constants, "bf16", warps, 3, limits, absent, wide)
 
 
+def _look_up(name, width, limits):
+    constants = {"SIZE": 2 * width, "BLOCK": triton.next_power_of_2(2 * width)}
+    return _build(name, rope_triton._look_up_kernel, constants, "bf16", 1, 3, limits)
+
+
 def _append(name, top, limits):
     floats, ints = ("raw", "processed", "top_logprobs"), ("top", "stop_count")
     kernel, types = append_triton.append_kernel, {"results": "*fp64", "table": "*i32"}
@@ -147,10 +157,13 @@ def _build(name, kernel, constants, dtype, warps, stages, limits, absent=(), wid
         n: v for n, v in {**constants, "PDL": False, "UPCAST": False}.items() if n in kernel.arg_names
     }
     constants |= dict.fromkeys(absent)
-    types = {n: f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")} | {"cells_ptr": "*i64"}
+    types = {n: f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")} | {
+        "cells_ptr": "*i64",
+        "positions_ptr": "*i64",
+    }
     types |= dict.fromkeys(("eps", "post_eps", "q_eps", "k_eps", "scale"), "fp32")
     types = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
-    aligned = frozenset(n for n, kind in types.items() if kind != "fp32") - {"rows"}
+    aligned = frozenset(n for n, kind in types.items() if kind != "fp32") - {"rows", "last"}
     return Build(name, kernel, types, constants, aligned, warps, stages, *limits, wide_loads=wide)
 
 

@@ -60,6 +60,12 @@ class Feed:
         """New tokens per row, Q."""
         return self.positions.shape[1]
 
+    def reach(self, block_size: int) -> int:
+        """Positions that there are blocks for, on the host: those of all real tokens are below."""
+        known = self.block_table is None
+        blocks = max(map(len, self.tables), default=1) if known else self.block_table.shape[1]
+        return blocks * block_size
+
     def blocks(self) -> torch.Tensor:
         """`[B, M]` int32 block table on the device, padded with the zero block."""
         if self.block_table is None:

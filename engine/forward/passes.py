@@ -21,6 +21,7 @@ from ..errors import CapabilityError
 from ..kernels.attention.attention import paged_attention
 from ..kernels.attention.attention_cpu import CellPlan, packed_attention_cpu, paged_attention_cpu
 from ..kernels.attention.packed import paged_attention_packed
+from .fused.rotary import tables_of
 from .ragged import install_mask_hook, rope_switch, row_wise_ropes
 from .twin.twin import capture_hidden_states, replace
 
@@ -62,6 +63,8 @@ class Pass:
         self.output = output_layer(module)
         self.restart = rope_switch(self.config)
         self.fused: dict[str, str] = {}  # decoder layers, and why they stay plain; empty where they run fused
+        self.rotary_tables = tables_of(module)  # of rotary embeddings that look angles up
+        self.outlived: list = []  # tables of such as do no longer: recorded passes of a run under way may read them
         self.compiled = None  # a CompiledStep that runs passes of one token per row
         self.hooked = False  # the model has forward hooks, which a compiled step might pass by
         self.recorded = None  # RecordedPasses, where passes over prompts are recorded
@@ -171,14 +174,18 @@ class Pass:
 
     @contextmanager
     def _ours(self):
-        """Our attention function for the length of one pass; a compiled step has another."""
+        """Our attention function and angles for the length of one pass; a compiled step has others."""
         settings = vars(self.config)  # the property's setter walks all sub-configurations, at every step
         theirs = settings["_attn_implementation_internal"]
         if self.path == "attention":
             settings["_attn_implementation_internal"] = self._name
+        for table in self.rotary_tables:
+            table.aim(self._feed.reach(self.pool.block_size))
         try:
             yield
         finally:
+            for table in self.rotary_tables:
+                table.aim(0)
             settings["_attn_implementation_internal"] = theirs
 
     def attend(

@@ -1,4 +1,4 @@
-"""Rotary positions and the write to the cells in one go: torch reference, and the choice between it and Triton."""
+"""Rotary positions, and the write to the cells in one go: torch references, and the choice between them and Triton."""
 
 import torch
 
@@ -68,6 +68,35 @@ def _rotate(x, cos, sin, rotated, interleaved):
     a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
     turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
     return torch.cat((turned, kept), -1)
+
+
+def look_up(table, positions, *, kernels=None):
+    """Cosines and sines of positions (arXiv 2104.09864), from a table that has them.
+
+    Args:
+        table: [N, 2, W], contiguous: the cosines and the sines of each position.
+        positions: [B, Q] int64; one that the table does not have gets those of the nearest that it has.
+        kernels: "auto", "triton", "torch" or None (see `dispatch`).
+
+    Returns:
+        Cosines and sines [B, Q, W], views of one tensor [B, Q, 2, W].
+
+    Raises:
+        ValueError: shapes that do not fit. dispatch.KernelUnavailable: kernels="triton" cannot run here.
+    """
+    if table.dim() != 3 or table.shape[1] != 2 or not len(table) or positions.dim() != 2:
+        raise ValueError(f"table {tuple(table.shape)} and positions {tuple(positions.shape)} do not fit")
+    reason = None if table.is_contiguous() else "a table that is not contiguous"
+    if dispatch.select("look_up", table.device, kernels, reason) == "torch":
+        return look_up_reference(table, positions)
+    from . import rope_triton
+
+    return rope_triton.launch_look_up(table, positions)
+
+
+def look_up_reference(table, positions):
+    """Defines `look_up`, whose arguments it shares."""
+    return table[positions.clamp(0, len(table) - 1)].unbind(-2)
 
 
 def _check(q, k, v, cos, sin, keys, values, cells, rotated):

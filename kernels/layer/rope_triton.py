@@ -1,4 +1,4 @@
-"""Triton kernel that rotates queries and keys and writes the cells; importing this file needs triton."""
+"""Triton kernels that look angles up, turn queries and keys and write the cells; importing this file needs triton."""
 
 import torch
 import triton
@@ -139,3 +139,32 @@ def launch(q, k, v, cos, sin, keys, values, cells, *, q_norm, k_norm, rotated, i
         **blocks, **overlap, UPCAST=dispatch.interpreting() and q.dtype == torch.bfloat16, num_warps=warps, **options,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _look_up_kernel(
+    table_ptr, positions_ptr, out_ptr, last, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    """SIZE numbers of one token's position, or of the nearest that the table has."""
+    token = tl.program_id(0).to(tl.int64)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.minimum(tl.maximum(tl.load(positions_ptr + token), 0), last)
+    i = tl.arange(0, BLOCK)
+    turns = tl.load(table_ptr + row * SIZE + i, mask=i < SIZE)
+    tl.store(out_ptr + token * SIZE + i, turns, mask=i < SIZE)
+
+
+@on_its_device
+def launch_look_up(table, positions):
+    """Run the kernel; arguments and result as of `rope.look_up`, all settled."""
+    rows, _, width = table.shape
+    out = table.new_empty(*positions.shape, 2, width)
+    overlap, options = beside(table.device)
+    if positions.numel():
+        _look_up_kernel[(positions.numel(),)](
+            table, positions.contiguous(), out, rows - 1,
+            SIZE=2 * width, BLOCK=triton.next_power_of_2(2 * width), **overlap, num_warps=1, **options,
+        )  # fmt: skip
+    return out.unbind(-2)

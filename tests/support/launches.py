@@ -71,6 +71,7 @@ def step_feed(engine, cells: int = 5) -> Feed:
 def launches_of_a_step(engine) -> list[str]:
     """What one step of one row launches, the model's ends included."""
     feed = step_feed(engine)
+    engine.pool.clean()
     with launches(run=False) as names:
         engine.runner.forward(feed)
     return names

@@ -16,6 +16,7 @@ from ...kernels.layer.norm import add_norm
 from ...kernels.layer.rope import rotate_and_write
 from .parts import Hooks, NormReader, linear
 from .products import Products, product
+from .rotary import FusedRotary
 
 
 @dataclass
@@ -225,7 +226,7 @@ class FusedOutput:
         return product(x.reshape(rows, -1), (self,)).view(*x.shape[:-1], -1)
 
 
-SWAPPED = (Fused, FusedNorm, FusedOutput)
+SWAPPED = (Fused, FusedNorm, FusedOutput, FusedRotary)
 
 
 def swap(part: nn.Module, kind: type, structure) -> None:

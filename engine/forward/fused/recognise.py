@@ -13,6 +13,7 @@ from ...kernels.layer.rope import rotate_and_write_reference
 from .layers import SWAPPED, Fused, FusedNorm, FusedOutput, Gate, Heads, Structure, swap, unswap
 from .parts import bypassed, linear, read_activation, read_norm, samples
 from .products import Products, default_products
+from .rotary import FusedRotary, Heard, read_rotary, rotary_embeddings, tables_of
 
 log = logging.getLogger("handloom")
 ATTENTIONS = ("self_attn", "attention", "attn")
@@ -60,13 +61,19 @@ def fuse(runner, products: Products | None = None) -> dict[str, str]:
     structures = {name: _read(part, products) for name, part in found.items()}
     reasons = {name: built for name, built in structures.items() if isinstance(built, str)}
     trials = {name: Trial(runner, built) for name, built in structures.items() if name not in reasons}
+    ropes = {part: name for name, part in rotary_embeddings(module, found).items()}
     for trial in trials.values():
         trial.begin()
+    for part in ropes:
+        swap(part, Heard, [])
     try:
         _pass(runner)
     finally:
         for trial in trials.values():
             trial.end()
+        calls = {part: part.structure for part in ropes}
+        for part in ropes:
+            unswap(part)
     for name, trial in trials.items():
         reasons[name] = "it was not called" if trial.reason is None else trial.reason
     taken = [structures[name] for name in found if not reasons[name]]
@@ -74,7 +81,12 @@ def fuse(runner, products: Products | None = None) -> dict[str, str]:
         swap(structure.layer, Fused, structure)
     if taken:
         _fuse_ends(runner, taken[0], products)
+        for part, name in ropes.items():
+            _fuse_rotary(runner, part, name, calls[part])
         _measure(module, taken, products)
+    used = tables_of(module)
+    runner.outlived += [table for table in runner.rotary_tables if table not in used]
+    runner.rotary_tables = used
     return {name: reasons[name] for name in found}
 
 
@@ -102,6 +114,16 @@ def _fuse_ends(runner, structure: Structure, products) -> None:
     output = runner.output and runner.output.layer
     if output is not None and linear(output) and not bypassed(output):
         swap(output, FusedOutput, products)
+
+
+def _fuse_rotary(runner, part, name: str, calls: list[tuple]) -> None:
+    """A rotary embedding looked up in tables, where they are what it computes."""
+    known = next((table for table in runner.rotary_tables if table.part is part), None)
+    table = read_rotary(part, calls, known)
+    if isinstance(table, str):
+        log.info("%s stays plain: %s", name, table)
+    else:
+        swap(part, FusedRotary, table)
 
 
 def _measure(module, structures, products) -> None:

@@ -6,7 +6,7 @@ import torch
 from handloom.kernels import dispatch
 from handloom.kernels.layer.gated import gated, gated_reference
 from handloom.kernels.layer.norm import Norm, add_norm, add_norm_reference
-from handloom.kernels.layer.rope import rotate_and_write, rotate_and_write_reference
+from handloom.kernels.layer.rope import look_up, rotate_and_write, rotate_and_write_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -198,6 +198,22 @@ def test_nan_stays_in_its_token_and_head():
     assert have[1, 2].isnan().all()
     have[1, 2] = want[1, 2]
     assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_angles_are_looked_up(dtype):
+    """Every bit of the row of each position; of one that the table does not have, of the nearest."""
+    table = random(7, 2, 12, dtype=dtype)
+    table[2] = float("nan")
+    positions = torch.tensor([[0, 6, 2], [3, -1, 7], [2**40, -(2**40), 5]], device=DEVICE)
+    want = table[[0, 6, 2, 3, 0, 6, 6, 0, 5]].view(3, 3, 2, 12).unbind(2)
+    for kernels in ("torch", "triton"):
+        have = look_up(table, positions.T.contiguous().T, kernels=kernels)  # of any strides
+        for mine, yours in zip(have, want, strict=True):
+            torch.testing.assert_close(mine, yours, rtol=0, atol=0, equal_nan=True)
+    assert look_up(table, positions[:0], kernels="triton")[0].shape == (0, 3, 12)
+    with pytest.raises(ValueError, match=r"table \(7, 24\) and positions \(3, 3\) do not fit"):
+        look_up(table.flatten(1), positions)
 
 
 def test_rotations_refused():
