@@ -15,6 +15,7 @@ failure.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import signal
@@ -30,15 +31,6 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before Triton is imported; tests import this file, and have an interpreter
     os.environ["TRITON_INTERPRET"] = "0"
-ROOT = Path(__file__).resolve().parents[2]
-ROOMS = (
-    "support",
-    "support/models",
-    "support/sampling",
-    "kernels/attention",
-    "kernels/linear",
-)  # whose cases are run here, too
-sys.path += [str(ROOT / "tests" / room) for room in ROOMS]
 
 import torch
 
@@ -51,7 +43,7 @@ from benchmarks.kernels import attention as kernels_attention
 from benchmarks.kernels import nf4 as kernels_nf4
 from benchmarks.kernels import sampling as kernels_sampling
 from benchmarks.kernels import varlen as kernels_varlen
-from benchmarks.support.common import RESULTS, read, record, show
+from benchmarks.support.common import RESULTS, ROOT, read, record, show
 
 OUTPUT = RESULTS / "gpu_check.jsonl"
 MINUTES = (3, 6, 9)
@@ -133,7 +125,7 @@ def driver() -> str | None:
 
 def run_check(section: Section, scale: Scale, turns: Turns, output: Path) -> bool:
     """Run a check until it is done or its time is up, and keep its row; whether all is well."""
-    started, failures, cases, done, skipped = time.monotonic(), [], 0, False, {}
+    started, waited, failures, cases, done, skipped = time.monotonic(), turns.waited_for, [], 0, False, {}
     try:
         for found in section.run(scale):
             cases += 1
@@ -142,7 +134,7 @@ def run_check(section: Section, scale: Scale, turns: Turns, output: Path) -> boo
                 continue
             failures += [] if found is None else [found]
             turns.let_others()
-            if time.monotonic() - started > section.seconds:
+            if time.monotonic() - started - (turns.waited_for - waited) > section.seconds:
                 break
         else:
             done = True
@@ -223,7 +215,8 @@ class Children:
         with self._lock:
             self._ended = True
             for child in self._running:
-                os.killpg(child.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.killpg(child.pid, signal.SIGKILL)
 
 
 def run(

@@ -4,6 +4,7 @@ Every check takes a `Scale` and yields one text a failure, None for a case that 
 nothing to check.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ from benchmarks.gpu.scale import EVERYTHING, PROMPTS, Scale
 from benchmarks.support.common import ROOT
 from benchmarks.support.shapes import build
 from handloom import Engine, ModelError, SamplingParams
+
+ROOMS = ("support", "support/models", "support/sampling", "kernels/attention", "kernels/linear")
+sys.path += [str(ROOT / "tests" / room) for room in ROOMS]  # whose cases are run here, too
 
 # One set of rules with other values for every row: each set is a kernel of its own, which takes seconds to compile.
 ALIKE = [
@@ -179,6 +183,9 @@ def first_line(error: Exception) -> str:
 
 def nf4_values(scale: Scale) -> Iterator[str | None]:
     """Products with 4-bit weights against the dense product, in bitsandbytes' own layout."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield Skipped("bitsandbytes is not installed")
+        return
     from test_nf4 import activations, check, quantized
 
     for kind, nested in (("nf4", False), ("nf4", True), ("fp4", False)):

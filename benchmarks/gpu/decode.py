@@ -88,8 +88,9 @@ def row_of(
         row["first_run_s"] = time.monotonic() - started
         with scale.alone():
             lines = [made.timeline(case.workload(about, turn), sampling) for turn in range(1, repeats + 1)]
+            reads = bandwidth(about.model.device.type)
         row |= speed.summary(lines)
-        row |= speed.share(row["tpot_p50_ms"], about.sized, case, bandwidth(about.model.device.type))
+        row |= speed.share(row["tpot_p50_ms"], about.sized, case, reads)
         row |= speed.calls(about, case, made) if counted else {}
     except speed.FAILURES as error:
         row["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
@@ -105,7 +106,7 @@ _measured: dict[str, float] = {}
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second that the device reads, measured once a run."""
+    """Bytes a second that the device reads, measured once a run; to be called while others are kept off it."""
     if device not in _measured:
         _measured[device] = read_bandwidth(device)
     return _measured[device]

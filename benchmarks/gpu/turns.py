@@ -17,6 +17,7 @@ class Turns:
     def __init__(self, path: Path):
         self._file, self._door = path.open("a"), path.with_suffix(".door").open("a")
         self.alone_for = 0.0  # seconds that this process had the device to itself
+        self.waited_for = 0.0  # seconds in which others had it, after this process let them
 
     def _take(self, mode: int) -> None:
         fcntl.flock(self._door, fcntl.LOCK_EX)
@@ -50,5 +51,7 @@ class Turns:
 
     def let_others(self) -> None:
         """Let whoever waits to be alone go first; inside `shared`."""
+        started = time.monotonic()
         self._leave()
         self._take(fcntl.LOCK_SH)
+        self.waited_for += time.monotonic() - started

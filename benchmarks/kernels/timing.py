@@ -180,11 +180,11 @@ def measure(
         built = {side: build(inputs) for side, build in builders.items()}
         builders = {side: lambda _, run=run: run for side, run in built.items()}
     counted = {side: exact(build, inputs, size, device) for side, build in builders.items()}
-    ceiling = bandwidth(device) if "cold" in caches else None
     for cache in caches:
         sides = timers(builders, inputs, size, device, cache == "cold")
         with alone():
             measured = rounds(sides, repeats, budget)
+            ceiling = bandwidth(device) if cache == "cold" else None
         ours = measured.get(OURS, measured.get(OURS + EAGER))
         for side, values in measured.items():
             row = {**about, "side": side, "cache": cache, "device": device, "repeats": len(values)}

@@ -1,6 +1,8 @@
 """The GPU check on a CPU, tiny: its sections, its clock, its interruptions, and the verdicts about its aims."""
 
 import fcntl
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -120,6 +122,25 @@ def test_checks_that_fail_break_or_find_no_time_are_not_well(turns, tmp_path, ca
     assert "SHORT" in told
 
 
+def test_a_check_is_not_cut_off_for_the_time_in_which_others_measured(turns, tmp_path, monkeypatch):
+    """By clocks that say that each look took a second; others have the device for ten of it after every case."""
+    seconds = iter(range(10**6))
+    clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
+    monkeypatch.setattr(gpu_turns, "time", clock)
+    monkeypatch.setattr(gpu_check, "time", clock)
+    take = Turns._take
+
+    def slow(self, mode):
+        take(self, mode)
+        [next(seconds) for _ in range(10)]
+
+    monkeypatch.setattr(Turns, "_take", slow)
+    output = tmp_path / "rows.jsonl"
+    assert run_check(made_up(*[None] * 9, seconds=30, check=True), DRY, turns, output)
+    assert not run_check(made_up(*[None] * 40, seconds=30, check=True), DRY, turns, output)
+    assert [row["complete"] for row in read(output)] == [True, False]
+
+
 def test_a_broken_timing_keeps_its_rows(turns, tmp_path, capsys):
     run_timing(made_up({"value": 1}, RuntimeError("no memory")), DRY, turns, tmp_path / "rows.jsonl")
     assert [row["value"] for row in read(tmp_path / "rows.jsonl")] == [1]
@@ -216,6 +237,18 @@ def test_faults_are_looked_for_with_the_toolkits_own_tool(tmp_path, monkeypatch)
     assert list(checks.memory_faults(DRY)) == ["===== Invalid read of size 4", None]
 
 
+@pytest.mark.slow
+def test_what_is_run_under_the_tool_finds_its_rows():
+    """In a process without this one's paths."""
+    program = f"import torch\ntorch.randn = None\n{checks.ODD_SHAPES}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "").split(os.pathsep)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stderr.splitlines()[-1] == "TypeError: 'NoneType' object is not callable"
+
+
 def test_early_starts_can_be_switched_off(monkeypatch):
     """As for a device that has them."""
     monkeypatch.setattr(launching, "_overlaps", lambda index: True)
@@ -284,6 +317,9 @@ def test_sections_by_name_and_size():
     assert len({s.name for s in SECTIONS}) == len(SECTIONS)
     sizes = [{s.name for s in chosen(None, False, minutes)} for minutes in gpu_check.MINUTES]
     assert sizes[0] < sizes[1] < sizes[2] == {s.name for s in SECTIONS}
+    for minutes in gpu_check.MINUTES:  # those that measure take turns
+        alone = sum(s.seconds for s in chosen(None, False, minutes) if not s.is_check)
+        assert alone <= 60 * minutes - gpu_check.GRACE
     with pytest.raises(SystemExit, match="contxts: expected recorded_steps"):
         chosen(["contxts"], False)
 

@@ -1,4 +1,8 @@
-"""Two ranks of a split model, forked behind the imports; `ranks.py FOLDER PROMPTS` writes FOLDER/rank<i>.json."""
+"""Ranks of a split model; `ranks.py FOLDER PROMPTS` writes FOLDER/rank<i>.json.
+
+Started by torchrun it is one of the ranks, under NCCL where there is a device for each; else two are forked behind the
+imports, under gloo.
+"""
 
 import json
 import os
@@ -14,10 +18,12 @@ torch.set_num_threads(1)
 folder, prompts = sys.argv[1], json.loads(sys.argv[2])
 
 
-def rank(number: int) -> None:
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(RANKS))  # as torchrun does
-    meeting = f"file://{folder}/meeting"
-    distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=RANKS)
+def rank(number: int, meeting: str) -> None:
+    on_cuda, size = torch.cuda.is_available(), int(os.environ["WORLD_SIZE"])
+    if on_cuda:
+        torch.cuda.set_device(number)
+    backend = "nccl" if on_cuda else "gloo"
+    distributed.init_process_group(backend, init_method=meeting, rank=number, world_size=size)
     engine = Engine.from_pretrained(folder, tp_plan="auto", dtype="float32", slots=2, max_length=64)
     torch.manual_seed(100 + number)
 
@@ -33,10 +39,14 @@ def rank(number: int) -> None:
     distributed.destroy_process_group()
 
 
+if "LOCAL_RANK" in os.environ:  # torchrun's
+    rank(int(os.environ["LOCAL_RANK"]), "env://")
+    sys.exit()
 children = []
 for number in range(RANKS):
     if not (child := os.fork()):
-        rank(number)
+        os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(RANKS))  # as torchrun does
+        rank(number, f"file://{folder}/meeting")
         sys.exit()
     children.append(child)
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
