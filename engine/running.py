@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ def current(device: torch.device) -> AbstractContextManager:
 
 
 class Turns:
-    """One thing at a time in an engine and over its pool: another thread waits until it is through."""
+    """One thing at a time in an engine and over its pool, on its device: another thread waits until it is through."""
 
     def __init__(self):
         self._lock = threading.Lock()
+        self.device = torch.device("cpu")
+        self._place: AbstractContextManager = nullcontext()
         self._running: int | None = None
 
     @property
@@ -45,20 +47,31 @@ class Turns:
         """Whether it is this thread's turn."""
         return self._running == threading.get_ident()
 
-    @contextmanager
-    def __call__(self, what: str, owner) -> Iterator[None]:
+    def __call__(self, what: str, owner) -> Turns:
         """A turn for `what`, in words, of the engine `owner`, which prints itself where it would wait for itself."""
         if self.mine:
             raise HandloomError(
                 f"{what} was called from inside a run of the same {owner}, by a processor, a criterion or a hook, and "
                 "would wait for itself; give it an engine of its own: Engine(engine.model, engine.tokenizer)"
             )
-        with self._lock:
+        return self
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self._place = current(self.device)
+            self._place.__enter__()
             self._running = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._running = None
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *raised) -> None:
+        self._running = None
+        try:
+            self._place.__exit__(*raised)
+        finally:
+            self._lock.release()
 
 
 class Running:
@@ -139,6 +152,7 @@ class Running:
         self.graphs = bool(able) and self.device.type == "cuda" if self._graph is None else self._graph
         self.slots = self._asked_slots if self.capabilities.ragged else 1
         self.runner.alone, self.pool.turns = self.fixed_slots, self._turns
+        self._turns.device = self.device
         self._forget_programs()
 
     def _forget_programs(self) -> None:
@@ -174,11 +188,9 @@ class Running:
 
     # -- one thing at a time
 
-    @contextmanager
-    def _turn(self, what: str) -> Iterator[None]:
+    def _turn(self, what: str) -> AbstractContextManager[None]:
         """One thing at a time, on the model's device: another thread waits until it is through."""
-        with self._turns(what, self), current(self.device):
-            yield
+        return self._turns(what, self)
 
     def _in_turns(self, requests: list[Request] | Arrivals) -> Generator[Event, None, None]:
         """The events of a run that others may go between."""

@@ -39,9 +39,10 @@ class Stepping(Running):
             self._look()
             return prefilled(self.runner, given, hidden)
 
-    @torch.no_grad()
     def step(self, state: State, tokens, *, embeddings=None, hidden: bool = False) -> State:
         """The State after one more token per row.
+
+        On CUDA tokens of the device, int64, are the fastest: as in the loop the host reads them while their pass runs.
 
         Args:
             state: where to continue; it stays valid.
@@ -58,7 +59,6 @@ class Stepping(Running):
             longer = self._extended(state, [[t] for t in ids], None, hidden, embeddings)
         return replace(longer, all_logits=None, steps=(), before=None)
 
-    @torch.no_grad()
     def extend(self, state: State, tokens, counts=None, *, hidden: bool = False) -> State:
         """The State after several more tokens per row, with the logits behind each of them.
 
@@ -74,6 +74,7 @@ class Stepping(Running):
         with self._turn("extend"):
             return self._extended(state, tokens, counts, hidden)
 
+    @torch.no_grad()
     def _extended(self, state: State, tokens, counts, hidden: bool, embeddings=None) -> State:
         given = self._continuations(state, tokens, counts)
         return extended(self.runner, state, given, hidden, embeddings)
@@ -148,9 +149,10 @@ class Stepping(Running):
 
 def unread(tokens, runner) -> bool:
     """Whether tokens are ids `[B]` where a recorded pass takes them, so that the host need not read them first."""
-    if not torch.is_tensor(tokens) or tokens.dtype != torch.long or tokens.dim() != 1:
+    if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.long or tokens.dim() != 1:
         return False
-    return len(tokens) > 0 and runner.records(len(tokens)) and tokens.device == runner.recorded.device
+    count = tokens.shape[0]
+    return count > 0 and runner.records(count) and tokens.device == runner.recorded.device
 
 
 # -- what a pass makes of a State
@@ -201,18 +203,29 @@ def extended(runner, state: State, given: list[list[int]], hidden: bool, embeddi
 
 def stepped(engine, state: State, tokens: torch.Tensor, hidden: bool) -> State:
     """The State after one token a row, `[B]` on the device: the host reads them while the pass runs."""
-    check_owner(state, engine.pool)
-    check_rows(state, [1] * len(tokens), engine.max_length)
-    letter = engine.runner.recorded.mail.send(tokens)
-    tables, out = engine.runner.branch(state.rows, [[0]] * len(tokens), None, hidden=hidden, ids=tokens)
+    recorded = engine.runner.recorded
+    tables, letter, out = recorded.again(state, tokens, hidden) or begun(engine, state, tokens, hidden)
     given = [[token] for token in letter.read()[0]]
     check_ids(given, engine.vocab_size)
-    return State(
+    longer = State(
         rows=longer_rows(state.rows, tables, given),
         logits=out.logits[:, 0],
         counts=(1,) * len(given),
         hidden_states=out.hidden,
     )
+    recorded.expect(longer, engine.max_length)
+    return longer
+
+
+@torch.no_grad()
+def begun(engine, state: State, tokens: torch.Tensor, hidden: bool) -> tuple:
+    """Tables, the tokens on their way to the host, and the Output of a step that was not made ready."""
+    given = [[0]] * tokens.shape[0]
+    check_owner(state, engine.pool)
+    check_rows(state, [1] * len(given), engine.max_length)
+    letter = engine.runner.recorded.mail.send(tokens)
+    tables, out = engine.runner.branch(state.rows, given, None, hidden=hidden, ids=tokens)
+    return tables, letter, out
 
 
 def drafted(runner, state: State, given: list[list[int]], parents, hidden: bool) -> State:

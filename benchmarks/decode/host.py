@@ -7,7 +7,8 @@ Steps and passes are recorded as on CUDA, by a recorder whose replays do nothing
 which no device hides. The model's forward, where one runs, is left out. Times are those of the thread, the least of
 many runs; calls of Python functions are exact. An admission is a call with one token, less a step. Of 192 ragged
 requests on 64 slots, "asked" is what it takes to read and check them, "prepare" to make room for their tokens, step
-by step.
+by step. A step of a State with tokens on its device is told in two parts: what comes before its pass is launched, for
+which the device waits, and what comes after, beside which it runs.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +35,7 @@ REQUESTS, SLOTS, PROMPTS, ANSWERS = (
     (12, 96),
 )  # ragged ones, as the check on a GPU has them
 SHORT, LONG, LAYERS = 17, 273, 16  # answers between which a step is taken; layers as a model of 1B has them
+WARM, STEPS = 16, 128  # steps of a State in which passes may be recorded, and those that are measured
 
 
 class Nothing:
@@ -91,6 +94,8 @@ class Host:
         class Timed(LlamaForCausalLM):
             @functools.wraps(LlamaForCausalLM.forward)
             def forward(this, *args, **kwargs):
+                if self.note is not None:
+                    self.note()
                 start, self.within = time.thread_time(), True
                 try:
                     return super().forward(*args, **kwargs)
@@ -105,6 +110,7 @@ class Host:
         )  # fmt: skip
         self.rows, self.mode, self.turn = rows, mode, 0
         self.inside, self.within = 0.0, False  # seconds in the model's forward, and whether it runs
+        self.note: Callable[[], None] | None = None  # called when a pass of a State begins
         with recorders():
             self.engine = Engine(
                 Timed(config).eval(), slots=rows, graph=True, self_check=False, max_length=2048
@@ -112,12 +118,15 @@ class Host:
             for new in (1, SHORT, LONG) * 2:
                 self.run(new)
 
+    def prompts(self) -> list[list[int]]:
+        """As many as there are slots, never seen before."""
+        turns = range(self.turn + 1, self.turn + 1 + self.rows)
+        self.turn += self.rows
+        return [[3 + (turn * 7 + i * i * turn) % 500 for i in range(24)] for turn in turns]
+
     def run(self, new: int) -> float:
         """Seconds of this thread for as many requests as there are slots, with prompts never seen."""
-        prompts = []
-        for _ in range(self.rows):
-            self.turn += 1
-            prompts.append([3 + (self.turn * 7 + i * i * self.turn) % 500 for i in range(24)])
+        prompts = self.prompts()
         self.inside, start = 0.0, time.thread_time()
         self.engine.generate(prompts, max_new_tokens=new, ignore_eos=True, progress=False, **MODES[self.mode])
         return time.thread_time() - start - self.inside
@@ -161,18 +170,55 @@ class Host:
         return {"calls_per_step": step, "calls_per_admission": one - step}
 
     def _calls(self, new: int) -> int:
-        count = 0
+        self._counting(self.run, new)
+        return self.count
+
+    def _counting(self, call: Callable, *given):
+        """What a call gives; `count` tells how many Python functions it has called so far."""
+        self.count = 0
 
         def profile(frame, event, argument):
-            nonlocal count
-            count += event == "call" and not self.within
+            self.count += event == "call" and not self.within
 
         sys.setprofile(profile)
         try:
-            self.run(new)
+            return call(*given)
         finally:
             sys.setprofile(None)
-        return count
+
+    def state_times(self, repeats: int) -> dict[str, float]:
+        """Microseconds of a step of a State, before and after its pass is launched."""
+        gc.collect()
+        gc.disable()
+        walks = [self._walk(lambda: time.thread_time() - self.inside) for _ in range(repeats)]
+        gc.enable()
+        before, after = map(min, zip(*walks, strict=True))
+        return {"us_before": 1e6 * before, "us_after": 1e6 * after}
+
+    def state_calls(self) -> dict[str, float]:
+        """Calls of Python functions in a step of a State, before and after its pass is launched."""
+        before, after = self._counting(self._walk, lambda: self.count)
+        return {"calls_before": before, "calls_after": after}
+
+    def _walk(self, clock: Callable[[], float]) -> tuple[float, float]:
+        """What a clock shows before and after the launch of a State's pass, a mean over `STEPS`."""
+        import torch
+
+        state, tokens, marks = self.engine.prefill(self.prompts()), torch.full((self.rows,), 5), []
+
+        def launch(*_):
+            marks.append(clock())
+
+        self.note, kept, Nothing.replay = launch, Nothing.replay, launch
+        try:
+            for _ in range(WARM + STEPS):
+                marks.append(clock())
+                state = self.engine.step(state, tokens)
+                marks.append(clock())
+        finally:
+            self.note, Nothing.replay = None, kept
+        starts, launches, ends = (sum(marks[3 * WARM + part :: 3]) for part in range(3))
+        return (launches - starts) / STEPS, (ends - launches) / STEPS
 
 
 @contextmanager
@@ -244,6 +290,11 @@ def measure(trees: list[Path], rounds: int, repeats: int):
                 counts = {tree: ask(each, "calls", {}, about) for tree, each in workers.items()}
                 yield from least(workers, "times", about, rounds, repeats, counts)
             yield from least(workers, "ragged", {"mode": mode, "rows": SLOTS}, 1, repeats)
+        for rows in ROWS:
+            about = {"mode": next(iter(MODES)), "rows": rows}
+            counts = {tree: ask(each, "state_calls", {}, about) for tree, each in workers.items()}
+            for row in least(workers, "state_times", about, rounds, repeats, counts):
+                yield row | {"mode": "State"}
         for process in workers.values():
             process.stdin.close()
             process.wait()
@@ -293,6 +344,10 @@ def main() -> None:
         "calls_per_admission",
         "ms_asked",
         "ms_prepare",
+        "us_before",
+        "calls_before",
+        "us_after",
+        "calls_after",
     )
     show("the host's share", {n: n for n in ("mode", "rows", "tree", *names)}, rows)
 

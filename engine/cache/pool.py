@@ -310,6 +310,16 @@ class BlockPool:
             self.filled[block] = min(size, length + count - i * size)
         return table if not fresh and len(kept) == len(blocks) else self.table(kept + fresh)
 
+    def go_on(self, cells: list[tuple[int, int]]) -> bool:
+        """Let a further cell, (block, place), of each block be written, unless a sibling has written to one."""
+        filled = self.filled
+        for block, place in cells:
+            if filled[block] != place:
+                return False
+        for block, place in cells:
+            filled[block] = place + 1
+        return True
+
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` cells of a block in every layer; what a sibling wrote behind them stays its own."""
         self.copies += 1

@@ -111,6 +111,53 @@ def test_the_host_reads_the_tokens_of_a_step_while_its_pass_runs(recorders, monk
     assert_nothing_leaked(program)
 
 
+def test_a_step_that_was_made_ready_is_that_of_its_state_alone(recorders):
+    """Siblings that wrote first, hidden states, other rows, a pool that moved, the greatest length: all begin anew."""
+    eager, program = engines("llama", block_size=8, max_length=34)
+    passes = program.runner.recorded
+
+    def walk(engine):
+        seen, taken = [], []
+        again = passes.again
+
+        def noted(*given):
+            taken.append((found := again(*given)) is not None)
+            return found
+
+        def step(state, ids, **options):
+            state = engine.step(state, torch.tensor(ids, device=DEVICE), **options)
+            seen.append(state)
+            return state
+
+        passes.again = noted
+        first = step(step(engine.prefill([[3, 4], [6, 7]]), [1, 2]), [3, 4])
+        longer = engine.extend(first, [[9, 9], [9, 9]])  # it writes where the next step of `first` would
+        step(first, [5, 6])
+        other = step(first, [7, 8])
+        step(longer.keep([1, 1]), [1, 2])
+        last = step(other, [2, 1], hidden=True)
+        last = step(last, [2, 1], hidden=True)
+        step(last, [3, 3])
+        last = step(seen[-1].select([1, 0]), [4, 5])
+        if engine is program:
+            engine.pool._resize(engine.pool.capacity + 8)
+        for turn in range(25):
+            last = step(last, [turn, 2 * turn])
+        del passes.again
+        with pytest.raises(HandloomError, match="row 0 would have 35 tokens, more than max_length=34"):
+            step(last, [1, 1])
+        return seen, taken
+
+    (want, _), (have, taken) = walk(eager), walk(program)
+    for ours, theirs in zip(have, want, strict=True):
+        torch.testing.assert_close(ours.logits, theirs.logits, **CLOSE)
+        assert ours.tokens == theirs.tokens
+    assert [turn for turn, ready in enumerate(taken[:9]) if ready] == [1, 6]
+    assert sum(taken[9:]) == 25 - 1 - 3  # the pool has moved; new blocks at 16, 24 and 32
+    del want, have, ours, theirs
+    assert_nothing_leaked(program)
+
+
 # What a graph cannot hold: told when the engine is made, or by the pass itself, which then runs as it is.
 NO_GRAPH = {"llama_dynamic_ntk", "phi3_longrope", "gpt_neo", "glm_moe_dsa", "llama4_text", "recurrent_gemma"}
 UNRECORDED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from ...cache.feed import Feed, Lines, grid_numbers, packed_numbers
 from ...cache.transfer import send
 from ..passes import Output
-from .capture import Mailbox, recorder_for
+from .capture import Letter, Mailbox, recorder_for
 from .programs import Programs, bucket
 
 KEPT = 64  # shapes; what their passes allocate is shared
@@ -44,6 +45,22 @@ class Recorded:
     ahead: tuple[list, list] | None = None
 
 
+@dataclass
+class Ready:
+    """A step that waits for nothing but its tokens.
+
+    found, key: its pass. ids: `[B]`, where the tokens go. ahead: as there. cells: (block, place) that it writes to.
+    state: whose step it is, see `expect`.
+    """
+
+    found: Recorded
+    key: tuple
+    ids: torch.Tensor
+    ahead: tuple[list, list]
+    cells: list[tuple[int, int]]
+    state: weakref.ref | None = None
+
+
 class RecordedPasses:
     """Passes of an adapter that are padded to shapes that come again, and recorded.
 
@@ -62,6 +79,7 @@ class RecordedPasses:
         self._logits = torch.empty(rows, vocab_size, device=self.device)
         self._lines: dict[tuple, Lines] = {}  # of steps, by their key
         self.mail = Mailbox(self.device, turns=1)
+        self._ready: Ready | None = None
 
     def packed(self, model, tokens, begins, tables) -> torch.Tensor:
         """Logits `[R, V]` after each row's last token; arguments as for `Feed.packed`."""
@@ -95,13 +113,72 @@ class RecordedPasses:
                 model, key, lambda: numbers, lambda there: Feed.grid(there, *shape, tree=tree),
                 shape[0] * shape[1], {"hidden": hidden},
             )  # fmt: skip
-        logits = self._logits[: shape[0] * shape[1]].view(*shape[:2], -1)[:rows, :width].clone()
-        layers = None if found.hidden is None else tuple(h[:rows, :width].clone() for h in found.hidden)
+        out = self._output(found, key, rows, width)
         if ids is not None:
-            self._make_ready(model, found, key, begins, tables)
+            self._make_ready(found, key, begins, tables)
         if self.programs.due:
             self.programs.catch_up()
+        return out
+
+    def _output(self, found: Recorded, key, rows: int, width: int) -> Output:
+        """What a pass has computed, in memory of its own."""
+        logits = self._logits[: key[1] * key[2]].view(key[1], key[2], -1)[:rows, :width].clone()
+        layers = None if found.hidden is None else tuple(h[:rows, :width].clone() for h in found.hidden)
         return Output(logits, layers)
+
+    # -- the next step of a State, made ready while this one runs
+
+    def expect(self, state, most: int) -> None:
+        """The step that was made ready is that of `state`, whose rows may have `most` tokens."""
+        if self._ready is not None and max(self._ready.ahead[0]) < most:
+            self._ready.state = weakref.ref(state)
+
+    def again(self, state, tokens: torch.Tensor, hidden: bool) -> tuple[list, Letter, Output] | None:
+        """The step of a State that was made ready, or None.
+
+        The device waits for what precedes the launch, so it is as little as can be; all else is done beside the pass.
+
+        Args:
+            tokens: `[B]` on the device.
+
+        Returns:
+            The rows' tables, the tokens on their way to the host, and the Output.
+        """
+        ready, self._ready = self._ready, None
+        if (
+            ready is None
+            or ready.state is None
+            or ready.state() is not state
+            or ready.key[-1] != hidden
+            or ready.ids.shape != tokens.shape
+            or ready.found.ahead is not ready.ahead
+            or self.programs.find(ready.key) is not ready.found
+            or not self.programs.pool.go_on(ready.cells)
+        ):
+            return None
+        self.programs.pool.clean()
+        ready.ids.copy_(tokens)
+        letter = self.mail.send(tokens)
+        ready.found.graph.replay()
+        ready.found.ahead = None
+        tables = [row.table for row in state.rows]
+        out = self._output(ready.found, ready.key, len(tables), 1)
+        self._make_ready(ready.found, ready.key, ready.ahead[0], tables)
+        return tables, letter, out
+
+    def _make_ready(self, found: Recorded, key, begins, tables) -> None:
+        """Send the numbers of the next step while this one runs, where its rows need no other blocks."""
+        size, begins = self.programs.pool.block_size, [begin + 1 for begin in begins]
+        self._ready = None
+        if all(begin % size for begin in begins):
+            send(self._lines[key].fill(0, begins, tables), found.numbers)
+            found.ahead = begins, [table.blocks for table in tables]
+            cells = [
+                (blocks[begin // size], begin % size) for begin, blocks in zip(*found.ahead, strict=True)
+            ]
+            self._ready = Ready(found, key, found.numbers[: len(begins)], found.ahead, cells)
+
+    # -- passes
 
     def _step(self, model, key, tokens, begins, tables, ids) -> Recorded:
         """A pass over one token a row."""
@@ -113,17 +190,13 @@ class RecordedPasses:
             return self._lines[key].fill([row[0] for row in tokens], begins, tables)
 
         def feed(there):
+            there[:rows].clamp_(
+                0, self._logits.shape[1] - 1
+            )  # what comes from the device was not looked at yet
             return Feed.grid(there, rows, 1, blocks)
 
         ready = begins, [table.blocks for table in tables]
         return self._pass(model, key, numbers, feed, rows, {"hidden": hidden}, ids=ids, ready=ready)
-
-    def _make_ready(self, model, found: Recorded, key, begins, tables) -> None:
-        """Send the numbers of the next step while this one runs, where its rows need no other blocks."""
-        begins = [begin + 1 for begin in begins]
-        if all(begin % model.pool.block_size for begin in begins):
-            send(self._lines[key].fill(0, begins, tables), found.numbers)
-            found.ahead = begins, [table.blocks for table in tables]
 
     def _pass(
         self, model, key, numbers, feed: Callable[[torch.Tensor], Feed], rows: int, options, *, worth=1, ids=None,
@@ -144,7 +217,7 @@ class RecordedPasses:
             send(given, fresh.numbers)
         fresh.ahead = None
         if ids is not None:
-            torch.clamp(ids, 0, self._logits.shape[1] - 1, out=fresh.numbers[: len(ids)])
+            fresh.numbers[: ids.shape[0]].copy_(ids)
         if found is not None:
             found.graph.replay()
             return found
