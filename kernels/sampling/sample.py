@@ -92,6 +92,7 @@ def sample(
 
         try:
             with torch.cuda.device_of(logits):  # Triton launches on the current device
+                _build(call)
                 return sample_fused(call, out=out)
         except Exception as error:
             if not _refuse(call, error):  # once for each device function, which is not tried again
@@ -100,7 +101,24 @@ def sample(
     return drawn if out is None else drawn._replace(tokens=out.copy_(drawn.tokens))
 
 
+_built = set()  # calls whose kernels were compiled side by side
 _refused = {}  # device functions that do not compile: why
+
+
+def _build(call):
+    """Compile what the first call of its kind launches, side by side; without rules there are two kernels only."""
+    logits, rules, points = call.logits, call.rules, call.pointwise
+    named = tuple(part.device for part in (*rules, *points)), frozenset(rule.kind for rule in rules)
+    about = logits.device, logits.dtype, logits.shape[1], call.n_top, named
+    if about in _built or not (len(logits) and rules) or dispatch.interpreting():
+        return
+    from .fused import warm_up
+
+    one = [rule._replace(parameter=rule.parameter[:1], second=None if rule.second is None else rule.second[:1])
+           for rule in rules]  # fmt: skip
+    own = [point._replace(parameter=point.parameter[:1]) for point in points]
+    warm_up(logits.device, logits.shape[1], logits.dtype, rules=one, n_top=call.n_top, pointwise=own)
+    _built.add(about)
 
 
 def _owners(call):

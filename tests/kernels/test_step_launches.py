@@ -92,3 +92,43 @@ def test_a_warm_up_compiles_the_sampler_for_what_is_announced(monkeypatch):
     assert {about for about, _ in built} == {(engine.device, engine.vocab_size)}
     settings = {(s["logprobs"], s["edits"], s["n_top"]) for _, s in built}
     assert settings == {("chosen", edits, top) for edits in (False, True) for top in (0, 3)}
+
+
+def test_the_first_request_of_its_kind_has_its_kernels_compiled_side_by_side(monkeypatch):
+    from handloom.kernels.sampling import rules
+    from handloom.kernels.sampling import sample as sampling
+
+    built, x = [], torch.zeros(3, 40)
+    monkeypatch.setattr(sampling, "_built", set())
+    monkeypatch.setattr(dispatch, "select", lambda *about: "triton")
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(fused, "sample_fused", lambda call, out=None: rules.Drawn(call.positions))
+    monkeypatch.setattr(fused, "warm_up", lambda *about, **settings: built.append((about, settings)))
+
+    def ask(*chosen, rows=3, **more):
+        key = torch.zeros(rows, dtype=torch.int64)
+        before = len(built)
+        sampling.sample(x[:rows], seeds=key, positions=key, rules=chosen, **more)
+        return len(built) - before
+
+    value = torch.tensor([3.0, 4.0, 5.0])
+    xtc = rules.xtc(value, value)
+    assert [
+        ask(),
+        ask(rules.top_k(value)),
+        ask(rules.top_k(value + 1)),
+        ask(rules.top_k(value[:1]), rows=1),
+    ] == [0, 1, 0, 0]
+    assert [
+        ask(rules.top_k(value), xtc),
+        ask(xtc, rules.top_k(value)),
+        ask(xtc, rules.top_k(value), n_top=2),
+    ] == [1, 0, 1]
+    about, settings = built[1]
+    assert about == (x.device, 40, torch.float32)
+    assert [(rule.kind, rule.parameter.tolist()) for rule in settings["rules"]] == [
+        ("count", [3.0]),
+        ("xtc", [3.0]),
+    ]
+    assert settings["rules"][1].second.tolist() == [3.0]
+    assert ask(rules.eta(value[:0]), rows=0) == 0
