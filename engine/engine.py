@@ -51,8 +51,9 @@ class Engine(Stepping):
         prefix_cache: keep prompts' blocks for prompts that begin alike.
         graph: run the decode step as one device program, captured as a CUDA graph; None does so on CUDA where the
             model allows it. On a CPU True runs the same program uncaptured.
-        fuse: run decoder layers that are recognised as a few launches of our kernels, checked against the plain ones
-            when loading; `runner.fused` says of each why not. None does so on CUDA, True raises where none can be.
+        fuse: run decoder layers that are recognised as a few launches of our kernels, and their rotary embeddings as
+            one, checked against the plain ones when loading; `runner.fused` says of each layer why not. None does so
+            on CUDA, True raises where none can be.
         compile: compile the model's decode step with torch.compile, once for each number of rows. It takes from
             half a minute to minutes, which stderr tells; what cannot be compiled runs as it is, and says why.
         self_check: compare a few logits with transformers' own cache when loading, and fall back if they differ.

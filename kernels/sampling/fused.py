@@ -80,10 +80,13 @@ def parameters_of(rules):
 
 
 def fill(table, values):
-    """Copy each value into its row of the table, unless it lives there."""
-    for target, value in zip(table, values, strict=False):
-        if value.data_ptr() != target.data_ptr():
-            target.copy_(value)
+    """Copy each value into its row of the table, unless it lives there: all of them in one launch."""
+    apart = [row for row, value in enumerate(values) if value.data_ptr() != table[row].data_ptr()]
+    if values and len(apart) == len(values):
+        torch.stack(values, out=table[: len(values)])
+    else:
+        for row in apart:
+            table[row].copy_(values[row])
 
 
 class Plan:

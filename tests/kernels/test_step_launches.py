@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers import tiny_llama
-from launches import launches
+from launches import Always, launches
 
 from handloom import Engine, SamplingParams
+from handloom.forward.fused.recognise import fuse
 from handloom.kernels import dispatch
 from handloom.kernels.sampling import fused
 from handloom.loop.graph import GraphBatch
@@ -27,13 +28,8 @@ ASKED = {
         "logprobs": 1,
     },
 }
-MOST = {
-    "greedy": 6,
-    "alternatives": 7,
-    "sampling": 10,
-    "entropy": 11,
-    "penalties": 9,
-}  # launches of the draw and its append
+# Launches of the draw and its append.
+MOST = {"greedy": 4, "alternatives": 5, "sampling": 8, "entropy": 11, "penalties": 6}
 
 
 def batch_of(engine, params: SamplingParams) -> GraphBatch:
@@ -60,6 +56,23 @@ def test_nothing_is_computed_over_the_vocabulary_beside_the_sampler(name):
     assert WHOLE_ROWS.isdisjoint(names)
     assert names[-1] == "append_kernel"
     assert len(names) <= MOST[name], names
+
+
+def test_what_a_step_launches_beside_its_layers():
+    """Nine launches around the decoder layers of a Llama, the draw and the logits' way to float32 included."""
+    engine = Engine(tiny_llama(num_hidden_layers=1), graph=True, slots=1, fuse=True)
+    fuse(engine.runner, Always())
+    batch = batch_of(engine, SamplingParams(max_new_tokens=20))
+    batch.recorder = object()  # as where steps are recorded, the host then knows nothing of the rows
+    with dispatch.use("triton"), torch.no_grad():
+        batch._sample()  # what is made once
+    with launches(run=False) as names:
+        batch._sample()
+        batch._advance()
+    draw, given = ["group_kernel", "row_kernel", "clamp", "append_kernel"], ["embedding", "_look_up_kernel"]
+    assert names[:6] == draw + given
+    assert names[-3:] == ["_add_norm_kernel", "_vector_kernel", "copy_"]
+    assert len(names) == 9 + 8
 
 
 @pytest.mark.parametrize("logprobs", [None, 2])

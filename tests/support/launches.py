@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from handloom.cache.feed import Feed
+from handloom.forward.fused.products import Products
 from handloom.kernels import dispatch
 
 # Operations that only look at memory in another way, or ask for some.
@@ -29,6 +30,13 @@ class Launches(TorchDispatchMode):
         if name not in NOTHING and not self.quiet:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+
+class Always(Products):
+    """Every product that can be goes through the kernel of few rows."""
+
+    def takes(self, rows, linears, gate=None):
+        return rows <= 8
 
 
 @contextmanager

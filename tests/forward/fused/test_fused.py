@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, prompts_of
 from helpers import tiny_llama
-from launches import launches_of_a_step
+from launches import Always, launches_of_a_step
 from recorded_graph import install
 
 from handloom import Engine, ModelError, SamplingParams
@@ -38,13 +38,6 @@ COUNTED = {
 }
 # What a step shows: rounding moves the logits by up to 1e-4; a wrong norm, angle or order by 0.05 at least.
 TOLERANCE = 1e-3
-
-
-class Always(Products):
-    """Every product that can be goes through the kernel of few rows."""
-
-    def takes(self, rows, linears, gate=None):
-        return rows <= 8
 
 
 def plain_and_fused(model, products=None, **options):
