@@ -9,6 +9,7 @@ from helpers import POISON, assert_nothing_leaked, outcome, poisoned, recorded, 
 from handloom import Engine, SamplingParams
 from handloom.forward.filling import Filling, advance
 from handloom.forward.passes import Pass
+from handloom.forward.programs.programs import bucket
 from handloom.loop import prefill as prefilling
 from handloom.running import PASS
 
@@ -186,7 +187,8 @@ def test_the_ragged_workload_takes_few_passes_with_little_padding(monkeypatch):
     assert [a.n_new for a in answers] == [p.max_new_tokens for p in params]
     fed, steps = sum(seen.prompts), len(seen.steps)
     assert len(seen.prompts) <= 35
-    assert fed <= 1.15 * sum(map(len, prompts))
+    assert fed == sum(map(len, prompts))  # nothing is padded, and in a recorded pass this much at most:
+    assert sum(bucket(tokens, 8) for tokens in seen.prompts) <= 1.15 * fed
     assert max(seen.prompts) <= PASS["cuda"]
     assert steps <= 1.25 * sum(p.max_new_tokens for p in params) / 64 + 96  # slots are seldom idle for it
     assert_nothing_leaked(engine)

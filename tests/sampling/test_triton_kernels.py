@@ -28,14 +28,22 @@ def test_kernels_compute_what_the_references_do(share):
 
 def test_a_day_of_mixed_traffic_takes_four_builds():
     """1 to 256 rows; counts, exact counts, masses, min-p in every order; masks, log-probabilities, edit lists of 1 to
-    1,999 tokens: what `warm_up` has compiled serves all of it. A process of its own, as its driver is a stand-in."""
+    1,999 tokens: what `warm_up` has compiled serves all of it, and a second process finds it on disk under the same
+    names. Processes of their own, as their driver is a stand-in."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the folders of tests/support among them
-    command = [
-        sys.executable,
-        Path(__file__).resolve().parents[1] / "support" / "programs" / "counted_builds.py",
+    program = Path(__file__).resolve().parents[1] / "support" / "programs" / "counted_builds.py"
+    days = [
+        subprocess.Popen(
+            [sys.executable, program, *seed],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment | {"PYTHONHASHSEED": hashed},
+        )
+        for seed, hashed in (("0", "1"), ("", "2"))
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    (counts, names), (_, again) = (json.loads(day.communicate()[0]) for day in days)
     kernels = ("group", "row", "bin", "wide")
-    assert json.loads(done.stdout) == {"warm-up": {f"{kernel}_kernel": 1 for kernel in kernels}}
+    assert counts == {"warm-up": {f"{kernel}_kernel": 1 for kernel in kernels}}
+    assert names == again
+    assert len(set(names.values())) == 4

@@ -1,7 +1,8 @@
-"""Builds of the sampling kernels over mixed traffic, counted by a spy on the compiler; run as a program of its own.
+"""Builds of the sampling kernels over mixed traffic, counted by a spy on the compiler; run as a program of its own,
+with the seed of traffic, or without one for the warm-up alone.
 
-No GPU: a driver that only knows its target stands in, and the spy takes the place of the compiler. Prints a JSON object
-{part of the day: {kernel: number of builds}}.
+No GPU: a driver that only knows its target stands in, and the spy takes the place of the compiler. Prints two JSON
+objects, {part of the day: {kernel: number of builds}} and {kernel: what Triton's cache on disk knows its build by}.
 """
 
 import collections
@@ -59,21 +60,23 @@ def traffic(g):
 def main():
     """Count, and print."""
     driver.set_active(Driver())
-    counts, part = collections.defaultdict(collections.Counter), [""]
+    counts, names, part = collections.defaultdict(collections.Counter), {}, [""]
 
-    def spy(source, **options):
+    def spy(source, options, **about):
         counts[part[0]][source.fn.__name__] += 1
+        names[source.fn.__name__] = f"{source.hash()} {sorted(options.items(), key=str)}"
         return types.SimpleNamespace(run=None)
 
     triton.compiler.compile = spy  # before a kernel is first used, which binds it
     part[0] = "warm-up"
     fused.warm_up("cpu", VOCAB, edits=True)
-    for part[0], rows, settings in traffic(torch.Generator().manual_seed(0)):
+    day = traffic(torch.Generator().manual_seed(int(sys.argv[1]))) if sys.argv[1:] else ()
+    for part[0], rows, settings in day:
         call = rules.Call(torch.empty(rows, VOCAB), **settings)
         plan = fused.Plan.of(call)
         for kernel, grid, arguments, named in fused.launches(call, plan, plan.tokens):
             kernel.warmup(*arguments, grid=grid, **named)
-    json.dump(counts, sys.stdout)
+    json.dump([counts, names], sys.stdout)
 
 
 if __name__ == "__main__":
