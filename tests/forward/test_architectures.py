@@ -49,7 +49,9 @@ def test_capabilities_name_the_path(name):
     capabilities = Engine(ARCHITECTURES[name](), slots=3, max_length=MAX_LENGTH).capabilities
     assert capabilities.path == PATHS.get(name, "attention"), capabilities
     assert bool(capabilities.ragged) == (capabilities.path != "solo")
-    assert capabilities.ragged or capabilities.ragged.reason
+    for ability in ("ragged", "fork", "rewind", "extend", "tree", "graph"):
+        assert getattr(capabilities, ability) or getattr(capabilities, ability).reason, ability
+    assert not capabilities.tree or capabilities.path == "attention"
 
 
 def assert_follow(model, prompt, answer, *found):

@@ -227,14 +227,37 @@ def test_a_shape_serves_every_pass_that_fits_in(recorders):
 
 
 def test_prompts_packed_into_programs_are_those_of_eager_passes(recorders):
+    """Samples of one prompt, shared beginnings, log-probabilities of a prompt and embeddings among them."""
     eager, program = engines("llama", slots=4, prefill_chunk=32)
     prompts = prompts_of([5, 40, 17, 3, 26, 9])
+    prompts[5] = [*prompts[4][:11], *prompts[5]]
+    params = [SamplingParams(max_new_tokens=5, temperature=i % 2, seed=i) for i in range(6)]
+    params[1], params[2] = params[1].replace(n=2), params[2].replace(prompt_logprobs=1)
+    words = eager.model.get_input_embeddings().weight.detach()
     for turn in range(3):
         given = [[turn, *prompt] for prompt in prompts]
-        want, got = eager.generate(given, max_new_tokens=5), program.generate(given, max_new_tokens=5)
-        assert [g.token_ids for g in got] == [g.token_ids for g in want]
+        given[3] = words[given[3]]
+        want, got = eager.generate(given, params), program.generate(given, params)
+        for ours, theirs in zip(got, want, strict=True):
+            assert (ours.token_ids, ours.sample) == (theirs.token_ids, theirs.sample)
+            told, known = ours.prompt_logprobs or [0], theirs.prompt_logprobs or [0]
+            assert told[1:] == pytest.approx(known[1:], abs=1e-4)
+        assert len(got[3].prompt_logprobs) == 18
     assert program.runner.recorded.programs.refused == {}
+    del want, got, given
     assert_nothing_leaked(program)
+
+
+def test_of_more_shapes_than_are_kept_the_one_unused_longest_goes(recorders, monkeypatch):
+    monkeypatch.setattr(programs_module, "KEPT", 2)
+    eager, program = engines("llama")
+    passes = program.runner.recorded.programs
+    for length in (5, 20, 40, 20, 60):
+        prompt = prompts_of([length], seed=length)
+        torch.testing.assert_close(program.prefill(prompt).logits, eager.prefill(prompt).logits, **CLOSE)
+        program.pool.forget_prefixes()
+        passes.catch_up()
+    assert [key[1] for key in passes._kept] == [20, 60]  # 40 had gone unused for longer
 
 
 def test_kernels_read_no_cell_beyond_a_row(recorders):
