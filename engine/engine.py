@@ -43,7 +43,9 @@ class Engine(Stepping):
             `generation_config`, as transformers does. An end that only the tokenizer or a chat template knows is
             added here: `eos_token_ids=[*ids, tokenizer.eos_token_id]`.
         block_size: tokens in a block of the key/value pool, >= 1.
-        max_blocks: most blocks in the pool; None lets it grow.
+        max_blocks: most blocks in the pool; None lets it grow. With `graph` it has room from the start for 2,048 tokens
+            (or `max_length`) in every slot, where that takes at most half of the device's free memory; a run asks
+            ahead for what it may need. Where it grows its cells move, and each pass is recorded again as it is wanted.
         prefill_chunk: most prompt tokens in one forward pass, of one prompt or of several together, >= 1; None is
             4096 on CUDA and 512 elsewhere. Decoding goes on between such passes.
         pipeline: the processors every request goes through; None is `Pipeline.default()`, which does nothing
@@ -307,7 +309,8 @@ class Engine(Stepping):
         """Do ahead what first requests wait for: kernels are compiled, steps and passes compiled and recorded.
 
         Args:
-            params: what will be asked for, as for `generate`; a list for several kinds of requests.
+            params: what will be asked for, as for `generate`; a list for several kinds of requests. The longest ones
+                tell how large the pool must be, which later would grow, see `max_blocks`.
             rows: how many requests at once, a number or several; None: one, and as many as there are slots.
             tokens: lengths of their prompts.
 

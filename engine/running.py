@@ -26,6 +26,7 @@ from .loop.loop import run
 from .loop.request import Request
 
 PASS = {"cuda": 4096}  # prompt tokens of a pass; a pass of so many fills the device
+WIDTH = 2048  # tokens that every slot has room for from the start, where passes are recorded
 
 
 def current(device: torch.device) -> AbstractContextManager:
@@ -127,6 +128,8 @@ class Running:
         self._turns = Turns()
         self._adapt()
         self.max_length = limits.longest(model, max_length)
+        if self.graphs:
+            self.pool.reserve(self.slots * -(-min(WIDTH, self.max_length) // block_size))
         self.pool.owner = repr(self)
 
     @property
@@ -226,8 +229,9 @@ class Running:
         size = self.bucket(requests)
         if not self.graphs or self.runner.hooked:
             return Batch(self, size, width)
-        self.pool.reserve(size * -(-width // self.pool.block_size))  # a pool that moves is recorded anew
-        width = min(max(2048, 1 << (width - 1).bit_length()), self.max_length)
+        asked, width = width, min(max(WIDTH, 1 << (width - 1).bit_length()), self.max_length)
+        # Where cells move, everything is recorded again.
+        self.pool.reserve(*(size * -(-room // self.pool.block_size) for room in (asked, width)))
         kept = self._batches.pop((size, width), None)
         return GraphBatch(self, size, width) if kept is None else kept
 

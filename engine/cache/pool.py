@@ -208,17 +208,23 @@ class BlockPool:
             for store in self.stores:
                 store.clear(dirty)
 
-    def reserve(self, count: int) -> None:
+    def reserve(self, count: int, most: int = 0) -> None:
         """Grow now, so that `count` blocks can be handed out without moving the pool in the middle of a run.
 
-        As far as `max_blocks` and half of the device's free memory allow; beyond that the pool grows when it must.
+        As far as `max_blocks` and half of the device's free memory allow; beyond that the pool grows when it must. If
+        it grows then so that `most` can be, where that is allowed.
         """
         self.settle()
-        target = self.capacity + count - self._free_count - len(self._idle)
-        if self.max_blocks is not None:
-            target = min(target, self.max_blocks + RESERVED)
-        if target > self.capacity and target * self.block_bytes <= self._spare() // 2:
-            self._resize(target)
+        held = self.capacity - self._free_count - len(self._idle)
+        if held + count <= self.capacity:
+            return
+        for wanted in (max(count, most), count):
+            target = held + wanted
+            if self.max_blocks is not None:
+                target = min(target, self.max_blocks + RESERVED)
+            if target > self.capacity and target * self.block_bytes <= self._spare() // 2:
+                self._resize(target)
+                return
 
     def _spare(self) -> int:
         """Bytes that are free where the cells lie; a CPU gives memory when it is written, so there is no limit."""

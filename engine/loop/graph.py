@@ -184,7 +184,7 @@ class GraphBatch(Batch):
         if self._before is None or self._before[0] != about:
             leaves = _flatten(self._live()) if self._whole() else []
             key = self._key(leaves)
-            program = self.programs.find(key)
+            program = self.programs.find(key) or self.programs.again(key, lambda: self._record(key))
             if program is None:
                 return key, None
             self._adopt(program, leaves)
@@ -217,6 +217,7 @@ class GraphBatch(Batch):
         self._sent = self.mail.send(self._results())
         self._advance()
 
+    @torch.no_grad()
     def _record(self, key) -> Program | None:
         """The recorded step, unless the rows have changed and with them what it would hold."""
         whole = self._whole()

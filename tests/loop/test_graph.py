@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from helpers import assert_nothing_leaked, tiny_llama
-from recorded_graph import Recording, install
+from recorded_graph import Recorder, Recording, install
 from rule_cases import ON
 from torch._dynamo.utils import counters
 
@@ -269,7 +269,7 @@ def test_the_pool_is_large_enough_from_the_start(recorders):
 
 
 def test_a_pool_that_moves_is_recorded_anew(recorders, monkeypatch):
-    monkeypatch.setattr(BlockPool, "reserve", lambda pool, count: None)
+    monkeypatch.setattr(BlockPool, "reserve", lambda pool, *blocks: None)
     eager, program = engines("llama", block_size=2, slots=2)
     capacity = program.pool.capacity
     for turn in range(2):
@@ -281,6 +281,53 @@ def test_a_pool_that_moves_is_recorded_anew(recorders, monkeypatch):
     assert program.pool.capacity > capacity
     for batch in program._batches.values():
         assert len(batch.programs) <= 2  # those that wrote to the old place are gone
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_what_ran_before_the_pool_moved_is_recorded_without_another_run(spoilt, recorders, monkeypatch):
+    """A request waits once: for a recording, or where that fails for the run that precedes another one."""
+    if ON_CUDA:
+        pytest.skip("counts what the stand-in does")
+    eager, program = engines("llama", slots=2)
+    moved, capacity = program.pool.moves, program.pool.capacity
+    assert capacity >= 2 * program.max_length / program.pool.block_size  # room for all slots
+    passes, events = program.runner.recorded.programs, {}
+    for engine in (eager, program):
+        state = engine.prefill(PROMPTS[0])
+        state = engine.step(state, torch.tensor([3]))
+        for _ in range(2):  # the second time they share what they begin with
+            engine.generate(PROMPTS[:2], max_new_tokens=4)
+        made = [passes.recorder, *recorders]
+        before = [(r.warm_ups, len(r.recordings)) for r in made]
+        for turn, event in enumerate(engine.stream(PROMPTS[:2], max_new_tokens=6)):
+            events.setdefault(engine, []).append((event.request, event.token_id))
+            if turn == 4:
+                engine.pool._resize(engine.pool.capacity + 9)
+                if spoilt and engine is program:
+                    monkeypatch.setattr(Recorder, "record", failing_once(Recorder.record))
+        state = engine.step(state, torch.tensor([4]))
+        events[engine].append(state.logits)
+    after = [(r.warm_ups, len(r.recordings)) for r in made]
+    assert program.pool.moves == moved + 1
+    assert events[program][:-1] == events[eager][:-1]
+    torch.testing.assert_close(events[program][-1], events[eager][-1], atol=2e-4, rtol=1e-4)
+    gained = [(now[0] - then[0], now[1] - then[1]) for now, then in zip(after, before, strict=True)]
+    # A pass over a State, whose first recording may fail, and the loop's step.
+    assert gained == [(0, 1), (int(spoilt), 1)]
+    no_refusals(program)
+
+
+def failing_once(record):
+    """Of what records, the first call fails."""
+    failed = []
+
+    def call(recorder, *programs):
+        if not failed:
+            failed.append(programs)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return record(recorder, *programs)
+
+    return call
 
 
 def test_a_compiled_forward_is_recorded_with_the_rest(recorders):

@@ -16,7 +16,8 @@ class Programs:
     """What is recorded of one kind of pass: found by its key, made when nobody waits, dropped when it is stale.
 
     A pass that is not recorded runs as it is, on the stream that recordings are made on, so that its kernels are
-    compiled and its libraries set up; it is recorded by `catch_up`, after its results are on their way.
+    compiled and its libraries set up; it is recorded by `catch_up`, after its results are on their way. What was
+    dropped with the place of its cells has run before: `again` records it without another run, and it is replayed.
 
     Args:
         recorder: what records, see `capture.recorder_for`.
@@ -31,6 +32,7 @@ class Programs:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self.due: OrderedDict[Hashable, Callable[[], Any]] = OrderedDict()  # what waits for being recorded
         self._wanted: Counter = Counter()
+        self._dropped: set[Hashable] = set()  # what was recorded before cells moved, and not again since
         self._moves = -1
 
     def __len__(self) -> int:
@@ -44,6 +46,21 @@ class Programs:
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
+    def again(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What was dropped under a key, recorded anew by `make`, see `run`; None where there was nothing."""
+        if key not in self._dropped:
+            return None
+        self._dropped.remove(key)
+        self.pool.clean()
+        try:
+            made = make()
+        except RuntimeError as error:  # so it runs, and is recorded as for the first time
+            log.info("%s is run before it is recorded again: %s", self.what, root_of(error))
+            return None
+        if made is not None:
+            self._keep(key, made)
+        return made
+
     def moved(self) -> bool:
         """Whether the pool's cells have moved since the last look; what wrote to the old place is gone then."""
         if self._moves == self.pool.moves:
@@ -56,6 +73,7 @@ class Programs:
         """Drop everything."""
         if self._kept:
             self.recorder.settle()
+        self._dropped |= self._kept.keys()
         self._kept.clear()
         self.due.clear()
 
@@ -74,6 +92,11 @@ class Programs:
         if self._wanted[key] >= worth and key not in self.refused:
             self.due[key] = make
 
+    def _keep(self, key: Hashable, made: Any) -> None:
+        self._kept[key] = made
+        while len(self._kept) > self.most:
+            self._kept.popitem(last=False)
+
     @torch.no_grad()
     def catch_up(self) -> None:
         """Record what is due."""
@@ -87,9 +110,7 @@ class Programs:
                 log.warning("%s runs uncaptured: %s", self.what, self.refused[key])
                 continue
             if made is not None:
-                self._kept[key] = made
-        while len(self._kept) > self.most:
-            self._kept.popitem(last=False)
+                self._keep(key, made)
 
 
 def root_of(error: BaseException) -> str:

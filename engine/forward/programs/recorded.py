@@ -218,18 +218,19 @@ class RecordedPasses:
         fresh.ahead = None
         if ids is not None:
             fresh.numbers[: ids.shape[0]].copy_(ids)
-        if found is not None:
-            found.graph.replay()
-            return found
 
         def program():
             fresh.hidden = model.forward(feed(fresh.numbers), into=self._logits[:rows], **options).hidden
 
+        @torch.no_grad()
         def make():
             (fresh.graph,) = self.programs.recorder.record(program)
             return fresh
 
-        self.programs.run(key, program, make, worth)
+        if found or self.programs.again(key, make):
+            fresh.graph.replay()
+        else:
+            self.programs.run(key, program, make, worth)
         return fresh
 
     def _make_room(self, rows: int) -> None:
