@@ -7,6 +7,7 @@ A program works on groups of the vocabulary, listed tokens left out; with an edi
 list itself, whose groups follow those of the vocabulary.
 """
 
+# ruff: noqa: SIM102 (device code: compile-time tests stay apart)
 import triton
 import triton.language as tl
 
@@ -37,6 +38,7 @@ SUMS, NOISES, RAWS = (
 )  # what a launch may ask for: bits of `wants`
 REPORT = tl.constexpr(64)  # sums for the log-probability of rows in which no rule is on
 COIN = tl.constexpr(128)  # a rule tosses a coin
+MOST_TILES = tl.constexpr(8)  # of a program
 
 MOST = tl.constexpr(1048576.0)  # temperatures up to this, and from its inverse on, divide by a product
 NOISE_BAND = tl.constexpr(1e-3)  # error bound of scores around 0
@@ -149,11 +151,14 @@ def asked_of(wants, seeds, positions, streams, temperatures, limits, program, ro
 
 
 @triton.jit
-def any_bit(bits, start, group, vocab, GROUPS: tl.constexpr):
-    """int32, not 0 where one of GROUPS groups from `group` on has a bit set."""
-    word = group * (GROUP // 32) + tl.arange(0, GROUPS * (GROUP // 32))
-    found = tl.load(bits + start + word, mask=word < tl.cdiv(vocab, 32), other=0)
-    return tl.max((found != 0).to(tl.int32), axis=0)
+def marked_tiles(bits, start, group, tiles, vocab, GROUPS: tl.constexpr):
+    """int32, bit i set where tile i from `group` on, of GROUPS groups, has a bit set; at most MOST_TILES tiles."""
+    WORDS: tl.constexpr = GROUPS * (GROUP // 32)
+    tile = tl.arange(0, MOST_TILES)
+    word = group * (GROUP // 32) + tile[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    inside = (tile[:, None] < tiles) & (word < tl.cdiv(vocab, 32))
+    found = tl.load(bits + start + word, mask=inside, other=0)
+    return tl.sum(tl.max((found != 0).to(tl.int32), axis=1) << tile, axis=0)
 
 
 @triton.jit
@@ -165,10 +170,11 @@ def list_groups(part, row, logits, vocab, groups_of_vocab, groups, at, width, wa
     wide_row, length = row.to(tl.int64), sparse[4]
     place = (part * GROUPS + tl.arange(0, GROUPS))[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     ids, z = load_listed(place, row, logits, vocab, sparse, wants)
+    lost = z != z
     if wants & BITMASK:
         allowed = mask_bit(bitmask + wide_row * mask_stride, ids, (ids >= 0) & (ids < vocab))
-        z = tl.where((allowed != 0) | (z != z), z, -float("inf"))
-    z = edited(z, ids, point_values, row, rows, POINTS)
+        z = tl.where(allowed != 0, z, -float("inf"))
+    z = tl.where(lost, float("nan"), edited(z, ids, point_values, row, rows, POINTS))
     top = highest(z, PTX)
     group = groups_of_vocab + part * GROUPS + tl.arange(0, GROUPS)
     at, own = at + group, group < groups
@@ -215,6 +221,11 @@ def group_kernel(
     if part == 0:
         slot = tl.arange(0, 4)
         tl.store(counters + row * 4 + slot, slot * 0)
+    marks = part * 0
+    if wants & LISTED:
+        marks = marked_tiles(
+            touched, row.to(tl.int64) * touched_stride, part * tiles * GROUPS, tiles, vocab, GROUPS
+        )
     ask_sum, ask_noise, temperature, key = asked_of(
         wants, seeds, positions, streams, temperatures, limits, program, row, rows, vocab
     )
@@ -230,12 +241,9 @@ def group_kernel(
             tl.store(at + RAW_MAX * width, top, mask=inside)
             tl.store(at + RAW_SUM * width, sum_of(z, top, 1.0, PTX), mask=inside)
         if wants & LISTED:
-            here = any_bit(
-                touched, row.to(tl.int64) * touched_stride, (part * tiles + tile) * GROUPS, vocab, GROUPS
-            )
-            if here != 0:
+            if (marks >> tile) & 1:
                 gone = group_bits(touched, row.to(tl.int64) * touched_stride, group, vocab)
-                own = tl.where(gone & (own == own), -float("inf"), own).to(own.dtype)
+                own = tl.where(gone, -float("inf"), own).to(own.dtype)  # their NaN is told with the list
         top, z = highest(own, PTX), tl.minimum(own.to(tl.float32), FLOAT_MAX)
         if masked:
             if wants & BITMASK:

@@ -91,17 +91,17 @@ def edited(x, ids, point_values, row, rows, POINTS: tl.constexpr):
 def load_listed(entry, row, logits, vocab, sparse, wants):
     """Ids and edited logits of entries (int32 [R, GROUP]) of the edit list; -1 and -inf beyond it.
 
-    wants: with REPLACED the list holds the new logits, else it edits the given ones.
+    wants: with REPLACED the list holds the new logits, else it edits the given ones. A NaN given stays one.
     """
     ids_list, biases, seen, counts, length, repetition, presence, frequency = sparse
     inside = (entry >= 0) & (entry < length)
     at = row.to(tl.int64) * length + entry
     ids = tl.load(ids_list + at, mask=inside, other=-1)
     listed = (ids >= 0) & (ids < vocab)
+    x = finite_top(tl.load(logits + ids, mask=listed, other=-float("inf")).to(tl.float32))
     if wants & REPLACED:
-        x = tl.load(biases + at, mask=listed, other=-float("inf"))
+        x = tl.where(x == x, tl.load(biases + at, mask=listed, other=-float("inf")), x)
     else:
-        x = finite_top(tl.load(logits + ids, mask=listed, other=-float("inf")).to(tl.float32))
         x = x + tl.load(biases + at, mask=listed, other=0.0)
         factor = tl.load(repetition + row)
         repeated = tl.where(x < 0, x * factor, tl.div_rn(x, x * 0 + factor))

@@ -28,7 +28,7 @@ from .rules import Call, Drawn, Replaced, top_k, touched_bits, with_top
 
 GROUP = 128
 FIRST_GROUPS = 16  # groups a tile of the first launch
-FEW_PROGRAMS, MOST_TILES = 2048, 8  # so many programs of it there are before each takes more than one tile
+FEW_PROGRAMS = 2048  # so many programs of it there are before each takes more than one tile
 LIST_GROUPS = 4  # groups of an edit list that a program of it takes
 LIST = 256  # candidates that the second launch ranks
 ROW_GROUPS = 16  # groups that it reads at a time
@@ -202,7 +202,9 @@ def edits_of(edits, bitmask):
 
 def first_tiles(rows, groups):
     """Tiles of FIRST_GROUPS groups that a program of the first launch takes."""
-    return max(1, min(MOST_TILES, rows * triton.cdiv(groups, FIRST_GROUPS) // FEW_PROGRAMS))
+    return max(
+        1, min(triton_groups.MOST_TILES.value, rows * triton.cdiv(groups, FIRST_GROUPS) // FEW_PROGRAMS)
+    )
 
 
 def native():

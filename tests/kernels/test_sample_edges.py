@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from device_edits import at_least
 from sampling_rows import differences, edits, generator, oracle
 
 from handloom import Context, Keep, Pipeline, SamplingParams
@@ -18,6 +19,8 @@ from handloom.kernels.sampling.fused import Plan, sample_fused
 from handloom.kernels.sampling.reference import apply_edits, sample_reference, temperatures, truncate
 from handloom.kernels.sampling.rules import (
     Call,
+    Pointwise,
+    Replaced,
     Rule,
     Statistics,
     dynamic_temperature,
@@ -29,6 +32,7 @@ from handloom.kernels.sampling.rules import (
     top_k,
     top_n_sigma,
     top_p,
+    touched_bits,
     typical,
     xtc,
 )
@@ -207,6 +211,34 @@ def test_boundaries_in_bins_are_those_of_float64_however_the_row_is_split(monkey
         alone = sample(x[one], **own, logprobs=True, rules=(top_p(shares[one]),), kernels="triton")
         for whole, part in zip(drawn[:6], alone[:6], strict=True):
             assert torch.equal(whole[one], part)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_new_logit_hides_no_nan(kernels):
+    """Nor does a mask, or an edit that makes a number of it; its neighbours in the list stay edited."""
+    x = logits_of(2, 300)
+    x[1, 7] = torch.nan
+    ids = torch.tensor([[7, 200], [7, 200]], dtype=torch.int32)
+    listed = Replaced(ids, torch.tensor([[-1.0, 50.0]] * 2), touched_bits(ids, 300))
+    mask = pack_mask(torch.arange(300).expand(2, -1) != 7)
+    least = Pointwise(torch.zeros(2), lambda x, ids, value: torch.where(x > value, x, value), at_least)
+    for more in ({}, {"bitmask": mask}, {"pointwise": (least,)}):
+        assert sample(x, **key(2), edits=listed, kernels=kernels, **more).tokens.tolist() == [200, -1]
+
+
+def test_programs_of_several_tiles_look_up_the_edits_of_each(monkeypatch):
+    """Four tiles of one program, of which the third and the last hold the listed tokens."""
+    monkeypatch.setattr(fused, "FEW_PROGRAMS", 1)
+    x = logits_of(1, 7000)
+    x[0, [4100, 6999]] = torch.tensor([90.0, 80.0])
+    ids = torch.tensor([[4100, 6999]], dtype=torch.int32)
+    listed = Replaced(ids, torch.tensor([[-90.0, -80.0]]), touched_bits(ids, 7000))
+    plan = Plan.of(call := Call(x, **key(1), edits=listed, temperature=torch.zeros(1)))
+    assert fused.first_tiles(1, plan.vocab_groups) == 4
+    maxima = plan.statistics[0, 0, : plan.vocab_groups]
+    x[0, ids[0].long()] = -torch.inf
+    assert sample_fused(call, plan=plan).tokens == x.argmax()
+    assert maxima.equal(torch.nn.functional.pad(x, (0, 40), value=-torch.inf).view(-1, 128).amax(1))
 
 
 class Unknown(Keep):

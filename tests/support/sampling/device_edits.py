@@ -17,3 +17,8 @@ def shifted(x, token_ids, value):
 @triton.jit
 def shifted_wrongly(x, token_ids, value):
     return x + value * (2 - token_ids % 3) * 4
+
+
+@triton.jit
+def at_least(x, token_ids, value):
+    return tl.where(x > value, x, value)
