@@ -123,13 +123,14 @@ def _best(rows: Rows, plan: Plan, logits: Tensor, processed: Tensor, context: Co
 
 
 def _suspect(rows: Rows, plan: Plan, context: Context, tokens: Tensor) -> None:
-    """Where the rules keep nothing of a row, say whose threshold is no number."""
-    names = " or ".join(repr(rows.members[i].processor.name) for i in plan.levels)
-    for i in plan.levels:
+    """Where the rules keep nothing of a row, say whose level or mass is no number."""
+    suspects = [rows.members[i].processor for i in plan.foreign]
+    names = " or ".join(f"{rule.name!r} gave NaN as its {rule.limit}" for rule in suspects)
+    for i in plan.foreign:
         on = rows.view(rows.members[i], context).values.rows_on
         lost = tokens == NONE_KEPT
         lost = lost if on is None else lost & on[:, 0]
-        context.cache.setdefault("suspects", []).append((f"processor {names} gave NaN as its level", lost))
+        context.cache.setdefault("suspects", []).append((f"processor {names}", lost))
 
 
 def _note(

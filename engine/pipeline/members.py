@@ -127,17 +127,17 @@ class Plan:
     """Where the members of a `Rows` run: the first `unfused` members one by one, then the fused sampler.
 
     edits: members that edit there. remembering: truncation rules there that have memory. rules: the truncation
-    rules in order, a member's index where its parameter is in memory, and made in every step. levels: rules by a level
-    that somebody else has written, which may be NaN. temperature: [B] float32, 0 for greedy rows; None: no row needs
-    one. adaptive: [4, B], of the rows whose temperature follows their entropy, or None. untouched: [B] bool, greedy
-    rows for which no member is on; None: none. Where all rows are greedy, no rule is needed: what the sampler
-    truncates by keeps the most probable token.
+    rules in order, a member's index where its parameter is in memory, and made in every step. foreign: rules by a level
+    or a mass that somebody else has written, which may be NaN. temperature: [B] float32, 0 for greedy rows; None: no
+    row needs one. adaptive: [4, B], of the rows whose temperature follows their entropy, or None. untouched: [B]
+    bool, greedy rows for which no member is on; None: none. Where all rows are greedy, no rule is needed: what the
+    sampler truncates by keeps the most probable token.
     """
 
     unfused: list[int]
     edits: list[int]
     remembering: list[int]
-    levels: list[int] = dataclasses.field(default_factory=list)
+    foreign: list[int] = dataclasses.field(default_factory=list)
     rules: list[Rule | int] = dataclasses.field(default_factory=list)
     temperature: Tensor | None = None
     adaptive: Tensor | None = None

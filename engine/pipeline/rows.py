@@ -179,7 +179,7 @@ class Rows:
                 unfused=chosen[: len(chosen) - len(fused)],
                 edits=[i for i in fused if i not in keeps and i not in dividing],
                 remembering=[i for i in keeps if remembers(self.members[i].processor)],
-                levels=[i for i in keeps if self._foreign_level(self.members[i].processor)],
+                foreign=[i for i in keeps if self._is_foreign(self.members[i].processor)],
             )
             self._plan.temperature = self._temperature([i for i in dividing if not self._is_adaptive(i)])
             self._plan.adaptive = self._adaptive([i for i in dividing if self._is_adaptive(i)])
@@ -193,8 +193,8 @@ class Rows:
         """Plan the next draw anew."""
         self._plan = None
 
-    def _foreign_level(self, rule: Processor) -> bool:
-        return isinstance(rule, Keep) and rule.limit == "level" and not is_ours(rule)
+    def _is_foreign(self, rule: Processor) -> bool:
+        return isinstance(rule, Keep) and rule.limit in ("level", "mass") and not is_ours(rule)
 
     def _is_adaptive(self, index: int) -> bool:
         return isinstance(self.members[index].processor, AdaptiveTemperature)

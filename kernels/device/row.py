@@ -255,6 +255,10 @@ def row_kernel(
         return
     peak = (highest ^ ((highest >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     greedy = temperature <= 0
+    senseless = tl.max(((parameter != parameter) | (second != second)).to(tl.int32), axis=0)
+    if (greedy == 0) & (senseless > 0):
+        no_token(row, rows, NONE_KEPT, tokens, floats, counts, report)
+        return
     temperature = tl.where(greedy, 1.0, temperature)
     top = scaled(peak, temperature)
     index, first = first_of(kind, on)

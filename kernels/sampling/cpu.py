@@ -48,7 +48,9 @@ def sample_cpu(call):
         if left.bad or left.greedy:
             continue
         for rule, values, others in zip(rules, parameters, seconds, strict=True):
-            if rule.kind in KEEPS:
+            if math.isnan(values[index]) or math.isnan(others[index]):
+                left.lose()
+            elif rule.kind in KEEPS:
                 left.choose(KEEPS[rule.kind], values[index], others[index], coins[index] if tossed else None)
             else:
                 left.apply(rule, values[index])
@@ -107,10 +109,14 @@ class _Row:
                 self.keep(min(self.top + _log(float(parameter)), self.top))
         else:
             limit = rule.threshold(self.statistics(), torch.tensor([parameter])).numpy()[0]
-            if limit != limit:  # no token reaches NaN
-                self.bad, self.token = True, NONE_KEPT
+            if limit != limit:
+                self.lose()
             else:
                 self.keep(min(limit, self.top))
+
+    def lose(self):
+        """Keep nothing: no token reaches NaN."""
+        self.bad, self.token = True, NONE_KEPT
 
     def _count(self, k):
         if self.ids is None:

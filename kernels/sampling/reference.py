@@ -139,7 +139,7 @@ def threshold(x, rule):
 
 def _count_threshold(x, k):
     size = x.shape[1]
-    place = k.ceil().clamp(1, size).long() - 1  # 2.5 tokens are 3, as the kernels count
+    place = k.nan_to_num().ceil().clamp(1, size).long() - 1  # 2.5 tokens are 3, as the kernels count
     limit = x.sort(dim=1, descending=True).values.gather(1, place[:, None])[:, 0]
     return torch.where((k > 0) & (k < size), limit, -torch.inf)
 
@@ -225,7 +225,7 @@ def truncate(x, rules, key=None):
             kept = KEEPS[rule.kind](x, rule, key)
         else:
             kept = x >= threshold(x, rule)[:, None]
-        x = torch.where(kept, x, -torch.inf)
+        x = torch.where(kept & ~rule.senseless[:, None], x, -torch.inf)
     return x
 
 

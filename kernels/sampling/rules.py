@@ -70,8 +70,8 @@ class Call:
 class Drawn(NamedTuple):
     """What `sample` returns; fields that were not asked for are None.
 
-    A row without a drawable token (a NaN in it, or all -inf) has token -1, one of which the rules keep nothing (a value
-    rule whose threshold is NaN) -2; float fields are NaN then, kept 0 and rank 0.
+    A row without a drawable token (a NaN in it, or all -inf) has token -1, one of which the rules keep nothing (NaN is
+    a parameter or a threshold) -2; float fields are NaN then, kept 0 and rank 0.
     """
 
     tokens: torch.Tensor  # int64 [B]
@@ -131,7 +131,7 @@ class Rule(NamedTuple):
     Args:
         kind: "count", "exact_count", "mass", "value", "xtc", "typical" or "top_h".
         parameter: float32 [B]; off is k <= 0 or k >= V for a count (2.5 is 3), p >= 1 for a mass and for typical; <= 0
-            for a value rule and top_h.
+            for a value rule and top_h; NaN, in `second` too, keeps nothing.
         threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B]; NaN keeps
             nothing.
         device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy,
@@ -145,6 +145,12 @@ class Rule(NamedTuple):
     device: object | None = None
     needs_statistics: bool = True  # False: `threshold` uses the maximum alone
     second: torch.Tensor | None = None  # float32 [B], the second parameter of a kind that has two
+
+    @property
+    def senseless(self):
+        """bool [B], where a parameter is NaN: the rule keeps nothing."""
+        found = self.parameter.isnan()
+        return found if self.second is None else found | self.second.isnan()
 
 
 class SparseEdits(NamedTuple):

@@ -1,5 +1,6 @@
-"""Rules that go wrong inside the sampler: thresholds that are no numbers, device functions that do not compile."""
+"""Rules that go wrong inside the sampler: parameters or thresholds of NaN, device functions that do not compile."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ import triton.language as tl
 from handloom.kernels import dispatch
 from handloom.kernels.sampling import rules
 from handloom.kernels.sampling.draw import NONE_KEPT
+from handloom.kernels.sampling.reference import sample_reference
 from handloom.kernels.sampling.rules import Rule
 from handloom.kernels.sampling.sample import sample
 
@@ -30,6 +32,35 @@ def no_number_on_device(maximum, log_mass, entropy, collision, count, mean, devi
 @triton.jit
 def unknown_name(maximum, log_mass, entropy, collision, count, mean, deviation, parameter):
     return maximum - nothing_of_this_name  # noqa: F821
+
+
+NAN = torch.tensor([0.9, torch.nan, 0.9])
+SENSELESS = {
+    "mass": (rules.top_p(NAN),),
+    "count": (rules.top_k(NAN),),
+    "exact count": (rules.top_k(NAN, ties="lowest"),),
+    "value": (rules.min_p(NAN),),
+    "typical": (rules.typical(NAN),),
+    "xtc": (rules.xtc(ONES / 9, NAN * 0),),
+    "top-h, later": (rules.top_k(ONES * 40), rules.top_h(ONES / 2, NAN)),
+}
+
+
+@pytest.mark.parametrize("asked", SENSELESS.values(), ids=SENSELESS)
+def test_a_parameter_that_is_no_number_keeps_nothing_of_its_row(asked):
+    call = rules.Call(ROWS, **KEY, rules=asked, logprobs=True)
+    reference = sample_reference(call)
+    assert reference.tokens[1] == NONE_KEPT
+    assert (reference.tokens[[0, 2]] >= 0).all()
+    greedy = sample_reference(dataclasses.replace(call, temperature=ONES * 0)).tokens
+    assert greedy.equal(ROWS.argmax(1))
+    for kernels in ("torch", "triton"):
+        drawn = sample(ROWS, **KEY, rules=asked, logprobs=True, kernels=kernels)
+        assert drawn.tokens.equal(reference.tokens)
+        assert drawn.kept.equal(reference.kept)
+        assert drawn.logprob.isnan().tolist() == [False, True, False]
+        at_zero = sample(ROWS, **KEY, rules=asked, temperature=ONES * 0, kernels=kernels)
+        assert at_zero.tokens.equal(greedy)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])

@@ -73,6 +73,22 @@ class Masses(Keep):
         raise ZeroDivisionError("no mass")
 
 
+class NoMasses(Keep):
+    """A mass that is no number, found out by the sampler."""
+
+    defaults = {"n": 0.0}
+
+    def mass(self, context):
+        return context.values.n * torch.nan
+
+
+class NoMassesByKey(NoMasses):
+    """The same in torch."""
+
+    def key(self, logits, context):
+        return -logits
+
+
 class Lists(Edit):
     """Raises among the edits that share a copy of the logits."""
 
@@ -114,6 +130,8 @@ FAULTS = {
         1.0
     ): "processor 'Levels' raised AttributeError: there is no statistic 'variance'; a rule may read maximum",
     NoNumbers(1.0): "processor 'NoNumbers' gave NaN as its level",
+    NoMasses(1.0): "processor 'NoMasses' gave NaN as its mass",
+    NoMassesByKey(1.0): "processor 'NoMassesByKey' gave NaN as its mass",
     Masses(1.0): "processor 'Masses' raised ZeroDivisionError: no mass",
     Lists(1.0): "processor 'Lists' raised TypeError: no list",
     Forgets(): "processor 'Forgets' raised KeyError: 'count'",

@@ -149,7 +149,7 @@ def count_threshold(key: Tensor, count: Tensor) -> Tensor:
 
 
 def mass_threshold(logits: Tensor, key: Tensor, mass: Tensor) -> Tensor:
-    """The smallest key that must be kept so that the kept probability reaches `mass`, [B, 1].
+    """The smallest key that must be kept so that the kept probability reaches `mass`, [B, 1]; NaN for a mass of NaN.
 
     A token is kept iff the probability of all larger keys is below mass * MASS_SHARE, summed in float64: the
     share absorbs what float32 cannot tell apart, so that .3 + .5 reaches .8.
@@ -159,4 +159,5 @@ def mass_threshold(logits: Tensor, key: Tensor, mass: Tensor) -> Tensor:
     weights = (weights - logits.amax(-1, keepdim=True)).double().exp()
     above = weights.cumsum(-1) - weights
     needed = above < mass.double() * MASS_SHARE * weights.sum(-1, keepdim=True)
-    return ordered.gather(-1, (needed.sum(-1, keepdim=True) - 1).clamp(min=0))
+    last = ordered.gather(-1, (needed.sum(-1, keepdim=True) - 1).clamp(min=0))
+    return last.where(~mass.isnan(), torch.nan)
