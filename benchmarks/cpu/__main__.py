@@ -5,12 +5,10 @@ Run from the repository root: `python -m benchmarks.cpu --help`.
 
 import json
 import math
-import multiprocessing
 import pydoc_data.topics
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +17,7 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.cpu.llama import llama_cpp
 from benchmarks.cpu.quiet import Neighbours
 from benchmarks.support.common import RESULTS, in_turn, median_ratio, record, show
 from handloom import Engine, SamplingParams
@@ -34,7 +33,6 @@ OURS = {
 THEIRS = ("float32", "bfloat16")
 SAMPLING = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1}
 WINDOW = 512  # tokens of the text that are scored together
-_served: list = []  # the server of a process that was started for llama.cpp
 Measure = Callable[[int, bool], float]  # rows, whether to sample -> tokens per second
 
 COLUMNS = {
@@ -88,45 +86,6 @@ def generate(model, prompt: list[int], steps: int) -> Measure:
         return rows * (made.shape[1] - len(prompt)) / (time.perf_counter() - start)
 
     return measure
-
-
-def llama_cpp(gguf: Path, prompt: list[int], steps: int, threads: int) -> Measure:
-    """llama.cpp through the package xllamacpp, one request at a time.
-
-    It has a process of its own: two thread pools in one process make OpenMP's threads sleep between any two products.
-    """
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-    pool.submit(_serve, str(gguf), threads).result()
-
-    def measure(rows: int, sample: bool) -> float:
-        asked = {
-            "prompt": prompt,
-            "n_predict": steps,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        }
-        return pool.submit(_complete, asked).result()
-
-    return measure
-
-
-def _serve(gguf: str, threads: int) -> None:
-    """Start llama.cpp in this process."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = gguf
-    params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 1024, 1, threads
-    params.cpuparams_batch.n_threads = threads
-    _served.append(xllamacpp.Server(params))
-
-
-def _complete(asked: dict) -> float:
-    """Tokens a second of one completion."""
-    start = time.perf_counter()
-    made = _served[-1].handle_completions(asked)
-    return made["timings"]["predicted_n"] / (time.perf_counter() - start)
 
 
 @torch.no_grad()

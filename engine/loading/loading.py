@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ..errors import ModelError
-from ..kernels.linear.blocked import BlockedLinear, unblockable
+from ..kernels.linear.blocked import BlockedLinear, plain_alone, unblockable
 from . import packing, parallel
 
 log = logging.getLogger("handloom")
@@ -207,7 +207,8 @@ def _linear(shape, dtype, layout):
     with torch.device("meta"):
         layer = torch.nn.Linear(shape[1], shape[0], bias=False)
     layer.weight = torch.nn.Parameter(torch.full(shape, 0.01, dtype=dtype), requires_grad=False)
-    return layer if layout == "plain" or unblockable(layer) else BlockedLinear(layer)
+    plain = layout == "plain" or (layout == "auto" and plain_alone(dtype))  # one row
+    return layer if plain or unblockable(layer) else BlockedLinear(layer)
 
 
 def _bitsandbytes(quantization: str, dtype):

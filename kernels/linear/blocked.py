@@ -89,7 +89,8 @@ class BlockedLinear(nn.Module):
 
     def product(self, x):
         """`forward` without a look at who calls."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._blocked, self.bias, "none", [], "")
+        bias = self._buffers["bias"]  # asked by name, it takes as long as a small operation
+        return torch.ops.mkldnn._linear_pointwise(x, self._blocked, bias, "none", [], "")
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -160,6 +161,15 @@ def supports(dtype):
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32
+
+
+def plain_alone(dtype):
+    """Whether on this processor a lone row goes sooner through the plain weight.
+
+    A rule and no measurement, so that results do not change from one process to the next. On a Xeon with AMX the plain
+    float32 product of one row took 0.5 to 0.8 of the blocked one's time at every shape; on an EPYC 0.5 to 2.1 times it.
+    """
+    return dtype == torch.float32 and torch.cpu._is_amx_tile_supported()
 
 
 def small(layer):

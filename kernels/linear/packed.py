@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from .linears import replace_linears
 
+int4_product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 DENSE_ROWS = 32  # with more rows than this an int8 weight is worth widening for a plain product
 INT8_INPUTS = 16  # torch's int8 product reads inputs in steps of so many, past the end of other weights
 INT4_OUTPUTS = 16  # torch packs int4 weights in tiles of so many outputs
@@ -60,16 +61,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):
         """x [..., K] floating -> [..., N] in x's dtype."""
-        rows = x.reshape(-1, self.in_features)
+        held = self._buffers  # asked by name, a module's buffer takes as long as a small operation
+        codes, scales, bias = held["codes"], held["scales"], held["bias"]
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if self.bits == 4:
-            narrow = rows.to(torch.bfloat16)
-            out = torch.ops.aten._weight_int4pack_mm_for_cpu(narrow, self.codes, self.group, self.scales)
+            out = int4_product(rows.to(torch.bfloat16), codes, self.group, scales)
         elif len(rows) <= DENSE_ROWS:
-            out = torch._weight_int8pack_mm(rows.to(torch.bfloat16), self.codes, self.scales)
+            out = torch._weight_int8pack_mm(rows.to(torch.bfloat16), codes, scales)
         else:
-            out = linear(rows, self.codes.to(rows.dtype)) * self.scales.to(rows.dtype)
+            out = linear(rows, codes.to(rows.dtype)) * scales.to(rows.dtype)
         out = out.to(x.dtype).view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
+        return out if bias is None else out + bias.to(x.dtype)
 
     def extra_repr(self):
         group = f", group={self.group}" if self.bits == 4 else ""

@@ -1,17 +1,42 @@
 """benchmarks/cpu from end to end on a tiny model, and what it says of other processes."""
 
 import json
+import pickle
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import tiny_llama
 from tiny_tokenizers import byte_level
 
 from benchmarks.cpu import __main__ as cpu
-from benchmarks.cpu import quiet
+from benchmarks.cpu import llama, quiet
 from benchmarks.cpu.quiet import Neighbours, busy_seconds
 
 STAT = "cpu  1000 20 300 9000 700 10 5 15 0 0\ncpu0 1 1 1 1\n"
+
+
+def test_what_the_process_of_llama_cpp_runs_can_be_found_there(monkeypatch):
+    asked = []
+
+    class Pool:
+        def __init__(self, workers, mp_context):
+            assert (workers, mp_context.get_start_method()) == (1, "spawn")
+
+        def submit(self, function, *arguments):
+            asked.append((pickle.dumps(function), *arguments))
+            return SimpleNamespace(result=lambda: 7.0)
+
+    monkeypatch.setattr(llama, "ProcessPoolExecutor", Pool)
+    monkeypatch.delitem(sys.modules, "benchmarks.cpu.__main__")
+    entered = runpy.run_module(
+        "benchmarks.cpu", run_name="as_it_is_started"
+    )  # which no other process can import
+    assert entered["llama_cpp"](Path("some.gguf"), [1, 2], 8, 2)(1, False) == 7.0
+    assert all(b"as_it_is_started" not in function for function, *_ in asked)
+    assert asked[0][1:] == ("some.gguf", 2)
 
 
 def test_busy_time_leaves_out_idle_and_waiting():

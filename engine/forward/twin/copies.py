@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import ModelError
-from ...kernels.linear.blocked import BlockedLinear, small, unblockable
+from ...kernels.linear.blocked import BlockedLinear, plain_alone, small, unblockable
 from ...kernels.linear.linears import replace_linears
 from ...loading.fourbit import own_products
 from ...loading.packing import BITS, pack
@@ -58,11 +58,12 @@ class Copied(nn.Module):
     Args:
         layer: the twin's nn.Linear.
         make: layer -> the module that holds the copy, such as `kernels.linear.blocked.BlockedLinear`.
+        from_rows: rows from which on the copy runs; fewer go through the layer's own weight.
     """
 
-    def __init__(self, layer: nn.Linear, make: Callable[[nn.Linear], nn.Module]):
+    def __init__(self, layer: nn.Linear, make: Callable[[nn.Linear], nn.Module], from_rows: int = 1):
         super().__init__()
-        self.layer, self.copy = layer, make(layer)
+        self.layer, self.copy, self.from_rows = layer, make(layer), from_rows
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.__dict__["origin"] = Origin(layer)
 
@@ -83,12 +84,15 @@ class Copied(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
+        few = self.from_rows > 1 and x.numel() < self.from_rows * self.in_features
         if torch.compiler.is_compiling():
-            return self.copy(x)  # renewed by its engine before a run
+            return self.layer(x) if few else self.copy(x)  # renewed by its engine before a run
         parts = self._modules  # asked by name, and called, a module takes longer than some products
         layer = parts["layer"]
         if (layer._forward_hooks or layer._forward_pre_hooks) and watched(layer):
             return layer(x)
+        if few:
+            return layer.forward(x)
         if self.origin.moved():
             self.renew()
         return parts["copy"].forward(x)
@@ -136,7 +140,9 @@ def _block(tree: nn.Module, layout: str) -> None:
             "layout='blocked' makes them all the same", size / 1e6, free / 1e6
         )  # fmt: skip
         return
-    left = replace_linears(tree, refusal, lambda layer: Copied(layer, BlockedLinear))
+    left = replace_linears(
+        tree, refusal, lambda layer: Copied(layer, BlockedLinear, _from_rows(layer, layout))
+    )
     if layers:
         log.info(
             "%d linear layers in oneDNN's blocked layout, copies of %.0f MB beside the model's own; %d as they were",
@@ -145,6 +151,11 @@ def _block(tree: nn.Module, layout: str) -> None:
     elif layout == "blocked":
         reasons = sorted(set(left.values())) or ["the model has no nn.Linear"]
         raise ModelError(f"layout='blocked': no layer can be: {'; '.join(reasons)[:300]}")
+
+
+def _from_rows(layer: nn.Linear, layout: str) -> int:
+    """Rows from which on a layer runs on its blocked copy."""
+    return 2 if layout == "auto" and plain_alone(layer.weight.dtype) else 1
 
 
 def renew(tree: nn.Module) -> None:

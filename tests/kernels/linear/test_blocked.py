@@ -13,6 +13,7 @@ from torch import nn
 from handloom import Engine
 from handloom.errors import ModelError
 from handloom.forward.programs.compiling import CompiledStep
+from handloom.forward.twin import copies
 from handloom.kernels.linear import blocked
 from handloom.kernels.linear.blocked import BlockedLinear, block_linears, supports, unblockable
 
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.skipif(not supports(torch.float32), reason="torch witho
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if supports(dtype)]
 STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 PROMPTS = prompts_of([7, 3, 11])
+product = BlockedLinear.product
 
 
 def layer(outputs=48, inputs=64, *, bias=True, dtype=torch.float32, seed=0):
@@ -192,6 +194,29 @@ def test_loading_blocks_on_a_cpu_unless_told_not_to(small, tmp_path, caplog):
     assert torch.equal(engine.model.get_output_embeddings().weight, words)
     for a, b in zip(engine.prefill(PROMPTS).logits, plain.prefill(PROMPTS).logits, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-5 * float(b.std()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layout", "sooner", "blocked_rows"), [
+    ("auto", True, [2]), ("auto", False, [1, 2]), ("blocked", True, [1, 2]), ("plain", True, []),
+])  # fmt: skip
+def test_a_lone_row_takes_the_way_that_is_sooner_on_this_processor(
+    small, monkeypatch, layout, sooner, blocked_rows
+):
+    monkeypatch.setattr(copies, "plain_alone", lambda dtype: sooner)
+    engine, seen = Engine(tiny_llama(), layout=layout, max_length=64), []
+    monkeypatch.setattr(BlockedLinear, "product", lambda self, x: seen.append(x) or product(self, x))
+    states = [engine.prefill([[5, 6, 7]] * rows) for rows in (1, 2)]
+    seen.clear()
+    for state in states:
+        engine.step(state, [7] * len(state))
+    assert sorted({x.numel() // x.shape[-1] for x in seen}) == blocked_rows
+
+
+def test_the_rule_for_a_lone_row_asks_the_processor_alone(monkeypatch):
+    for amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert [blocked.plain_alone(dtype) for dtype in (torch.float32, torch.bfloat16)] == [amx, False]
 
 
 def test_saved_blocked_models_load_again(small, tmp_path):

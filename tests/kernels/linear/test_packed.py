@@ -49,6 +49,14 @@ def test_leading_axes_are_kept(shape, bits):
         assert torch.equal(module(x).reshape(-1, 48)[-1], module(torch.ones(64)))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_product_asks_for_no_attribute_the_slow_way(monkeypatch, bits):
+    module, asked = PackedLinear(layer(), bits), []
+    monkeypatch.setattr(PackedLinear, "__getattr__", lambda self, name: asked.append(name))
+    module.forward(torch.ones(1, 64))
+    assert asked == []
+
+
 def test_int8_codes_by_hand():
     codes, scales = packed.quantize_int8(torch.tensor([[127.0, -64.0, 0.4], [0.0, 0.0, 0.0]]))
     assert codes.tolist() == [[127, -64, 0], [0, 0, 0]]
