@@ -159,13 +159,20 @@ def reasons(
     """Why each processor, on beside the others, cannot run in the fused sampler; "" for those that can.
 
     The sampler takes edits, then a temperature, then truncation rules, and nothing before it may come after it:
-    so what it runs is the longest end of the pipeline in that order.
+    so what it runs is the longest end of the pipeline in that order. A rule that keeps the same tokens at every
+    temperature may stand before one.
 
     settings: of each processor, those of the rows for which it is on. greedy: whether it is on for a greedy row. on:
     for which rows it is, if not for the same ones.
     """
     found, follower, ends = [""] * len(processors), "", len(processors) - 1
-    keeps, sparse, dividing, memory = True, "", set(), ""
+    keeps, sparse, dividing, memory, scaled = (
+        True,
+        "",
+        set(),
+        "",
+        True,
+    )  # scaled: by numbers known before, if at all
     for i in range(ends, -1, -1):
         processor = processors[i]
         own = unfused_alone(processor, settings[i], device_type)
@@ -174,7 +181,7 @@ def reasons(
         if not own and follower:
             own = f"runs before {follower}, which the sampler cannot follow"
         elif not own and isinstance(processor, Keep):
-            if not keeps:
+            if not (keeps or (scaled and processor.scale_free)):
                 own = f"runs before {processors[i + 1].name}, and the sampler truncates last"
             elif i < ends and remembers(processor):
                 own = f"runs before {processors[i + 1].name}, and remembers what it left itself"
@@ -184,9 +191,9 @@ def reasons(
                 own = f"runs before {processors[i + 1].name}, and the sampler edits first"
             elif memory and not isinstance(processor, Temperature):
                 own = f"runs before {memory}, which remembers probabilities"
-            keeps, dividing = False, dividing | rows
+            keeps, dividing, scaled = False, dividing | rows, scaled and isinstance(processor, Temperature)
         elif not own:
-            keeps, dividing = False, set()
+            keeps, dividing, scaled = False, set(), False
             if processor.form == "pointwise" and sparse:
                 own = f"runs before {sparse}, and the sampler edits listed tokens first"
             sparse = processor.name if processor.listed is not None else sparse

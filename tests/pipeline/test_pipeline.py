@@ -27,6 +27,7 @@ from handloom.pipeline.processors import (
     Smoothing,
     Temperature,
     TopK,
+    TopNSigma,
     TopP,
 )
 
@@ -398,6 +399,16 @@ def test_explain_says_where_each_member_runs_and_why():
     )
     assert set(lines) == {"temperature", "top_k", "xtc", "top_h"}
     assert all("fused sampler" in line for line in lines.values())
+    sigma = SamplingParams(
+        temperature=0.7, top_n_sigma=1.0, top_k=5, repetition_penalty=1.2
+    )  # before the temperature
+    assert all("fused sampler" in line for line in explained(Pipeline.default(), sigma).values())
+    lines = explained(
+        Pipeline.default(), sigma.replace(dynatemp_range=0.3)
+    )  # whose entropy is of what is left
+    assert "torch (runs before dynatemp, and the sampler truncates last)" in lines["top_n_sigma"]
+    lines = explained(Pipeline([TopNSigma(1.0), BannedTokens([1]), Temperature(0.7)], name="late ban"))
+    assert "torch (runs before banned_tokens, and the sampler truncates last)" in lines["top_n_sigma"]
     lines = explained(Pipeline([Temperature(0.7), TopK(5), XTC(0.5, 0.1, xtc_guard=(3,))]))
     assert "xtc_guard spares tokens" in lines["xtc"]
     assert "torch (runs before xtc, which the sampler cannot follow)" in lines["top_k"]

@@ -37,6 +37,9 @@ class Keep(Processor):
     leaves_off_rows = True
     keeps_argmax = True
     sampling_only = True
+    scale_free = (
+        False  # True: it keeps the same tokens whatever positive number all logits of a row are divided by
+    )
     level = threshold = count = mass = known = None
     device: Any = None
 

@@ -149,6 +149,7 @@ class TopNSigma(Keep):
     name = "top_n_sigma"
     defaults = {"top_n_sigma": 0.0}
     device = "top_n_sigma_threshold"
+    scale_free = True
 
     def level(self, statistics: Statistics, n: Tensor) -> Tensor:
         return statistics.maximum - n * statistics.deviation
