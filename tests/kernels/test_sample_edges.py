@@ -178,15 +178,16 @@ def test_the_exponential_is_right_to_its_last_bits():
 
 
 def adversarial_rows():
-    """[4, 640]: all mass in one bin of the distances, ties at the edges of eight bins, denormals, and one token more
-    than the list of 64 takes."""
+    """[5, 640]: all mass in one bin of the distances, ties at the edges of eight bins, denormals, one token more than
+    the list of 64 takes, and one whose boundary is in a bin that is listed."""
     g = generator(9)
-    x = torch.full((4, 640), -1e4)
+    x = torch.full((5, 640), -1e4)
     x[0] = -1 - torch.rand(640, generator=g) / 300
     x[1] = -(1 + torch.randperm(640, generator=g) % 8 / 128)
     x[2] = torch.randint(-400, 400, (640,), generator=g) * 1e-42
     x[3, torch.randperm(640, generator=g)[:64]] = -1 - torch.arange(64) * 1e-4
     x[[0, 1, 3], [5, 300, 639]] = 0.0
+    x[4] = torch.randn(640, generator=g) * 2
     return x
 
 
@@ -194,12 +195,12 @@ def test_boundaries_in_bins_are_those_of_float64_however_the_row_is_split(monkey
     """Five programs a row and two, short lists, rows together and alone."""
     for name, length in (("LIST", 16), ("WIDE_LIST", 64), ("WIDE_GROUPS", 1)):
         monkeypatch.setattr(fused, name, length)
-    x, shares = adversarial_rows(), torch.tensor([0.35, 0.62, 0.8779, 0.55])
-    call = Call(x, **key(4), logprobs=True, rules=(top_p(shares),))
+    x, shares = adversarial_rows(), torch.tensor([0.35, 0.62, 0.8779, 0.55, 0.93])
+    call = Call(x, **key(5), logprobs=True, rules=(top_p(shares),))
     plan = Plan.of(call)
     drawn = sample_fused(call, plan=plan)
-    assert plan.counters[:, 1].tolist() == [LEFT.value] * 4
-    for row in range(4):
+    assert plan.counters[:, 1].tolist() == [LEFT.value] * 5
+    for row in range(5):
         kept, margin = oracle(x[row].numpy(), top_p=float(shares[row]))
         assert margin > 1e-6
         assert (drawn.kept[row], kept[drawn.tokens[row]]) == (kept.sum(), True), row
@@ -207,7 +208,7 @@ def test_boundaries_in_bins_are_those_of_float64_however_the_row_is_split(monkey
     monkeypatch.setattr(fused, "WIDE_GROUPS", 4)
     for row in (1, 3):
         one = slice(row, row + 1)
-        own = {name: value[one] for name, value in key(4).items()}
+        own = {name: value[one] for name, value in key(5).items()}
         alone = sample(x[one], **own, logprobs=True, rules=(top_p(shares[one]),), kernels="triton")
         for whole, part in zip(drawn[:6], alone[:6], strict=True):
             assert torch.equal(whole[one], part)
