@@ -311,8 +311,11 @@ class Engine(Stepping):
         """Do ahead what first requests wait for: kernels are compiled, steps and passes compiled and recorded.
 
         Args:
-            params: what will be asked for, as for `generate`; a list for several kinds of requests. The longest ones
-                tell how large the pool must be, which later would grow, see `max_blocks`.
+            params: what will be asked for, as for `generate`; a list for several kinds of requests, alone and beside
+                each other. The longest ones tell how large the pool must be, which later would grow, see
+                `max_blocks`. Compiled in any case is what is common: temperatures (by the entropy, too), top-k,
+                top-p, min-p, penalties, masks, 16 alternatives. Other rules, such as typical, top-H, XTC, eta,
+                top-n-sigma or a user's own, need to be named, in a list with those that they will stand beside.
             rows: how many requests at once, a number or several; None: one, and as many as there are slots.
             tokens: lengths of their prompts.
 

@@ -5,30 +5,41 @@ import triton.language as tl
 
 from .launching import on_its_device
 
+LANES = tl.constexpr(32)  # stops and alternatives taken at a time
 
-@triton.jit
+
+@triton.jit(
+    do_not_specialize=("top", "stop_count", "result_stride", "history_stride", "table_stride", "stop_stride"),
+    do_not_specialize_on_alignment=(
+        "drawn", "raw", "processed", "top_ids", "top_logprobs", "results", "ids", "positions_fed", "cells_fed",
+        "counts_fed", "history", "table", "positions", "active", "limits", "stops",
+    ),
+)  # fmt: skip
 def append_kernel(
     drawn, raw, processed, top_ids, top_logprobs, results, ids, positions_fed, cells_fed, counts_fed,
     history, table, positions, active, limits, stops,
     top, stop_count, result_stride, history_stride, table_stride, stop_stride,
-    TOP: tl.constexpr, STOPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """See `append`; results are float64 [B, 3 + 2 top]."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.maximum(tl.load(drawn + row), 0)
     position = tl.load(positions + row)
     goes_on = tl.load(active + row)
-    slot = tl.arange(0, STOPS)
-    ends = tl.load(stops + row * stop_stride + slot, mask=slot < stop_count, other=-1)
-    stopped = (tl.max((ends == token).to(tl.int32), axis=0) > 0) | (position + 1 >= tl.load(limits + row))
+    lane = tl.arange(0, LANES)
+    stopped = (position + 1 >= tl.load(limits + row)).to(tl.int32)
+    for start in range(0, stop_count, LANES):
+        slot = start + lane
+        ends = tl.load(stops + row * stop_stride + slot, mask=slot < stop_count, other=-1)
+        stopped = tl.maximum(stopped, tl.max((ends == token).to(tl.int32), axis=0))
     block = tl.load(table + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
     cell = block * BLOCK_SIZE + position % BLOCK_SIZE
     line = results + row * result_stride
     tl.store(line, token.to(tl.float64))
     tl.store(line + 1, tl.load(raw + row).to(tl.float64))
     tl.store(line + 2, tl.load(processed + row).to(tl.float64))
-    if TOP > 0:
-        place = tl.arange(0, TOP)
+    for start in range(0, top, LANES):
+        place = start + lane
         there = place < top
         named = tl.load(top_ids + row * top + place, mask=there, other=0)
         weight = tl.load(top_logprobs + row * top + place, mask=there, other=0.0)
@@ -39,7 +50,7 @@ def append_kernel(
     tl.store(positions_fed + row, position)
     tl.store(cells_fed + row, cell)
     tl.store(counts_fed + row, position + 1)
-    goes_on = tl.where(stopped, 0, goes_on)
+    goes_on = tl.where(stopped > 0, 0, goes_on)
     tl.store(active + row, goes_on)
     tl.store(positions + row, position + goes_on)
 
@@ -54,6 +65,5 @@ def launch(
     append_kernel[(len(tokens),)](
         tokens, *logprobs, *named, results, ids, *fed, history, table, positions, active, limits, stops,
         count, stops.shape[1], results.stride(0), history.stride(0), table.stride(0), stops.stride(0),
-        TOP=triton.next_power_of_2(count) if count else 0, STOPS=triton.next_power_of_2(stops.shape[1]),
         BLOCK_SIZE=block_size, num_warps=1,
     )  # fmt: skip

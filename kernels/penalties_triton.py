@@ -10,14 +10,17 @@ from .sampling.rules import Replaced
 BLOCK = 1024
 FIELD = tl.constexpr(20)  # bits of one count
 MOST = tl.constexpr((1 << 20) - 1)
+PARTS = tuple(
+    f"{kind}_{part}" for kind in "rpf" for part in ("strength", "skip_prompt", "skip_output", "window")
+)
 
 
 @triton.jit
-def scope(strengths, skip_prompt, skip_output, windows, row, length, prompt, ON: tl.constexpr):
-    """(strength, first place, place behind the last) of a penalty in a row; nothing counts where it is not ON."""
+def scope(strengths, skip_prompt, skip_output, windows, row, length, prompt, on):
+    """(strength, first place, place behind the last) of a penalty in a row; nothing counts where it is not on."""
     strength = tl.full((), 1.0, tl.float32)
     start, end = length, length
-    if ON:
+    if on:
         strength = tl.load(strengths + row)
         window = tl.load(windows + row)
         start = tl.where(tl.load(skip_prompt + row) != 0, prompt, 0)
@@ -26,14 +29,21 @@ def scope(strengths, skip_prompt, skip_output, windows, row, length, prompt, ON:
     return strength, start, end
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("logit_stride", "vocab", "history_stride", "capacity", "words", "which"),
+    do_not_specialize_on_alignment=(
+        "logits", "history", "lengths", "prompts", *PARTS, "first", "counts", "ids_out", "values_out", "touched",
+    ),
+)  # fmt: skip
 def penalties_kernel(
     logits, logit_stride, vocab, history, history_stride, capacity, lengths, prompts,
     r_strength, r_skip_prompt, r_skip_output, r_window, p_strength, p_skip_prompt, p_skip_output, p_window,
     f_strength, f_skip_prompt, f_skip_output, f_window, first, counts, ids_out, values_out, touched, words,
-    REPETITION: tl.constexpr, PRESENCE: tl.constexpr, FREQUENCY: tl.constexpr, BLOCK: tl.constexpr,
+    which, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """first: int32 [B, V] and counts: int64 [B, V] are scratch, of which the text's tokens alone are used."""
+    """first: int32 [B, V] and counts: int64 [B, V] are scratch, of which the text's tokens alone are used. which: a bit
+    for each penalty that is on.
+    """
     row = tl.program_id(0).to(tl.int64)
     history += row * history_stride
     logits += row * logit_stride
@@ -42,13 +52,13 @@ def penalties_kernel(
     touched += row * words
     length, prompt = tl.load(lengths + row), tl.load(prompts + row)
     r, r_start, r_end = scope(
-        r_strength, r_skip_prompt, r_skip_output, r_window, row, length, prompt, REPETITION
+        r_strength, r_skip_prompt, r_skip_output, r_window, row, length, prompt, which & 1
     )
     p, p_start, p_end = scope(
-        p_strength, p_skip_prompt, p_skip_output, p_window, row, length, prompt, PRESENCE
+        p_strength, p_skip_prompt, p_skip_output, p_window, row, length, prompt, which & 2
     )
     f, f_start, f_end = scope(
-        f_strength, f_skip_prompt, f_skip_output, f_window, row, length, prompt, FREQUENCY
+        f_strength, f_skip_prompt, f_skip_output, f_window, row, length, prompt, which & 4
     )
     lane = tl.arange(0, BLOCK)
     for start in range(0, words, BLOCK):
@@ -89,8 +99,25 @@ def penalties_kernel(
 
 
 @on_its_device
-def launch(logits, history, lengths, prompt_lengths, repetition, presence, frequency):
+def launch(*asked):
     """`penalised` by the kernel."""
+    made, arguments, named = prepared(*asked)
+    if len(made.ids):
+        penalties_kernel[(len(made.ids),)](*arguments, **named)
+    return made
+
+
+@on_its_device
+def warm_up(logits):
+    """Compile the one build that all texts and penalties share, for logits [1, V] of the device and vocabulary."""
+    one = torch.zeros(1, 1, device=logits.device)
+    flag, number = one.bool(), one.long()
+    _, arguments, named = prepared(logits, number, number[0], number[0], *((one, flag, flag, number),) * 3)
+    penalties_kernel.warmup(*arguments, grid=(1,), **named)
+
+
+def prepared(logits, history, lengths, prompt_lengths, repetition, presence, frequency):
+    """(the Replaced that is to be filled, arguments, constants and options) of a launch."""
     (rows, vocab), capacity, words = logits.shape, history.shape[1], -(-logits.shape[1] // 32)
     whole = {"dtype": torch.int32, "device": logits.device}
     scratch = (
@@ -101,11 +128,9 @@ def launch(logits, history, lengths, prompt_lengths, repetition, presence, frequ
     made = Replaced(ids, values, torch.empty(rows, words, **whole))
     rules = repetition, presence, frequency
     some = next(rule for rule in rules if rule is not None)
-    if rows:
-        penalties_kernel[(rows,)](
-            logits, logits.stride(0), vocab, history, history.stride(0), capacity, lengths, prompt_lengths,
-            *(part for rule in rules for part in rule or some), *scratch, *made, words,
-            REPETITION=repetition is not None, PRESENCE=presence is not None, FREQUENCY=frequency is not None,
-            BLOCK=min(BLOCK, triton.next_power_of_2(max(capacity, 32))), num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
-    return made
+    which = sum(1 << i for i, rule in enumerate(rules) if rule is not None)
+    arguments = (
+        logits, logits.stride(0), vocab, history, history.stride(0), capacity, lengths, prompt_lengths,
+        *(part for rule in rules for part in rule or some), *scratch, *made, words, which,
+    )  # fmt: skip
+    return made, arguments, {"BLOCK": BLOCK, "num_warps": 8, "enable_fp_fusion": False}

@@ -17,8 +17,8 @@ def builds(target=None):
     for name, dtype in (("silu", "bf16"), ("gelu_tanh", "bf16"), ("gelu", "fp16")):
         kernel, constants = gated_triton._gated_kernel, {"NAME": name, "BLOCK": gated_triton.BLOCK}
         yield _build(f"gated {name} {dtype}", kernel, constants, dtype, 4, 3, (48, 64))
-    yield from (_append(*row) for row in APPENDS)
-    yield from (_penalties(*row) for row in PENALTIES)
+    yield _append("append", (48, 24))
+    yield _penalties("penalties", (64, 40))
 
 
 # name, rows, outputs of each weight, inputs, gate, biases, residual, dtype; most registers and vgprs
@@ -55,13 +55,6 @@ ROTATIONS = [
 ]
 # name, width of the angles; most registers and vgprs
 LOOK_UPS = [("angles looked up, 128", 128, (24, 16)), ("angles looked up, 96", 96, (24, 16))]
-# name, alternatives that are told; most registers and vgprs
-APPENDS = [("append", 0, (48, 24)), ("append with alternatives", 4, (48, 24))]
-# name, which penalties are on, in the order of the kernel; most registers and vgprs
-PENALTIES = [
-    ("all penalties", (True, True, True), (64, 40)),
-    ("repetition penalty", (True, False, False), (64, 40)),
-]
 
 
 def _product(name, rows, sizes, inputs, gate, biases, residual, dtype, limits):
@@ -121,18 +114,18 @@ def _look_up(name, width, limits):
     return _build(name, rope_triton._look_up_kernel, constants, "bf16", 1, 3, limits)
 
 
-def _append(name, top, limits):
+def _append(name, limits):
     floats, ints = ("raw", "processed", "top_logprobs"), ("top", "stop_count")
     kernel, types = append_triton.append_kernel, {"results": "*fp64", "table": "*i32"}
     types |= dict.fromkeys(floats, "*fp32")
     types = {
         n: types.get(n, "i32" if n in ints or n.endswith("_stride") else "*i64") for n in kernel.arg_names
     }
-    return _plain(name, kernel, types, {"TOP": top, "STOPS": 8, "BLOCK_SIZE": 16}, 1, limits)
+    return _plain(name, kernel, types, {"BLOCK_SIZE": 16}, 1, limits)
 
 
-def _penalties(name, on, limits):
-    kernel, numbers = penalties_triton.penalties_kernel, ("vocab", "capacity", "words")
+def _penalties(name, limits):
+    kernel, numbers = penalties_triton.penalties_kernel, ("vocab", "capacity", "words", "which")
     types = dict.fromkeys(("first", "ids_out", "touched"), "*i32") | dict.fromkeys(numbers, "i32")
     for n in kernel.arg_names:
         if n in ("logits", "values_out") or n.endswith("_strength"):
@@ -140,10 +133,7 @@ def _penalties(name, on, limits):
         elif "_skip_" in n:
             types[n] = "*i1"
         types.setdefault(n, "i32" if n.endswith("_stride") else "*i64")
-    constants = dict(zip(("REPETITION", "PRESENCE", "FREQUENCY"), on, strict=True)) | {
-        "BLOCK": penalties_triton.BLOCK
-    }
-    return _plain(name, kernel, types, constants, 8, limits)
+    return _plain(name, kernel, types, {"BLOCK": penalties_triton.BLOCK}, 8, limits)
 
 
 def _plain(name, kernel, types, constants, warps, limits):

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 
+import torch
+
 from ..errors import HandloomError, ParameterError
 from ..kernels import dispatch
 from ..loading.parallel import fresh_seed, is_split
@@ -212,26 +214,36 @@ def one_params(engine, item, model_defaults: bool, overrides) -> SamplingParams:
 def rehearsals(engine, params, rows, tokens) -> Iterator[list[Request]]:
     """Requests that use what these parameters, numbers of rows and prompt lengths will use; a few tokens tell."""
     kinds = params if isinstance(params, list | tuple) else [params]
-    compile_sampler(engine, [one_params(engine, kind, False, {}) for kind in kinds])
+    kinds = [one_params(engine, kind, False, {}) for kind in kinds]
+    compile_sampler(engine, kinds)
+    endless = {"max_length": None, "max_time": None, "ignore_eos": True, "n": 1, "stop": (), "criteria": ()}
+    kinds = [kind.replace(**endless) for kind in kinds]
+    alone = [[kind] for kind in kinds]
     counts = {1, engine.slots} if rows is None else {rows} if isinstance(rows, int) else set(rows)
     # The most rows first: a pool that grows afterwards would drop what was recorded.
-    for count, length, kind in itertools.product(sorted(counts)[::-1], sorted(set(tokens))[::-1], kinds):
-        asked = one_params(engine, kind, False, {})
-        asked = asked.replace(max_length=None, max_time=None, ignore_eos=True, n=1, stop=(), criteria=())
+    for count, length in itertools.product(sorted(counts)[::-1], sorted(set(tokens))[::-1]):
         length = max(1, min(length, engine.max_length - 5))
         # Prompts that differ from their first token on: none is known from another.
         prompts = [
             [(row + place * place) % engine.vocab_size for place in range(length)] for row in range(count)
         ]
-        yield requests_of(engine, prompts, asked, "none", {})[0]
+        for mixed in [*alone, kinds] if count > 1 and len(kinds) > 1 else alone:
+            asked = [mixed[row % len(mixed)] for row in range(count)]
+            yield requests_of(engine, prompts, asked, "none", {})[0]
 
 
 def compile_sampler(engine, kinds: Sequence[SamplingParams]) -> None:
-    """Compile the kernels of the sampler side by side, with and without edits, for requests like these."""
+    """Compile the kernels of the sampler side by side, for requests like these and for what is common: counts, masses,
+    min-p, temperatures by the entropy, masks, edits and penalties, and up to 16 alternatives.
+    """
     if dispatch.select("sample", engine.device) != "triton" or dispatch.interpreting():
         return
+    from ..kernels import penalties_triton
     from ..kernels.sampling.fused import warm_up
 
-    for n_top in {0, *(min(asked.logprobs or 0, engine.vocab_size) for asked in kinds)}:
+    for n_top in {1, *(min(asked.logprobs or 1, engine.vocab_size) for asked in kinds)}:
         for edits in (False, True):
-            warm_up(engine.device, engine.vocab_size, logprobs="chosen", edits=edits, n_top=n_top)
+            warm_up(
+                engine.device, engine.vocab_size, logprobs="chosen", edits=edits, n_top=n_top, adaptive=True
+            )
+    penalties_triton.warm_up(torch.zeros(1, engine.vocab_size, device=engine.device))

@@ -237,8 +237,9 @@ def sample_fused(call, *, out=None, plan=None):
 
 
 def warm_up(
-    device, vocab, dtype=torch.float32, *, rules=(), edits=False, logprobs="chosen", n_top=0, pointwise=()
-):
+    device, vocab, dtype=torch.float32, *, rules=(), edits=False, logprobs="chosen", n_top=0, pointwise=(),
+    adaptive=False,
+):  # fmt: skip
     """Compile what calls with these settings need, side by side; nothing is drawn.
 
     The number of rows, of listed tokens and the parameters do not matter, nor which of counts, masses and min-p the
@@ -246,7 +247,8 @@ def warm_up(
 
     Args:
         device: of the calls. vocab: V. dtype: of the logits.
-        rules, pointwise, logprobs, n_top: as in `sample`. edits: whether calls have an edit list.
+        rules, pointwise, logprobs, n_top: as in `sample`. edits: whether calls have an edit list. adaptive: whether
+            some have a temperature by the entropy.
 
     Returns:
         int, the number of kernels looked after.
@@ -257,9 +259,9 @@ def warm_up(
     made = Replaced(listed, real[:, None], touched_bits(listed, vocab)) if edits else None
     rules = tuple(rules) or (top_k(real),)  # rows without a rule leave nothing to the launches for wide rows
     call = Call(logits, seeds=zero, positions=zero, rules=rules, edits=made, logprobs=logprobs, n_top=n_top,
-                pointwise=tuple(pointwise))  # fmt: skip
+                pointwise=tuple(pointwise), adaptive=real.expand(4, 1) if adaptive else None)  # fmt: skip
     plan = Plan.of(call)
-    found = launches(call, plan, plan.tokens)
+    found = {one[0]: one for one in launches(call, plan, plan.tokens)}.values()  # one of them may run twice
     with concurrent.futures.ThreadPoolExecutor(
         len(found)
     ) as pool:  # the compilers run outside of Python's lock

@@ -39,7 +39,7 @@ def given(rows, top, stops, width=11, size=4):
     return (tokens, logprobs, best), changed, fixed
 
 
-@pytest.mark.parametrize(("rows", "top", "stops"), [(1, 0, 8), (3, 3, 1), (5, 1, 9)])
+@pytest.mark.parametrize(("rows", "top", "stops"), [(1, 0, 8), (3, 3, 1), (5, 1, 9), (2, 40, 33)])
 def test_the_kernel_does_what_the_reference_does(rows, top, stops):
     results = []
     for kernels in ("torch", "triton"):

@@ -7,10 +7,10 @@ from launches import Always, launches
 
 from handloom import Engine, SamplingParams
 from handloom.forward.fused.recognise import fuse
-from handloom.kernels import dispatch
+from handloom.kernels import dispatch, penalties_triton
 from handloom.kernels.sampling import fused
 from handloom.loop.graph import GraphBatch
-from handloom.loop.intake import compile_sampler
+from handloom.loop.intake import compile_sampler, rehearsals
 from handloom.loop.prefill import Prompts
 from handloom.loop.request import Prefilled, Request
 from handloom.text.prompts import Prompt
@@ -101,10 +101,13 @@ def test_a_warm_up_compiles_the_sampler_for_what_is_announced(monkeypatch):
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setattr(dispatch, "select", lambda *about: "triton")
     monkeypatch.setattr(fused, "warm_up", lambda *about, **settings: built.append((about, settings)))
-    compile_sampler(engine, [SamplingParams(), SamplingParams(logprobs=3)])
+    texts = []
+    monkeypatch.setattr(penalties_triton, "warm_up", texts.append)
+    compile_sampler(engine, [SamplingParams(), SamplingParams(logprobs=30)])
     assert {about for about, _ in built} == {(engine.device, engine.vocab_size)}
-    settings = {(s["logprobs"], s["edits"], s["n_top"]) for _, s in built}
-    assert settings == {("chosen", edits, top) for edits in (False, True) for top in (0, 3)}
+    settings = {(s["logprobs"], s["edits"], s["n_top"], s["adaptive"]) for _, s in built}
+    assert settings == {("chosen", edits, top, True) for edits in (False, True) for top in (1, 30)}
+    assert [(logits.shape, logits.device) for logits in texts] == [((1, engine.vocab_size), engine.device)]
 
 
 def test_the_first_request_of_its_kind_has_its_kernels_compiled_side_by_side(monkeypatch):
@@ -145,3 +148,14 @@ def test_the_first_request_of_its_kind_has_its_kernels_compiled_side_by_side(mon
     ]
     assert settings["rules"][1].second.tolist() == [3.0]
     assert ask(rules.eta(value[:0]), rows=0) == 0
+
+
+def test_a_warm_up_of_several_kinds_runs_them_alone_and_beside_each_other():
+    engine = Engine(tiny_llama(num_hidden_layers=1), slots=3)
+    kinds = [SamplingParams(typical_p=0.9), SamplingParams(top_h=0.5, n=2, max_time=1)]
+    runs = [
+        [(request.params.typical_p, request.params.top_h) for request in requests]
+        for requests in rehearsals(engine, kinds, None, (5,))
+    ]
+    one, two = (0.9, 0.0), (1.0, 0.5)
+    assert runs == [[one] * 3, [two] * 3, [one, two, one], [one], [two]]

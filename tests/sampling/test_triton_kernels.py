@@ -29,7 +29,8 @@ def test_kernels_compute_what_the_references_do(share):
 def test_a_day_of_mixed_traffic_takes_four_builds():
     """1 to 256 rows; counts, exact counts, masses, min-p in every order; masks, log-probabilities, edit lists of 1 to
     1,999 tokens: what `warm_up` has compiled serves all of it, and a second process finds it on disk under the same
-    names. Processes of their own, as their driver is a stand-in."""
+    names. Temperatures by the entropy, penalties and 16 alternatives take one build more each, the end of a step one.
+    Processes of their own, as their driver is a stand-in."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # the folders of tests/support among them
     program = Path(__file__).resolve().parents[1] / "support" / "programs" / "counted_builds.py"
@@ -43,7 +44,10 @@ def test_a_day_of_mixed_traffic_takes_four_builds():
         for seed, hashed in (("0", "1"), ("", "2"))
     ]
     (counts, names), (_, again) = (json.loads(day.communicate()[0]) for day in days)
-    kernels = ("group", "row", "bin", "wide")
-    assert counts == {"warm-up": {f"{kernel}_kernel": 1 for kernel in kernels}}
+    kernels, more = ("group", "row", "bin", "wide"), ("temperature", "top", "penalties")
+    assert counts == {
+        "warm-up": {f"{kernel}_kernel": 1 for kernel in kernels + more},
+        "a step's end": {"append_kernel": 1},
+    }
     assert names == again
-    assert len(set(names.values())) == 4
+    assert len(set(names.values())) == 4 + len(more) + 1

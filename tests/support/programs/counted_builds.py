@@ -6,6 +6,7 @@ objects, {part of the day: {kernel: number of builds}} and {kernel: what Triton'
 """
 
 import collections
+import functools
 import json
 import sys
 import types
@@ -16,6 +17,7 @@ from sampling_rows import edits, key
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from handloom.kernels import append_triton, penalties_triton
 from handloom.kernels.sampling import fused, rules
 
 VOCAB = 128256
@@ -48,6 +50,10 @@ def traffic(g):
         settings |= {"temperature": one} if turn % 2 else {}
         if turn % 4 == 1:
             settings["bitmask"] = torch.zeros(rows, VOCAB // 32, dtype=torch.int32)
+        if turn % 6 == 3:
+            settings["adaptive"] = torch.ones(4, rows)
+        if turn % 7 == 4:
+            settings["n_top"] = 1 + turn % 16
         yield "without edits", rows, settings
         if turn % 5 == 2:
             listed = edits(rows, VOCAB, turn)
@@ -55,6 +61,40 @@ def traffic(g):
             wide = [torch.nn.functional.pad(part, (0, width))[:, :width].contiguous() for part in listed[:4]]
             listed = listed._replace(**dict(zip(listed._fields, wide, strict=False)))
             yield "with edits", rows, {**settings, "edits": listed}
+
+
+def penalties(g):
+    """Yield arguments of `penalties_triton.launch`: texts of any length, and every choice of penalties."""
+    for rows, which in ((1, 1), (2, 2), (16, 4), (31, 3), (64, 5), (1, 6), (5, 7)):
+        history = torch.zeros(rows, 3 + int(torch.randint(3000, (), generator=g)), dtype=torch.int64)
+        some, strength = torch.zeros(rows, 1, dtype=torch.bool), torch.ones(rows, 1)
+        rule = strength, some, some, some.long()
+        asked = [rule if which & 1 << i else None for i in range(3)]
+        yield torch.empty(rows, VOCAB), history[:, 1:], history[:, 0], history[:, 0], *asked
+
+
+def steps():
+    """Yield arguments of `append_triton.launch`: any number of rows, alternatives and ends."""
+    for rows, top, stops in ((1, 0, 1), (2, 5, 8), (16, 20, 33), (5, 1, 16)):
+        one, real = torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows)
+        best = (one.expand(-1, top), real[:, None].expand(-1, top)) if top else None
+        results, fed = torch.zeros(rows, 3 + 2 * top, dtype=torch.float64), torch.zeros(3, rows + 5).long()
+        table, ends = torch.zeros(rows, 7, dtype=torch.int32), one.expand(-1, stops)
+        yield (
+            one[:, 0],
+            (real, real),
+            best,
+            results,
+            one[:, 0],
+            fed[:, :rows],
+            one,
+            table,
+            16,
+            one,
+            one,
+            one,
+            ends,
+        )
 
 
 def main():
@@ -69,13 +109,22 @@ def main():
 
     triton.compiler.compile = spy  # before a kernel is first used, which binds it
     part[0] = "warm-up"
-    fused.warm_up("cpu", VOCAB, edits=True)
+    fused.warm_up("cpu", VOCAB, edits=True, adaptive=True, n_top=1)
+    penalties_triton.warm_up(torch.empty(1, VOCAB))
     day = traffic(torch.Generator().manual_seed(int(sys.argv[1]))) if sys.argv[1:] else ()
     for part[0], rows, settings in day:
         call = rules.Call(torch.empty(rows, VOCAB), **settings)
         plan = fused.Plan.of(call)
         for kernel, grid, arguments, named in fused.launches(call, plan, plan.tokens):
             kernel.warmup(*arguments, grid=grid, **named)
+    # launches that only compile
+    triton.JITFunction.__getitem__ = lambda kernel, grid: functools.partial(kernel.warmup, grid=grid)
+    part[0] = "penalties"
+    for asked in penalties(torch.Generator().manual_seed(0)) if sys.argv[1:] else ():
+        penalties_triton.launch(*asked)
+    part[0] = "a step's end"
+    for asked in steps():
+        append_triton.launch(*asked)
     json.dump([counts, names], sys.stdout)
 
 
