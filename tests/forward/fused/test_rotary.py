@@ -84,8 +84,8 @@ class Ragged(torch.nn.Module):
 @pytest.mark.parametrize("name", ["ragged", "llama_dynamic_ntk", "phi3_longrope"])
 def test_angles_that_depend_on_the_rows_are_refused(name):
     rope = Ragged() if name == "ragged" else ARCHITECTURES[name]().model.rotary_emb
-    before = {name: (buffer, buffer.clone()) for name, buffer in rope._buffers.items()}
     calls = heard(rope, torch.zeros(1, 4, 32), torch.arange(4)[None])
+    before = {name: (buffer, buffer.clone()) for name, buffer in rope._buffers.items()}
     assert read_rotary(rope, calls) == "its angles at a position depend on the others in a pass"
     assert before.keys() == rope._buffers.keys()
     for key, (buffer, value) in before.items():  # nor did the try leave anything behind
