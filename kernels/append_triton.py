@@ -24,20 +24,28 @@ def append_kernel(
     """See `append`; results are float64 [B, 3 + 2 top]."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.maximum(tl.load(drawn + row), 0)
-    position = tl.load(positions + row)
-    goes_on = tl.load(active + row)
     lane = tl.arange(0, LANES)
-    stopped = (position + 1 >= tl.load(limits + row)).to(tl.int32)
+    stopped = (token < 0).to(tl.int32)  # not so far
     for start in range(0, stop_count, LANES):
         slot = start + lane
         ends = tl.load(stops + row * stop_stride + slot, mask=slot < stop_count, other=-1)
         stopped = tl.maximum(stopped, tl.max((ends == token).to(tl.int32), axis=0))
+    position = tl.load(positions + row)
+    goes_on = tl.load(active + row)
     block = tl.load(table + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
     cell = block * BLOCK_SIZE + position % BLOCK_SIZE
     line = results + row * result_stride
     tl.store(line, token.to(tl.float64))
     tl.store(line + 1, tl.load(raw + row).to(tl.float64))
     tl.store(line + 2, tl.load(processed + row).to(tl.float64))
+    tl.store(ids + row, token)
+    tl.store(history + row * history_stride + position, token)
+    tl.store(positions_fed + row, position)
+    tl.store(cells_fed + row, cell)
+    tl.store(counts_fed + row, position + 1)
+    goes_on = tl.where((stopped > 0) | (position + 1 >= tl.load(limits + row)), 0, goes_on)
+    tl.store(active + row, goes_on)
+    tl.store(positions + row, position + goes_on)
     for start in range(0, top, LANES):
         place = start + lane
         there = place < top
@@ -45,14 +53,6 @@ def append_kernel(
         weight = tl.load(top_logprobs + row * top + place, mask=there, other=0.0)
         tl.store(line + 3 + place, named.to(tl.float64), mask=there)
         tl.store(line + 3 + top + place, weight.to(tl.float64), mask=there)
-    tl.store(ids + row, token)
-    tl.store(history + row * history_stride + position, token)
-    tl.store(positions_fed + row, position)
-    tl.store(cells_fed + row, cell)
-    tl.store(counts_fed + row, position + 1)
-    goes_on = tl.where(stopped > 0, 0, goes_on)
-    tl.store(active + row, goes_on)
-    tl.store(positions + row, position + goes_on)
 
 
 @on_its_device
