@@ -29,8 +29,8 @@ def check_processor(
     """A processor keeps its promises, on random logits, some rows with excluded tokens and with ties.
 
     Off is identity, beside rows that are on; a row's result does not depend on the others; the same call
-    gives the same bits; the input is untouched; exclusions make no NaN; `keeps_argmax` is true where it is
-    declared; forks and rewinds of its memory equal a replay. What the fused sampler makes of it is what its own
+    gives the same bits; the input is untouched; exclusions make no NaN; `keeps_argmax` and `scale_free` are true
+    where they are declared; forks and rewinds of its memory equal a replay. What the fused sampler makes of it is what its own
     `apply` gives: the edited logits to the last bit, and the token of the draw, in torch and, where Triton or its
     interpreter (TRITON_INTERPRET=1) can run, in the kernels.
 
@@ -60,6 +60,13 @@ def check_processor(
             assert torch.equal(best, after.amax(-1)), (
                 f"check_processor({trial.processor.name}), step {at}: keeps_argmax, yet the most likely token changed"
             )
+    if getattr(trial.processor, "scale_free", False):
+        for at, before in enumerate(rows):
+            kept, halved = (
+                (before.one_by_one(given, trial.context(range(4), at)) > -torch.inf).float()
+                for given in (trial.inputs[at], trial.inputs[at] / 2)
+            )
+            trial.equal("scale_free", [halved], [kept], first_step=at)
     for at in range(steps):  # rewind to every step, and go on from there in two forks
         forks, _ = trial.play([trial.on] * 8, [0, 1, 2, 3] * 2, rows[at].select([0, 1, 2, 3] * 2), at)
         for half in (slice(0, 4), slice(4, 8)):

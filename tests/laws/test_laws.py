@@ -10,7 +10,7 @@ from helpers import tiny_llama
 from handloom import Engine, ParameterError, Processor, SamplingParams, laws
 from handloom.kernels import dispatch
 from handloom.laws import naive
-from handloom.pipeline.processors import DEFAULT_ORDER, Edit
+from handloom.pipeline.processors import DEFAULT_ORDER, Edit, Keep
 from handloom.strategies import beam_search, speculative
 
 PROMPTS = [[5, 9, 17], [40], [3, 3, 8, 21, 60, 2, 11]]
@@ -311,6 +311,21 @@ class OffButNot(Processor):
 
     def apply(self, logits, context):
         return logits + 1.0
+
+
+class Fixed(Keep):
+    """Claims to keep the same tokens at every temperature."""
+
+    defaults = {"distance": 0.0}
+    scale_free = True
+
+    def level(self, statistics, distance):
+        return statistics.maximum - distance
+
+
+def test_check_processor_catches_a_rule_that_is_not_the_same_at_every_temperature():
+    with pytest.raises(AssertionError, match=r"check_processor\(Fixed\), scale_free: step 0"):
+        laws.check_processor(Fixed(2.0))
 
 
 @pytest.mark.parametrize(
