@@ -29,10 +29,10 @@ def check_processor(
     """A processor keeps its promises, on random logits, some rows with excluded tokens and with ties.
 
     Off is identity, beside rows that are on; a row's result does not depend on the others; the same call
-    gives the same bits; the input is untouched; exclusions make no NaN; `keeps_argmax` and `scale_free` are true
-    where they are declared; forks and rewinds of its memory equal a replay. What the fused sampler makes of it is what its own
-    `apply` gives: the edited logits to the last bit, and the token of the draw, in torch and, where Triton or its
-    interpreter (TRITON_INTERPRET=1) can run, in the kernels.
+    gives the same bits; the input is untouched; exclusions make no NaN; `keeps_argmax` and
+    `scale_free` are true where they are declared; forks and rewinds of its memory equal a replay. What the fused
+    sampler makes of it is what its own `apply` gives: the edited logits to the last bit, and the token of the draw, in
+    torch and, where Triton or its interpreter (TRITON_INTERPRET=1) can run, in the kernels.
 
     Args:
         rule: a Processor, a class of them, or a function (logits, context) -> logits.

@@ -262,10 +262,15 @@ def warm_up(
                 pointwise=tuple(pointwise), adaptive=real.expand(4, 1) if adaptive else None)  # fmt: skip
     plan = Plan.of(call)
     found = {one[0]: one for one in launches(call, plan, plan.tokens)}.values()  # one of them may run twice
+
+    def build(kernel, grid, arguments, named):
+        with torch.cuda.device_of(logits):  # each thread has a current device of its own
+            kernel.warmup(*arguments, grid=grid, **named)
+
     with concurrent.futures.ThreadPoolExecutor(
         len(found)
     ) as pool:  # the compilers run outside of Python's lock
-        list(pool.map(lambda one: one[0].warmup(*one[2], grid=one[1], **one[3]), found))
+        list(pool.map(lambda one: build(*one), found))
     return len(found)
 
 

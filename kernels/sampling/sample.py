@@ -109,7 +109,8 @@ def _build(call):
     """Compile what the first call of its kind launches, side by side; without rules there are two kernels only."""
     logits, rules, points = call.logits, call.rules, call.pointwise
     named = tuple(part.device for part in (*rules, *points)), frozenset(rule.kind for rule in rules)
-    about = logits.device, logits.dtype, logits.shape[1], call.n_top, named
+    adaptive = call.adaptive is not None
+    about = logits.device, logits.dtype, logits.shape[1], call.n_top, adaptive, named
     if about in _built or not (len(logits) and rules) or dispatch.interpreting():
         return
     from .fused import warm_up
@@ -117,7 +118,8 @@ def _build(call):
     one = [rule._replace(parameter=rule.parameter[:1], second=None if rule.second is None else rule.second[:1])
            for rule in rules]  # fmt: skip
     own = [point._replace(parameter=point.parameter[:1]) for point in points]
-    warm_up(logits.device, logits.shape[1], logits.dtype, rules=one, n_top=call.n_top, pointwise=own)
+    settings = {"n_top": call.n_top, "pointwise": own, "adaptive": adaptive}
+    warm_up(logits.device, logits.shape[1], logits.dtype, rules=one, **settings)
     _built.add(about)
 
 
