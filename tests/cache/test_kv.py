@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from helpers import assert_nothing_leaked, full_logits, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from handloom import Engine
 from handloom.cache.pool import RESERVED, TRASH, ZERO, BlockPool
@@ -112,6 +113,32 @@ def test_of_three_forks_inside_a_block_one_writes_in_place_and_two_copy():
     assert read(pool, parent, 5) == [1, 2, 3, 4, 5]
     assert len({fork.blocks[0] for fork in forks}) == 1
     pool.check()
+
+
+@pytest.mark.parametrize("change", ["fork", "rewind", "grow"])
+def test_what_a_row_changes_costs_the_same_however_many_layers_there_are(change):
+    """Layers of one kind lie in one tensor, so that a copied or added block is no loop over them."""
+    names = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names[-1].append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for layers in (1, 6):
+        pool = BlockPool(BLOCK, 10, None)
+        pool.add_store([*range(layers)], (1, 1), (1, 1), torch.float32, "cpu")
+        whole = grown(pool, pool.table(), 0, [1, 2, 3, 4, 5, 6])
+        names.append([])
+        with Count():
+            if change == "grow":
+                pool.writable(whole, 6, 9)
+            else:
+                pool.writable(whole, 6, 1)  # a sibling takes the cell
+                pool.writable(whole, 6 if change == "fork" else 5, 1)
+        assert pool.copies == (change != "grow")
+    assert names[0] == names[1]
+    assert names[0] or change == "grow"
 
 
 def test_forks_at_a_block_border_copy_nothing():
