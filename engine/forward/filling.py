@@ -149,7 +149,7 @@ def _run(model, pieces) -> list:
             found = model.recorded.packed(model, parts, begins, tables)
         else:
             found = model.forward(Feed.packed(parts, begins, tables, size, device), last_only=True).logits[0]
-        return [Output(logits[None, None]) for logits in found]
+        return [Output(logits) for logits in found[:, None, None].unbind()]
     given = None
     if first.embeddings is not None:
         given = model.embedded(first.embeddings[None, begins[0] : begins[0] + len(parts[0])])

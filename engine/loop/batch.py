@@ -142,8 +142,8 @@ class Batch:
     def _arrive(self, placed: list[tuple[int, Request]]) -> None:
         """Fill the slots' tensors."""
         self._tell([told for slot, request in placed for told in self._row(slot, request)] + self._emptied())
-        ready, lines = [request.prefilled for _, request in placed], self.logits.unbind()
-        torch._foreach_copy_([lines[slot] for slot, _ in placed], [each.logits for each in ready])
+        ready = [request.prefilled for _, request in placed]
+        torch._foreach_copy_([self.logits[slot] for slot, _ in placed], [each.logits for each in ready])
         for (slot, _), prefilled in zip(placed, ready, strict=True):
             if prefilled.states:
                 self._insert(slot, prefilled.states)
@@ -187,8 +187,8 @@ class Batch:
         both = np.empty((2, sum(map(len, where))), np.int64)
         np.concatenate(where, out=both[0])
         np.concatenate(which, out=both[1], casting="unsafe")
-        places, numbers = upload(both, self.words.device)
-        self.words.index_copy_(0, places, numbers)
+        there = upload(both, self.words.device)
+        self.words.index_copy_(0, there[0], there[1])
 
     def clear(self, slot: int) -> None:
         """Take a finished request out; its blocks go back, full ones stay known as a prefix."""

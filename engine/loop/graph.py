@@ -217,7 +217,6 @@ class GraphBatch(Batch):
         self._sent = self.mail.send(self._results())
         self._advance()
 
-    @torch.no_grad()
     def _record(self, key) -> Program | None:
         """The recorded step, unless the rows have changed and with them what it would hold."""
         whole = self._whole()

@@ -46,12 +46,13 @@ class Programs:
             self._kept.move_to_end(key)
         return self._kept.get(key)
 
+    @torch.no_grad()
     def again(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What was dropped under a key, recorded anew by `make`, see `run`; None where there was nothing."""
         if key not in self._dropped:
             return None
         self._dropped.remove(key)
-        self.pool.clean()
+        self.pool.clean()  # blocks are zeroed once, not at every replay
         try:
             made = make()
         except RuntimeError as error:  # so it runs, and is recorded as for the first time

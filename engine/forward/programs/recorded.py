@@ -222,7 +222,6 @@ class RecordedPasses:
         def program():
             fresh.hidden = model.forward(feed(fresh.numbers), into=self._logits[:rows], **options).hidden
 
-        @torch.no_grad()
         def make():
             (fresh.graph,) = self.programs.recorder.record(program)
             return fresh

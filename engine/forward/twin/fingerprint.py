@@ -16,7 +16,7 @@ from .twin import INSTALLED, TABLES, listens
 
 SAMPLED = 64  # elements of every tensor that are compared: an edit through `.data` leaves no other trace
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NaN equals NaN by its bits
-NOT_COMPARED = TABLES | {"_compiled_call_impl", INSTALLED}
+NOT_COMPARED = TABLES | {"_compiled_call_impl", "_is_hf_initialized", INSTALLED}  # no forward pass reads them
 PLAIN = (bool, int, float, str, type(None))
 
 
