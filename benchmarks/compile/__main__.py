@@ -176,7 +176,7 @@ def as_limit(case, figures):
         **{
             name: figures[name]
             for name in ("path", "a_logit")
-            if name in figures and not case.startswith("general")
+            if name in figures
         },
     }
 

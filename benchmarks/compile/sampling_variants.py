@@ -15,8 +15,8 @@ NAMES = {
     "i32": """stride vocab groups_of_vocab groups width wants report report_on tiles programs kinds more_kinds
         places more_places seconds more_seconds steps mask_stride listed_length touched_stride rows n_top""",
     "*fp32": """stats records values biases repetition presence frequency floats temperatures limits point_values
-        listed_x top_logprobs found adaptive""",
-    "*i32": """counters active keys_of ids_of counts_of frames bitmask listed_ids listed_to seen listed_counts
+        top_logprobs found adaptive""",
+    "*i32": """counters active keys_of ids_of counts_of frames bitmask listed_ids seen listed_counts
         touched""",
     "*fp64": "parts totals",
     "*i64": "lists weights_of masses_of sums tokens counts top_ids seeds positions streams",
@@ -46,8 +46,8 @@ def cases(target):
     common = builds_of(WIDTH, n_top=20, **about)
     kinds = builds_of(WIDTH, special=(True, True, True, False), **about)
     moments = builds_of(WIDTH, functions=(rules.eta_threshold,), special=(False, False, False, True), **about)
-    builds = {name: build for name, build in common.items() if name not in ("general", "moment")}
-    for kernel in ("moment", "row", "general"):
+    builds = {name: build for name, build in common.items() if name != "moment"}
+    for kernel in ("moment", "row", "wide"):
         builds |= {f"{kernel} typical+top-h+xtc": kinds[kernel], f"{kernel} eta": moments[kernel]}
     for name, build in builds.items():
         for dtype in ("bf16", "fp32") if name == "group" else ("bf16",):

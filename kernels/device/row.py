@@ -12,7 +12,6 @@ import triton.language as tl
 from ..noise.philox_triton import gumbel_at
 from .groups import COIN, MAX, NOISE, PLANES, RAW_MAX, RAW_SUM, SUM, plain_temperature, rough_band
 from .order.ranks import COUNT_BIT, ranks, store_order, take_special, ties_before, two_sums
-from .search import FIXED_ONE, fixed
 from .steps import (
     BY_FUNCTION,
     CUT_TIES,
@@ -35,6 +34,7 @@ from .steps import (
     toss,
     value_limit,
 )
+from .sums import FIXED_ONE, fixed
 from .tokens import FLOAT_MAX, GROUP, finite_top, key_value, load_groups, ordered_key, scaled
 
 BINS = tl.constexpr(512)
@@ -265,11 +265,9 @@ def row_kernel(
     free = greedy | (first == NO_RULE)
     strange = (greedy == 0) & (first == XTC)  # all tokens but the highest are left
     moments = (top, seed, seed, top.to(tl.float64), top.to(tl.float64), top)
-    if len(SPECIAL) == 0:
-        known = (kind == KEEP_COUNT) | (kind == KEEP_MASS) | (kind == KEEP_VALUE) | (kind == CUT_TIES)
-        strange = (greedy == 0) & (tl.max((on & (known == 0)).to(tl.int32), axis=0) > 0)
-    elif asks_moments(first) & (greedy == 0):
-        moments = moments_at(totals + wide_row * 8)
+    if len(SPECIAL) > 0:
+        if asks_moments(first) & (greedy == 0):
+            moments = moments_at(totals + wide_row * 8)
     shares, whole = tops, seed * 0
     if (((first == KEEP_MASS) | (first == TYPICAL)) & (greedy == 0)) | (free & (report != 0)):
         part = tl.load(at + SUM * width, mask=inside, other=0.0)
@@ -299,6 +297,11 @@ def row_kernel(
     active += wide_row * width
     lists += wide_row * N
     sparse = (listed_ids, values, listed_length, touched, touched_stride)
+    everything = least  # of what a rule keeps whose end the list may not have
+    if len(SPECIAL) > 0:
+        if SPECIAL[2]:
+            deepest = (peak - LIGHTEST * 1.00001 * temperature) - tl.abs(peak) * 1e-6
+            everything = tl.where((first == TOP_H) & (greedy == 0), tl.maximum(deepest, -FLOAT_MAX), least)
     crowded = n > tl.where(massive, N // 2, N)
     lowest = ordered_key(scaled(least, temperature))
     mode = tl.where(massive & plain & (far == 0) & (report != FULL), FRAMED, LEFT)
@@ -320,7 +323,7 @@ def row_kernel(
                            WIDTH)  # fmt: skip
         return
     if strange | far | free | crowded:
-        leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+        leave(row, mode, n, lowest, everything, peak, whole, counters, records, counts_of, masses_of, frames, sums)
         return
     for start in range(0, n, PART):
         place = start + tl.arange(0, PART)
@@ -336,7 +339,7 @@ def row_kernel(
     pair = tl.load(lists + slot)  # beside their number; what is beyond it is never used
     found = tl.load(counters + row * 4, volatile=True)
     if found > N:
-        leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+        leave(row, mode, n, lowest, everything, peak, whole, counters, records, counts_of, masses_of, frames, sums)
         return
     there = slot < found
     ids = pair.to(tl.int32)
@@ -380,21 +383,7 @@ def row_kernel(
                     short = short | too_short
     if len(SPECIAL) > 0:
         if short & (scaled(least, temperature) > scaled(peak, temperature) - LIGHTEST):
-            leave(
-                row,
-                LEFT,
-                n,
-                lowest,
-                least,
-                peak,
-                whole,
-                counters,
-                records,
-                counts_of,
-                masses_of,
-                frames,
-                sums,
-            )
+            leave(row, LEFT, n, lowest, everything, peak, whole, counters, records, counts_of, masses_of, frames, sums)
             return
     score = ordered_key((y - top) + noise)
     both = (score.to(tl.int64) << 32) | (2147483647 - ids).to(tl.int64)

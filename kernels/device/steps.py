@@ -9,27 +9,8 @@ import triton
 import triton.language as tl
 
 from ..noise.philox_triton import exact_log, philox_at
-from .search import (
-    BELOW_ALL,
-    BY_DISTANCE,
-    BY_ID,
-    BY_LOGIT,
-    COUNT,
-    ENTROPY,
-    FIXED_ONE,
-    MASS,
-    WEIGHTLESS,
-    chunk,
-    fixed,
-    gather,
-    listed,
-    rank_key,
-    search,
-    spread,
-    sweep_moments,
-    visible,
-)
-from .tokens import key_value, ordered_key
+from .sums import FIXED_ONE, fixed
+from .tokens import key_value
 
 KEEP_COUNT, KEEP_MASS, KEEP_VALUE, CUT_TIES = (tl.constexpr(i) for i in range(4))
 XTC, TYPICAL, HEAD, TOP_H = (tl.constexpr(i) for i in range(4, 8))
@@ -147,50 +128,6 @@ def value_limit(kind, statistics, top, parameter, DEVICES: tl.constexpr):
 
 
 @triton.jit
-def narrowing(kind, parameter, second, key, top, statistics, vocab, memory):
-    """What a step searches for: (target, lowest key, highest key, frame, entropy form).
-
-    memory: (number of tokens above the ties to cut, key of the last token of the head).
-    """
-    count, mass, dot, first, square, squares = statistics
-    target, mode = parameter.to(tl.float64), kind * 0 + COUNT
-    rank, lowest, highest = kind * 0 + BY_LOGIT, key, ordered_key(top)
-    cut = kind == CUT_TIES
-    target = tl.where(cut, target - memory[0].to(tl.float64), target)
-    rank, lowest, highest = (
-        tl.where(cut, BY_ID, rank),
-        tl.where(cut, -vocab, lowest),
-        tl.where(cut, -1, highest),
-    )
-    target = tl.where(kind == HEAD, HEAD_TOKENS, target)
-    massive = (kind == KEEP_MASS) | (kind == TYPICAL)
-    target = tl.where(massive, target * MASS_SHARE * mass.to(tl.float64), target)
-    mode = tl.where(massive, MASS, mode)
-    span = tl.where(kind == TOP_H, LIGHTEST, WEIGHTLESS)
-    heavy = tl.maximum(key, ordered_key(top - span))
-    lowest = tl.where((kind == KEEP_MASS) | (kind == TOP_H), heavy, lowest)
-    near = kind == TYPICAL
-    rank, lowest, highest = (
-        tl.where(near, BY_DISTANCE, rank),
-        tl.where(near, BELOW_ALL, lowest),
-        tl.where(near, 0, highest),
-    )
-    partial = (kind == TOP_H) & (second > 0)
-    lowest = tl.where(partial, tl.maximum(lowest, memory[1]), lowest)
-    surplus = tl.where(partial, tl.maximum(count - HEAD_TOKENS, 0.0), 0.0).to(
-        tl.int64
-    )  # ties of the last one
-    weight, part = one_token(memory[1], top)
-    mass, dot = mass - surplus * weight, dot - surplus * part
-    whole = tl.maximum(mass, 1).to(tl.float32) / FIXED_ONE
-    form = (partial, tl.log(whole), whole)
-    limit = parameter.to(tl.float64) * ENTROPY_SHARE * spread(mass, dot, form).to(tl.float64)
-    target, mode = tl.where(kind == TOP_H, limit, target), tl.where(kind == TOP_H, ENTROPY, mode)
-    centre = -(dot.to(tl.float32) / tl.maximum(mass, 1).to(tl.float32))
-    return target, lowest, highest, (mode, rank, top, centre, key), form
-
-
-@triton.jit
 def one_token(key, top):
     """Fixed-point weight and -weight * shift of a token at a key."""
     shift = key_value(key) - top
@@ -199,119 +136,6 @@ def one_token(key, top):
 
 
 @triton.jit
-def extent(edge, key, x, ids, held, source, bounds, frame, VARIANT: tl.constexpr):
-    """Lowest and highest logit key among the candidates at or above `key` whose rank key is `edge` or more."""
-    own = ordered_key(x)
-    inside = (own >= key) & (rank_key(x, ids, frame, VARIANT) >= edge)
-    first = tl.min(tl.where(inside, own, 2147483647), axis=0)
-    last = tl.max(tl.where(inside, own, BELOW_ALL), axis=0)
-    if held == 0:
-        for start in range(0, source[11], VARIANT[0]):
-            y, there = chunk(start, source, bounds, VARIANT)
-            read = ordered_key(y)
-            there = (read >= key) & (rank_key(y, there, frame, VARIANT) >= edge)
-            first = tl.minimum(first, tl.min(tl.where(there, read, 2147483647), axis=0))
-            last = tl.maximum(last, tl.max(tl.where(there, read, BELOW_ALL), axis=0))
-    return first, last
-
-
-@triton.jit
-def narrow(begin, key, row_steps, count_of_steps, vocab, top, whole, source, lists,
-           DEVICES: tl.constexpr, CAPACITY: tl.constexpr, VARIANT: tl.constexpr):  # fmt: skip
-    """Take the steps in order, listing the candidates before each and at the end until they fit.
-
-    row_steps: see `steps_of_row`.
-
-    Returns:
-        (key of the lowest token left, highest logit left, bounds, number of tokens above the ceiling, listed
-        logits, listed ids, whether the list holds all that is left).
-    """
-    kinds, parameters, seconds, on = row_steps
-    index, statistics, dropped, held = begin, whole, begin * 0, begin * 0
-    bounds = (ordered_key(top), key * 0 + BELOW_ALL - 1, key * 0)
-    memory = (tl.full((), 0, tl.int64), key)
-    x, ids = listed(index * 0, lists, CAPACITY)
-    while index <= count_of_steps:
-        if held == 0:
-            plain = (index * 0 + COUNT, index * 0 + BY_LOGIT, top, top * 0, key)
-            found = gather(key, 2147483647, source, bounds, plain, lists, CAPACITY, VARIANT)
-            x, ids = listed(found, lists, CAPACITY)
-            held = (found <= CAPACITY).to(tl.int32)
-        if entry(on.to(tl.int32), index) > 0:
-            key, top, bounds, dropped, x, statistics, memory = take(
-                entry(kinds, index), entry(parameters, index), entry(seconds, index), index > begin, key, top, bounds,
-                dropped, x, ids, held, statistics, memory, vocab, source, lists, DEVICES, CAPACITY, VARIANT,
-            )  # fmt: skip
-        index += 1
-    return key, top, bounds, dropped, x, ids, held
-
-
-@triton.jit
 def asks_moments(kind):
     """Whether a step that comes first asks for sums over the whole row that no group statistic has."""
     return (kind == TYPICAL) | (kind == TOP_H) | ((kind >= BY_FUNCTION) & (kind != NO_RULE))
-
-
-@triton.jit
-def needs_moments(kind):
-    """Whether a step asks for sums over what is left."""
-    return (kind == KEEP_MASS) | (kind >= XTC)
-
-
-@triton.jit
-def take(kind, parameter, second, later, key, top, bounds, dropped, x, ids, held, statistics, memory,
-         vocab, source, lists, DEVICES: tl.constexpr, CAPACITY: tl.constexpr, VARIANT: tl.constexpr):  # fmt: skip
-    """One step: the new (key, top, bounds, dropped, listed logits, statistics, memory).
-
-    `later`: not the first step; statistics are of the whole row before it.
-    """
-    if needs_moments(kind) & later:
-        start = tl.where((kind == TOP_H) & (second > 0), tl.maximum(key, memory[1]), key)
-        statistics = sweep_moments(start, top, x, held, source, bounds, VARIANT[5], VARIANT)
-    ceiling, plain = bounds[0], (kind * 0 + COUNT, kind * 0 + BY_LOGIT, top, top * 0, key)
-    if (kind == KEEP_VALUE) | (kind == XTC) | (kind >= BY_FUNCTION):
-        limit = ordered_key(value_limit(kind, statistics, top, parameter, DEVICES))
-        if VARIANT[2]:
-            if kind == XTC:
-                ceiling, last = extent(limit, key, x, ids, held, source, bounds, plain, VARIANT)
-        key = tl.where(kind == XTC, key, tl.maximum(key, limit))
-    else:
-        target, lowest, highest, frame, form = narrowing(
-            kind, parameter, second, key, top, statistics, vocab, memory
-        )
-        edge, above, dots = search(
-            target, lowest, highest, x, ids, held, source, bounds, frame, form, lists, CAPACITY, VARIANT
-        )
-        memory = (tl.where(kind == KEEP_COUNT, above, memory[0]), tl.where(kind == HEAD, edge, memory[1]))
-        cut = kind == CUT_TIES
-        bounds = (ceiling, tl.where(cut, key, bounds[1]), tl.where(cut, -1 - edge, bounds[2]))
-        if VARIANT[3]:
-            if kind == TYPICAL:
-                first, ceiling = extent(edge, key, x, ids, held, source, bounds, frame, VARIANT)
-                key = tl.maximum(key, first)
-        if VARIANT[4]:
-            if kind == TOP_H:
-                weight, part = one_token(edge, top)
-                inside = spread(above + weight, dots + part, form).to(tl.float64) <= target
-                if (inside == 0) & (edge < highest):  # the first copy of the next token is too much
-                    edge, last = extent(edge + 1, key, x, ids, held, source, bounds, plain, VARIANT)
-                key = tl.maximum(key, edge)
-        key = tl.where((kind == KEEP_COUNT) | (kind == KEEP_MASS), edge, key)
-    if VARIANT[2]:
-        if ceiling < bounds[0]:
-            dropped += above_ceiling(ceiling, x, held, source, bounds, VARIANT)
-            top = key_value(ceiling)
-        bounds = (ceiling, bounds[1], bounds[2])
-    return key, top, bounds, dropped, visible(x, ids, bounds, VARIANT), statistics, memory
-
-
-@triton.jit
-def above_ceiling(ceiling, x, held, source, bounds, VARIANT: tl.constexpr):
-    """Number of candidates above a ceiling."""
-    found = tl.sum((ordered_key(x) > ceiling).to(tl.int32), axis=0)
-    if held == 0:
-        found = found * 0
-        for start in range(0, source[11], VARIANT[0]):
-            y, ids = chunk(start, source, bounds, VARIANT)
-            found += tl.sum((ordered_key(y) > ceiling).to(tl.int32), axis=0)
-    return found

@@ -2,8 +2,7 @@
 
 The first takes statistics of groups of tokens (`device.groups`), the next draws from a short list (`device.row`); where
 a rule comes first that asks for more, sums over the row are taken in between (`device.order`). Rows of which more is
-left are served by two more, which leave at once where there are none (`device.wide`), or by one for pipelines with
-rules of any kind (`device.general`).
+left are served by two more, which leave at once where there are none (`device.wide`).
 """
 
 import concurrent.futures
@@ -16,11 +15,11 @@ import triton
 from .. import dispatch
 from ..device import groups as triton_groups
 from ..device import rules as triton_rules
-from ..device.general import general_kernel, top_kernel
 from ..device.order.moments import PARTS, SUMS, moment_kernel
 from ..device.order.temperatures import temperature_kernel
 from ..device.row import row_kernel
 from ..device.tokens import BITMASK, LISTED, REPLACED
+from ..device.top import top_kernel
 from ..device.wide.bins import BINS, bin_kernel
 from ..device.wide.draw import wide_kernel
 from ..launching import beside
@@ -34,8 +33,6 @@ LIST = 256  # candidates that the second launch ranks
 ROW_GROUPS = 16  # groups that it reads at a time
 WIDE_GROUPS, WIDE_LIST = 16, 8192  # groups a step, and most candidates listed, in the launches for wide rows
 MOST_PROGRAMS = 264  # programs of each of them, over all rows, but two a row at least
-CAPACITY = 512  # candidates that the kernel for every kind of rule holds; more are read again in every step
-GENERAL_GROUPS = 2  # groups a step of it
 MOMENT_GROUPS = 8  # groups a step of the launch for sums over rows
 SPARE_GROUPS = 16  # groups of an edit list for which the statistics always have room
 TOP_MOST = 64  # most raw log-probabilities that the kernels report; for more there is `with_top`
@@ -135,8 +132,6 @@ class Plan:
             torch.empty(*size, SUMS.value, device=device, dtype=torch.float64) for size in (parts, parts[:1])
         )
         self.wide_lists = torch.empty(rows, WIDE_LIST, device=device, dtype=torch.int64)
-        self.wide_values = torch.empty(rows, CAPACITY, **empty)
-        self.wide_ids = torch.empty(rows, CAPACITY, **whole)
         self.tokens = torch.empty(rows, device=device, dtype=torch.int64)
         self.floats = torch.empty(3, rows, **empty)
         self.temperatures = torch.empty(rows, **empty)  # of a call that has adaptive ones
@@ -307,20 +302,17 @@ def launches(call, plan, tokens):
     results = tokens, plan.floats, plan.counts
     lists = plan.active, plan.lists, plan.list_keys, plan.list_weights, plan.list_ids
     bins, frame = (plan.bin_counts, plan.bin_masses), (plan.frames, plan.records, plan.sums)
+    if plan.n_top:  # before the buffers hold what later launches are left
+        own = plan.active, plan.lists, plan.top_ids, plan.top_logprobs, plan.n_top
+        found.append(("top", (plan.rows,), (*head[:4], *head[5:8], *own)))
     if any(plan.special[1:]):
         sums = *head[:-1], plan.parts, plan.totals
         found.append(("moment", sweep, (*sums, *row)))
     found.append(("row", (plan.rows,), (*head, *lists, *bins, *frame, plan.totals, *results, *row)))
-    if plan.n_top:
-        own = plan.active, plan.wide_values, plan.wide_ids, plan.top_ids, plan.top_logprobs, plan.n_top
-        found.append(("top", (plan.rows,), (*head[:4], *head[5:7], *own)))
-    if any(plan.special):
-        own = plan.active, plan.wide_values, plan.wide_ids
-        found.append(("general", (plan.rows,), (*head, *own, *results, *row)))
-    elif plan.program[-1] or plan.report == FULL:  # else no row is left to others
+    if plan.program[-1] or plan.report == FULL:  # else no row is left to others
         grid = plan.rows, max(2, min(MOST_PROGRAMS // plan.rows, triton.cdiv(plan.groups, WIDE_GROUPS)))
         found.append(("bin", grid, (*head, plan.active, plan.wide_lists, *bins, *frame, *row)))
-        found.append(("wide", grid, (*head, *frame, plan.wide_lists, *results, *row)))
+        found.append(("wide", grid, (*head, *frame, plan.wide_lists, plan.totals, *results, *row)))
     return [(builds[name].kernel, size, arguments, builds[name].named) for name, size, arguments in found]
 
 
@@ -343,24 +335,15 @@ def builds_of(
     """
     shared = {"POINTS": points, **dict(overlap), **dict(early), "enable_fp_fusion": False}
     first = {"PTX": native, "num_warps": 4, **shared}
-    half = {"maxnreg": 128} if native else {}  # two rows share a processor
-    ordered = {"DEVICES": functions, "SPECIAL": special if any(special) else ()}
-    ordered |= {"maxnreg": 255} if native and any(special) else half
+    kinds = {"DEVICES": functions, "SPECIAL": special if any(special) else ()}
+    most = {"maxnreg": 255 if any(special) else 128} if native else {}  # of 128, two rows share a processor
     wide = {"GROUPS": WIDE_GROUPS, "N": WIDE_LIST, "num_warps": 8, **shared}
-    searched = {
-        "WIDTH": width,
-        "CAPACITY": CAPACITY,
-        "num_warps": 8,
-        **({"maxnreg": 255} if native else {}),
-        **shared,
-    }
-    searched.pop("POINTS")
-    general = {"DEVICES": functions, "VARIANT": (GENERAL_GROUPS, points, *special), **searched}
-    top = {"GROUPS": GENERAL_GROUPS, "TOP": max(16, triton.next_power_of_2(n_top)), **searched}
+    top = {"WIDTH": width, "N": LIST, "TOP": max(16, triton.next_power_of_2(n_top)), "PART": ROW_GROUPS, **shared}
+    top.pop("POINTS")
     return {
         "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, "LIST": LIST_GROUPS, **first}),
         "row": Build(
-            row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, **ordered, "num_warps": 8, **shared}
+            row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, **kinds, **most, "num_warps": 8, **shared}
         ),
         "moment": Build(
             moment_kernel,
@@ -370,9 +353,8 @@ def builds_of(
             temperature_kernel, {"GROUPS": MOMENT_GROUPS, "WIDTH": width, "num_warps": 4, **shared}
         ),
         "bin": Build(bin_kernel, wide),
-        "wide": Build(wide_kernel, {"WIDTH": width, **wide}),
-        "general": Build(general_kernel, general),
-        "top": Build(top_kernel, top),
+        "wide": Build(wide_kernel, {"WIDTH": width, **kinds, **wide}),
+        "top": Build(top_kernel, {"num_warps": 8, **top}),
     }
 
 

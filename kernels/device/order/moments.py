@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from ..groups import COIN, MAX, PLANES
-from ..search import BELOW_ALL, moments, plus
 from ..steps import asks_moments, first_kind, toss
+from ..sums import moments, no_moments, plus
+from ..sums import totals as sums_of
 from ..tokens import GROUP, load_groups, scaled
 
 PARTS = tl.constexpr(32)  # programs a row, at most
@@ -55,7 +56,7 @@ def moment_kernel(
     bitmask, mask_stride, listed_ids, values, listed_length, touched, touched_stride, point_values, rows,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, POINTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Sums of `search.moments` of rows whose first rule asks for them; grid (rows, up to PARTS).
+    """Sums of `sums.moments` of rows whose first rule asks for them; grid (rows, up to PARTS).
 
     parts [rows, PARTS, SUMS] and totals [rows, SUMS] are float64: integers below 2**53 are exact there.
     """
@@ -75,15 +76,15 @@ def moment_kernel(
                    other=-float("inf"))  # fmt: skip
     top = scaled(tl.max(tops, axis=0), temperature)
     sparse = (listed_ids, values, listed_length, touched, touched_stride)
-    none = tl.full((), 0, tl.int64)
-    found = (top * 0, none, none, top.to(tl.float64) * 0, top.to(tl.float64) * 0, top * 0)
+    found = no_moments(GROUPS * GROUP)
     for start in range(part * GROUPS, groups, tl.num_programs(1) * GROUPS):
         mine = start + tl.arange(0, GROUPS)
         mine = tl.where(mine < groups, mine, -1)
         z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
                              mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
         y = tl.reshape(scaled(z, temperature), (GROUPS * GROUP,))
-        found = plus(found, moments(y, BELOW_ALL, top, FULL))
+        found = plus(found, moments(y, y > -float("inf"), top, FULL))
+    found = sums_of(found, FULL)
     parts += wide_row * (PARTS * SUMS)
     if leave_part(found, part, parts, counters + row * 4 + 3):
         tl.store(totals + wide_row * SUMS + tl.arange(0, SUMS), sum_of_parts(parts, len(found)))

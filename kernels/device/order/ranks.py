@@ -8,7 +8,7 @@ it, so a rule's boundary is a comparison with sums; a rule that drops the highes
 import triton
 import triton.language as tl
 
-from ..search import FIXED_ONE, fixed, spread
+from ..sums import FIXED_ONE, fixed, spread
 from ..steps import (
     BY_FUNCTION,
     ENTROPY_SHARE,
@@ -79,7 +79,7 @@ def two_sums(a, b):
 
 @triton.jit
 def moments_of(y, kept, weight, top, FULL: tl.constexpr):
-    """`search.moments` of the kept tokens of a list."""
+    """`sums.moments` of the kept tokens of a list."""
     shift = tl.where(kept, tl.maximum(y - top, -FLOAT_MAX), 0.0)
     light = tl.where(kept, tl.exp(shift), 0.0)
     mass, dot = two_sums(tl.where(kept, weight, 0), fixed(tl.where(light > 0, -light * shift, 0.0)))

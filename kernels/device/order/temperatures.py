@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ...noise.philox_triton import exact_exp, exact_log
 from ..groups import MAX, PLANES
-from ..search import FIXED_ONE, fixed
+from ..sums import FIXED_ONE, fixed
 from ..tokens import FLOAT_MAX, GROUP, load_groups
 from .moments import PARTS, SUMS, leave_part, sum_of_parts
 

@@ -9,10 +9,10 @@ list here.
 import triton
 import triton.language as tl
 
-from ..groups import PLANES
+from ..groups import COIN, PLANES
 from ..row import DONE, FRAMED, LEFT
-from ..search import FIXED_ONE, fixed
-from ..steps import KEEP_COUNT, KEEP_MASS, KEEP_VALUE, MASS_SHARE, entry, first_of, min_p_limit, steps_of_row
+from ..steps import KEEP_COUNT, KEEP_MASS, KEEP_VALUE, MASS_SHARE, XTC, entry, first_of, min_p_limit, steps_of_row, toss
+from ..sums import FIXED_ONE, fixed
 from ..tokens import scaled
 from .frame import frame_row
 from .rows import (
@@ -74,35 +74,33 @@ def boundaries(counts, masses, whole, row_steps, steps, top):
                 high = tl.sum((masses.to(tl.float64) < share * most.to(tl.float64)).to(tl.int32), axis=0)
                 ends = tl.max(tl.where(masses < mass_of_all, bins + 1, 0), axis=0)  # the last bin with mass
                 low, high = tl.minimum(low, ends), tl.minimum(high, ends)
-            if (kind == KEEP_VALUE) & (seen > 0):
+            if kind == KEEP_VALUE:
                 low = bin_of(top - min_p_limit(top, value))
                 high = low
-            if (kind == KEEP_VALUE) & (seen == 0):  # nothing below it was counted
-                least, most = mass_of_all, mass_of_all
-            else:
-                if low < BINS:
-                    least = tl.minimum(least, tl.max(tl.where(bins < low, masses, 0), axis=0))
-                    most = tl.minimum(most, tl.max(tl.where(bins <= high, masses, 0), axis=0))
-                    first, last = tl.minimum(first, low), tl.where(seen > 0, last, high)
-                    seen = seen + 1
-                elif seen == 0:
-                    least, most = tl.where(kind == KEEP_COUNT, least, mass_of_all), most
+            if low < BINS:
+                least = tl.minimum(least, tl.max(tl.where(bins < low, masses, 0), axis=0))
+                most = tl.minimum(most, tl.max(tl.where(bins <= high, masses, 0), axis=0))
+                first, last = tl.minimum(first, low), tl.where(seen > 0, last, high)
+                seen = seen + 1
+            elif seen == 0:
+                least, most = tl.where(kind == KEEP_COUNT, least, mass_of_all), most
     return first, last
 
 
 @triton.jit
-def lay_frame(counts, first, last, frames, lumps, N: tl.constexpr):
-    """Store which bins are listed, and the one that goes into the list as a lump."""
+def lay_frame(counts, first, last, entire, frames, lumps, N: tl.constexpr):
+    """Store which bins are listed, and the one that goes into the list as a lump; entire: all down to the last bin."""
     bins = tl.arange(0, BINS)
     end = tl.where(last < 0, BINS - 1, last)
     few = tl.sum(tl.where(bins <= end, counts, 0), axis=0) < N
-    first, last = tl.where(few, 0, first), tl.where(few, end, last)  # no need to tell them apart
+    few = few | entire  # no need to tell them apart
+    first, last = tl.where(few, 0, first), tl.where(few, end, last)
     own = tl.where((bins >= first) & (bins <= last), counts, 0)
-    inside, most = tl.sum(own, axis=0), tl.max(own, axis=0)
+    inside, most = tl.sum(own, axis=0), tl.where(entire, 0, tl.max(own, axis=0))
     lump = tl.min(tl.where((own == most) & (own > 0), bins, NO_BIN), axis=0)
     tl.store(frames + FIRST_BIN, first)
     tl.store(frames + LAST_BIN, tl.where(inside - most < N, last, -2))  # -2: too many for the list even so
-    tl.store(frames + LUMP_BIN, tl.where(inside < N, -1, lump))
+    tl.store(frames + LUMP_BIN, tl.where((inside < N) | entire, -1, lump))
     tl.store(lumps, most)
     tl.store(frames + ABOVE, tl.sum(tl.where(bins < first, counts, 0), axis=0))
     tl.store(frames + LISTED_SO_FAR, first * 0)
@@ -145,14 +143,14 @@ def bin_kernel(
               point_values, rows, temperature)  # fmt: skip
     frames += row * FRAME
     program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
-    tossed = tl.full((), 1.0, tl.float32)  # what tosses a coin is not drawn here
+    key = (tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row))
+    tossed = toss(key, wants & COIN)
     if mode == FRAMED:
         kind, parameter, second, on = steps_of_row(program, limits, row, rows, vocab, tossed)
         index, first = first_of(kind, on)
         rest = (1 - entry(parameter, index)) * (
             tl.load(sums + wide_row * SUMS + WHOLE).to(tl.float32) / FIXED_ONE
         )
-        key = (tl.load(seeds + row), tl.load(positions + row), tl.load(streams + row))
         short = frame_row(part, programs, source, active + wide_row * width, least, top, rest, greedy, key, counters,
                           frames, sums + wide_row * SUMS, lists + wide_row * N, N, GROUPS, POINTS)  # fmt: skip
         if short == 0:
@@ -170,6 +168,8 @@ def bin_kernel(
         tl.atomic_add(masses_of + place, weight, mask=there & (weight > 0), sem="relaxed")
     if last_of_row(frames, programs):
         row_steps = steps_of_row(program, limits, row, rows, vocab, tossed)
+        special, unused = first_of(row_steps[0], row_steps[3] & (row_steps[0] >= XTC))
+        entire = (special < 16) & (greedy == 0)  # what a rule of another kind keeps, no bin tells
         bins = tl.arange(0, BINS)
         number = tl.load(counts_of + bins, cache_modifier=".cg")
         mass = tl.cumsum(tl.load(masses_of + bins, cache_modifier=".cg"), axis=0)
@@ -177,7 +177,7 @@ def bin_kernel(
         whole = tl.where(whole <= 0, tl.max(mass, axis=0), whole)  # the second launch did not know it
         tl.store(sums + wide_row * SUMS + WHOLE, whole)
         first, last = boundaries(
-            tl.cumsum(number, axis=0), mass, whole, row_steps, tl.where(greedy, 0, steps), top
+            tl.cumsum(number, axis=0), mass, whole, row_steps, tl.where(greedy, 0, tl.minimum(steps, special)), top
         )
-        first = lay_frame(number, first, last, frames, counters + row * 4 + 2, N)
+        first = lay_frame(number, first, last, entire, frames, counters + row * 4 + 2, N)
         tl.store(sums + wide_row * SUMS + MASS_ABOVE, tl.max(tl.where(bins < first, mass, 0), axis=0))

@@ -4,14 +4,14 @@ What is left, rows whose boundary lies among more tokens than the list takes, or
 by reading the row again and again.
 """
 
-# ruff: noqa: RUF059 (device code: tuples are unpacked whole)
+# ruff: noqa: RUF059, SIM102 (device code: tuples are unpacked whole, and compile-time tests stay apart)
 import triton
 import triton.language as tl
 
-from ..groups import PLANES
-from ..row import DONE, FRAMED, FULL, LEFT, NOBODY, write_logprobs
-from ..search import BELOW_ALL, fixed
-from ..steps import CUT_TIES, KEEP_MASS, KEEP_VALUE, MASS_SHARE, entry, min_p_limit, steps_of_row
+from ..groups import COIN, PLANES
+from ..row import DONE, FRAMED, FULL, LEFT, NOBODY, NONE_KEPT, moments_at, no_token, write_logprobs
+from ..steps import CUT_TIES, asks_moments, first_of, steps_of_row, toss
+from ..sums import BELOW_ALL, fixed
 from ..tokens import GROUP, key_value, ordered_key, scaled
 from .bins import bin_of
 from .rows import (
@@ -41,84 +41,7 @@ from .rows import (
     read,
     scores_of,
 )  # fmt: skip
-
-PIVOTS = tl.constexpr(8)
-
-
-@triton.jit
-def entries(start, held, source, tops, least, lists, found, GROUPS: tl.constexpr, POINTS: tl.constexpr):
-    """Scaled logits and ids [GROUPS * GROUP] from `start` on: of the list if it is held, else of the row's groups."""
-    if held:
-        slot = start * GROUP + tl.arange(0, GROUPS * GROUP)
-        pair = tl.load(lists + slot, mask=slot < found, other=-36028792723996673)  # -inf, -1
-        y, ids = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True), pair.to(tl.int32)
-    else:
-        y, ids = read(start, source, tops, least, GROUPS, POINTS)
-    return y, ids
-
-
-@triton.jit
-def beyond(pivots, last_ids, by_mass, lump, held, end, source, tops, least, lists, found, top,
-           GROUPS: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
-    """For each of eight keys, number or mass of the tokens above it, and of those at it with an id up to `last_ids`: of
-    the list and the lump (key, number), or of the row."""
-    total = tl.zeros((PIVOTS,), tl.int64)
-    for start in range(0, end, GROUPS):
-        y, ids = entries(start, held, source, tops, least, lists, found, GROUPS, POINTS)
-        own, unit = ordered_key(y)[:, None], tl.where(by_mass, fixed(tl.exp(y - top)), 1)
-        unit = tl.where(y > -float("inf"), unit, 0)
-        over = (own > pivots[None, :]) | ((own == pivots[None, :]) & (ids[:, None] <= last_ids[None, :]))
-        total += tl.sum(tl.where(over, unit[:, None], 0), axis=0)
-    one = tl.where(by_mass, fixed(tl.exp(key_value(lump[0]) - top)), 1) * lump[1]
-    with_lump = (pivots < lump[0]) | ((pivots == lump[0]) & (last_ids == 2147483647))
-    return total + tl.where(with_lump, one, 0)
-
-
-@triton.jit
-def settle(row_steps, steps, whole, above, lump, span, held, end, source, tops, least, lists, found, top,
-           GROUPS: tl.constexpr, POINTS: tl.constexpr):  # fmt: skip
-    """(key of the lowest token left, last id kept of those at it) after all steps.
-
-    whole: mass of the row. above: (number, mass) of the tokens above the list. span: (lowest, highest) key that the
-    first boundary can have. lump, held, end: see `beyond`.
-    """
-    kinds, parameters, seconds, on = row_steps
-    edge, last_id = span[0], tl.full((), 2147483647, tl.int32)
-    taken = steps * 0
-    for i in range(steps):
-        if entry(on.to(tl.int32), i) > 0:
-            kind, value = entry(kinds, i), entry(parameters, i)
-            by_id, by_mass = kind == CUT_TIES, kind == KEEP_MASS
-            if kind == KEEP_VALUE:
-                limit = ordered_key(min_p_limit(top, value))
-                last_id = tl.where(limit > edge, 2147483647, last_id)
-                edge = tl.maximum(edge, limit)
-            else:
-                share = value.to(tl.float64) * tl.where(by_mass, MASS_SHARE, 1.0)
-                target = tl.where(by_mass, share * whole.to(tl.float64), share)
-                base = tl.where(by_mass, above[1], above[0])
-                low = tl.where(by_id, 0, edge).to(tl.int64)
-                high = tl.where(by_id, source[2] - 1, tl.maximum(span[1], edge)).to(tl.int64)
-                asked = by_mass & (taken > 0)  # the mass of what is left, first
-                while (low < high) | asked:
-                    middle = low + (high - low) * (tl.arange(0, PIVOTS) + 1) // (PIVOTS + 1)
-                    pivots = tl.where(by_id | asked, edge, middle.to(tl.int32))
-                    lasts = tl.where(asked, last_id, tl.where(by_id, middle.to(tl.int32), -2))
-                    amount = base + beyond(pivots, lasts, by_mass, lump, held, end, source, tops, least, lists, found,
-                                           top, GROUPS, POINTS)  # fmt: skip
-                    amount = amount.to(tl.float64)
-                    if asked:
-                        target = share * tl.max(amount, axis=0)
-                        asked = asked & (asked == 0)
-                    else:
-                        enough = tl.where(by_id, amount >= target, amount < target)
-                        low = tl.max(tl.where(enough, low, middle + 1), axis=0)
-                        high = tl.min(tl.where(enough, middle, high), axis=0)
-                found_edge = tl.where(by_id, edge, high.to(tl.int32))
-                last_id = tl.where(by_id, high.to(tl.int32), tl.where(found_edge > edge, 2147483647, last_id))
-                edge = found_edge
-            taken += 1
-    return edge, last_id
+from .settle import STEP, entries, is_left, settle
 
 
 @triton.jit
@@ -164,13 +87,14 @@ def part_of_entropy(y, top, kept):
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=POINTERS)
 def wide_kernel(
     logits, stride, vocab, groups_of_vocab, groups, stats, width, counters, wants, report,
-    frames, records, sums, lists, tokens, floats, counts,
+    frames, records, sums, lists, totals, tokens, floats, counts,
     seeds, positions, streams, temperatures, limits,
     kinds, more_kinds, places, more_places, seconds, more_seconds, steps,
     bitmask, mask_stride, listed_ids, values, listed_length, touched, touched_stride, point_values, rows,
-    GROUPS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, POINTS: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, DEVICES: tl.constexpr, SPECIAL: tl.constexpr,
+    POINTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The rows that the second launch has left: list, settle, draw; grid (rows, programs)."""
+    """The rows that the second launch has left: list, settle, draw; grid (rows, programs). SPECIAL, DEVICES: as in `row`."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -199,7 +123,7 @@ def wide_kernel(
         last_program = last_of_row(frames, tl.num_programs(1))
     if last_program:
         program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
-        row_steps = steps_of_row(program, limits, row, rows, vocab, tl.full((), 1.0, tl.float32))
+        row_steps = steps_of_row(program, limits, row, rows, vocab, toss(key, wants & COIN))
         steps = tl.where(greedy, 0, steps)
         cut = tl.max(((row_steps[0] == CUT_TIES) & row_steps[3]).to(tl.int32), axis=0)
         found = tl.load(frames + LISTED_SO_FAR, volatile=True)
@@ -217,25 +141,34 @@ def wide_kernel(
             tl.where(framed & (highest < everything[1]), highest + 1, everything[1]),
         )
         edge, last_id, end, going = steps * 0, steps * 0, groups, steps * 0 + 1
+        ceiling, high = ordered_key(top), top
         above = (tl.load(frames + ABOVE).to(tl.int64), tl.load(sums + MASS_ABOVE))
+        whole = tl.load(sums + WHOLE)
+        statistics = (top, whole, whole, top.to(tl.float64), top.to(tl.float64), top)
+        if len(SPECIAL) > 0:
+            index, first = first_of(row_steps[0], row_steps[3])
+            if asks_moments(first) & (greedy == 0):
+                statistics = moments_at(totals + wide_row * SUMS)
         while going > 0:
             above = (tl.where(held, above[0], 0), tl.where(held, above[1], 0))
             end = tl.where(held, tl.cdiv(found, GROUP), groups)
-            edge, last_id = settle(row_steps, steps, tl.load(sums + WHOLE), above, lump, span, held, end, source,
-                                   tops, least, lists, found, top, GROUPS, POINTS)  # fmt: skip
+            edge, last_id, ceiling, high = settle(
+                row_steps, steps, whole, statistics, top, above, lump, span,
+                (held, end, source, tops, least, lists, found), POINTS, SPECIAL, DEVICES,
+            )  # fmt: skip
             going = tl.where(
                 framed & (tl.load(frames + GUESSED) > 0) & ((edge > highest) | (edge < lowest)), 1, 0
             )
             if going > 0:  # the guess did not hold: the row itself
                 held, framed, span = held & (held == 0), framed & (framed == 0), everything
-        best = tl.full((GROUPS * GROUP,), NOBODY, tl.int64)
-        many, mass, dot = best * 0, best * 0, best * 0
-        for start in range(0, end, GROUPS):
-            y, ids = entries(start, held, source, tops, least, lists, found, GROUPS, POINTS)
-            own = ordered_key(y)
-            kept = ((own > edge) | ((own == edge) & (ids <= last_id))) & (y > -float("inf"))
+        top = high
+        best = tl.full((STEP * GROUP,), NOBODY, tl.int64)
+        many, mass, dot = best.to(tl.int32) * 0, best * 0, best * 0
+        for start in range(0, end, STEP):
+            y, ids = entries(start, (held, end, source, tops, least, lists, found), POINTS)
+            kept = is_left(y, ids, (edge, last_id, ceiling, top))
             best = tl.maximum(best, tl.where(kept, scores_of(y, ids, top, greedy, key), NOBODY))
-            many += kept.to(tl.int64)
+            many += kept.to(tl.int32)
             mass += tl.where(kept, fixed(tl.exp(y - top)), 0)
             if report == FULL:
                 dot += part_of_entropy(y, top, kept)
@@ -244,6 +177,10 @@ def wide_kernel(
             winner = tl.maximum(winner, tl.load(sums + BEST, volatile=True))
             if (number > 0) & (lump_key >= edge):
                 winner = tl.maximum(winner, tl.load(sums + LUMP_BEST, volatile=True))
+        if len(DEVICES) > 0:
+            if winner == NOBODY:
+                no_token(row, rows, NONE_KEPT, tokens, floats, counts, report)
+                return
         token = 2147483647 - (winner & 0xFFFFFFFF).to(tl.int32)
         tl.store(tokens + row, token.to(tl.int64))
         if report != 0:
@@ -251,14 +188,14 @@ def wide_kernel(
             value = key_value(lump_key)
             one = fixed(tl.exp(value - top))
             part = fixed(-tl.exp(value - top) * (value - top))
-            many_left = tl.sum(many, axis=0) + above[0] + lumps
+            many_left = tl.sum(many, axis=0).to(tl.int64) + above[0] + lumps
             mass_left = tl.sum(mass, axis=0) + above[1] + lumps * one
             dot_left = (
                 tl.sum(dot, axis=0) + tl.where(held, tl.load(sums + DOT, volatile=True), 0) + lumps * part
             )
             near = (token // GROUP) // GROUPS * GROUPS
             chosen = tl.full((GROUPS * GROUP,), -float("inf"), tl.float32)
-            higher = chosen.to(tl.int64) * 0
+            higher = tl.zeros((GROUPS * GROUP,), tl.int32)
             logit = -float("inf")
             for turn in range(
                 tl.where(report == FULL, 2, 1)

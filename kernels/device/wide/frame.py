@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..row import NOBODY
-from ..search import fixed
+from ..sums import fixed
 from ..tokens import GROUP, load_groups, ordered_key, scaled
 from .rows import ABOVE, ACTIVE, BEST, GUESSED, HIGHEST, LOWEST, MASS_ABOVE, list_tokens, scores_of
 

@@ -37,7 +37,7 @@ from handloom.kernels.sampling.draw import draw, draw_reference
 from handloom.kernels.sampling.sample import sample, sample_reference
 
 MOST_PASSES = 2.0  # the bins, and the list; the second generation of the kernels before took 4.3 to 6.2
-LISTS = ("LIST", "WIDE_LIST", "CAPACITY")  # lengths of the lists of candidates, constants of the launcher
+LISTS = ("LIST", "WIDE_LIST")  # lengths of the lists of candidates, constants of the launcher
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which `mmap` names from Python 3.13 on
 
 
@@ -66,10 +66,10 @@ def rule_sets(g, batch, vocab):
 
 
 @contextlib.contextmanager
-def lists_of(short, wide, general):
+def lists_of(short, wide):
     """The kernels' lists of candidates have these lengths."""
     before = [getattr(sample_fused, name) for name in LISTS]
-    for name, length in zip(LISTS, (short, wide, general), strict=True):
+    for name, length in zip(LISTS, (short, wide), strict=True):
         setattr(sample_fused, name, length)
     yield
     for name, length in zip(LISTS, before, strict=True):
@@ -103,8 +103,8 @@ def sampling(device, batch, vocab, whole=(), first=0):
 
 
 def beyond(check, longest, *arguments, **named):
-    """A check where the short list is of 16 tokens, and the others of `longest`."""
-    with lists_of(16, longest, longest):
+    """A check where the short list is of 16 tokens, and that for wide rows of `longest`."""
+    with lists_of(16, longest):
         yield from check(*arguments, **named)
 
 
@@ -167,7 +167,7 @@ def outputs(device):
 def highest(device):
     """The highest raw log-probabilities from the same two launches, in and beyond the list, with and without a plan."""
     for number, (name, x) in enumerate(rows(2, 600)):
-        if sample_fused.CAPACITY < 600 and name not in (
+        if sample_fused.LIST < 100 and name not in (
             "normal",
             "equal",
             "integers",
