@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..noise.philox_triton import gumbel_at
 from .groups import COIN, MAX, NOISE, PLANES, RAW_MAX, RAW_SUM, SUM, plain_temperature, rough_band
-from .order.ranks import COUNT_BIT, ranks, store_order, take_special, ties_before, two_sums
+from .order.ranks import COUNT_BIT, four_sums, ranks, store_order, take_special, ties_before
 from .steps import (
     BY_FUNCTION,
     CUT_TIES,
@@ -140,7 +140,7 @@ def best_of_all(n, hidden, active, source, temperature, top, greedy, key, POINTS
         place = start + tl.arange(0, FEW)
         group = tl.load(active + place + tl.where(place > 0, hidden, 0), mask=place < n, other=-1)
         z, ids = load_groups(
-            group, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, POINTS
+            group, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, POINTS, True
         )
         y, ids = tl.reshape(scaled(z, temperature), (FEW * GROUP,)), tl.reshape(ids, (FEW * GROUP,))
         noise = gumbel_at(key[0], key[1], key[2], tl.maximum(ids, 0))
@@ -176,17 +176,16 @@ def leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of
 
 
 @triton.jit
-def write_logprobs(row, rows, token, logit, top, mass, dot, number, rank, logits, vocab, at, width, groups_of_vocab,
-                   floats, counts, report, WIDTH: tl.constexpr):  # fmt: skip
+def write_logprobs(row, rows, token, logit, top, highest, mass, dot, number, rank, logits, vocab, at, width,
+                   groups_of_vocab, floats, counts, report, WIDTH: tl.constexpr):  # fmt: skip
     """Store the log-probabilities of a drawn token; with FULL also entropy, number of kept tokens and rank.
 
-    mass, dot: fixed-point sums of weight and of -weight * shift over the kept tokens.
+    highest: the highest logit as given. mass, dot: fixed-point sums of weight and of -weight * shift over the kept tokens.
     """
     group = tl.arange(0, WIDTH)
     tops = tl.load(at + RAW_MAX * width + group, mask=group < groups_of_vocab, other=-float("inf"))
     parts = tl.load(at + RAW_SUM * width + group, mask=group < groups_of_vocab, other=0.0)
     given = finite_top(tl.load(logits + token, mask=token < vocab, other=float("nan")).to(tl.float32))
-    highest = tl.max(tops, axis=0)
     raw = tl.sum(tl.where(group < groups_of_vocab, parts * tl.exp(tops - highest), 0.0), axis=0)
     total = mass.to(tl.float32) / FIXED_ONE
     tl.store(floats + row, (given - highest) - tl.log(raw))
@@ -249,7 +248,9 @@ def row_kernel(
     tossed = toss((seed, position, stream), wants & COIN)
     program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
     kind, parameter, second, on = steps_of_row(program, limits, row, rows, vocab, tossed)
-    highest = tl.max(ordered_key(tops), axis=0)
+    reported = group < tl.where(report != 0, groups_of_vocab, 0)
+    given = tl.load(at + RAW_MAX * width, mask=reported, other=-float("inf"))
+    highest, highest_given = tl.split(tl.max(tl.join(ordered_key(tops), ordered_key(given)), axis=0))
     if (highest > 0x7F7FFFFF) | (highest < -0x7F7FFFFF - 1):  # a NaN, or -inf alone
         no_token(row, rows, NO_TOKEN, tokens, floats, counts, report)
         return
@@ -318,7 +319,7 @@ def row_kernel(
         tl.store(tokens + row, token.to(tl.int64))
         if report != 0:
             mass = tl.where(whole > 0, whole, mass)
-            write_logprobs(row, rows, token, logit, top, mass, mass, n, n, logits + wide_row * stride, vocab,
+            write_logprobs(row, rows, token, logit, top, key_value(highest_given), mass, mass, n, n, logits + wide_row * stride, vocab,
                            stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report,
                            WIDTH)  # fmt: skip
         return
@@ -329,7 +330,7 @@ def row_kernel(
         place = start + tl.arange(0, PART)
         mine = tl.load(active + place, mask=place < n, other=-1)
         z, ids = load_groups(mine, row, logits + wide_row * stride, vocab, groups_of_vocab, wants, bitmask,
-                             mask_stride, sparse, point_values, rows, POINTS)  # fmt: skip
+                             mask_stride, sparse, point_values, rows, POINTS, True)  # fmt: skip
         want = z >= least
         spot = tl.atomic_add(counters + row * 4 + tl.zeros_like(ids), 1, mask=want, sem="relaxed")
         pair = (z.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
@@ -395,13 +396,12 @@ def row_kernel(
     tl.store(tokens + row, token.to(tl.int64))
     if report != 0:
         drawn = (ids == token) & there  # one place
-        left, key = two_sums(tl.where(kept, weight, 0), tl.where(drawn, ordered_key(y), 0).to(tl.int64))
-        logit = key_value(key.to(tl.int32))
-        dot, many, rank = left * 0, n * 0, n * 0
-        if report == FULL:
-            part = fixed(tl.where(kept & (weight > 0), -tl.exp(y - top) * (y - top), 0.0))
-            dot = tl.sum(part, axis=0)
-            many, rank = two_sums(kept.to(tl.int32), tl.where(drawn, above + 1, 0))
-        write_logprobs(row, rows, token, logit, top, left, dot, many, rank, logits + wide_row * stride, vocab,
+        part = fixed(tl.where(kept & (weight > 0), -tl.exp(y - top) * (y - top), 0.0))
+        numbers = (kept.to(tl.int64) << 32) + tl.where(drawn, above + 1, 0)
+        left, key, dot, numbers = four_sums(
+            tl.where(kept, weight, 0), tl.where(drawn, ordered_key(y), 0).to(tl.int64), part, numbers
+        )
+        logit, many, rank = key_value(key.to(tl.int32)), (numbers >> 32).to(tl.int32), numbers.to(tl.int32)
+        write_logprobs(row, rows, token, logit, top, key_value(highest_given), left, dot, many, rank, logits + wide_row * stride, vocab,
                        stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report,
                        WIDTH)  # fmt: skip

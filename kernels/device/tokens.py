@@ -116,7 +116,7 @@ def load_listed(entry, row, logits, vocab, sparse, wants):
 @triton.jit
 def load_groups(
     groups, row, logits, vocab, groups_of_vocab, wants, bitmask, mask_stride, sparse, point_values, rows,
-    POINTS: tl.constexpr,
+    POINTS: tl.constexpr, APART: tl.constexpr = False,
 ):  # fmt: skip
     """Tokens of groups, edited but not scaled.
 
@@ -124,12 +124,15 @@ def load_groups(
         groups: int32 [R], group numbers; negative ones are empty.
         row: row number; logits points to that row.
         wants: bits LISTED and BITMASK: the edits there are. POINTS: see `edited`.
+        APART: for few groups: threads read tokens one by one, as they read edits, and need not meet to exchange them.
         sparse: (ids, edited logits, length, bits of the touched tokens, their stride) of the edit list.
 
     Returns:
         (x float32 [R, GROUP], -inf where excluded, ids int32 [R, GROUP], -1 where there is no token).
     """
     ids = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if APART:
+        ids = tl.max_contiguous(ids, [1, 1])
     inside = (ids >= 0) & (ids < vocab)
     x = finite_top(tl.load(logits + ids, mask=inside, other=-float("inf")).to(tl.float32))
     if wants & BITMASK:

@@ -23,7 +23,7 @@ def order_of(start, n, active, least, source, PART: tl.constexpr):
     place = start + tl.arange(0, PART)
     group = tl.load(active + place, mask=place < n, other=-1)
     edits = (active, real, row * 0, active, row * 0)  # none of them is read
-    x, ids = load_groups(group, row, logits, vocab, of_vocab, row * 0, active, row * 0, edits, real, row * 0, ())
+    x, ids = load_groups(group, row, logits, vocab, of_vocab, row * 0, active, row * 0, edits, real, row * 0, (), True)
     order = (ordered_key(x).to(tl.int64) << 32) | (2147483647 - ids).to(tl.int64)
     return tl.reshape(tl.where((ids >= 0) & (x >= least), order, NOBODY), (PART * GROUP,))
 

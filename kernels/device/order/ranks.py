@@ -78,6 +78,15 @@ def two_sums(a, b):
 
 
 @triton.jit
+def four_sums(a, b, c, d):
+    """The sums of four vectors of one type, for which threads meet once."""
+    first, second = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=0))
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a, b, c, d
+
+
+@triton.jit
 def moments_of(y, kept, weight, top, FULL: tl.constexpr):
     """`sums.moments` of the kept tokens of a list."""
     shift = tl.where(kept, tl.maximum(y - top, -FLOAT_MAX), 0.0)
@@ -101,7 +110,7 @@ def keep_typical(y, kept, weight, share, statistics, top, slot, lists, found, N:
     store_order(near, tl.where(kept, weight, 0), slot, lists[0], lists[1])
     above = sums_above(near, lists[0], lists[1], found, N)
     target = share.to(tl.float64) * MASS_SHARE * mass.to(tl.float64)
-    return kept & ((above.to(tl.float64) < target) | (near == tl.max(near, axis=0)))
+    return kept & (above.to(tl.float64) < tl.maximum(target, 1.0))  # above the nearest one there is no mass
 
 
 @triton.jit
@@ -143,28 +152,28 @@ def take_special(now, value, second, at_first, whole, y, keys, kept, weight, num
     whole: moments of the row, for the first rule. SPECIAL: see `search`, from its third member on.
     """
     statistics, short = whole, now < 0
-    if at_first == 0:
+    if (at_first == 0) & ((now != TOP_H) | (second <= 0)):
         statistics = moments_of(y, kept, weight, top, SPECIAL[3])
-    dropped = now < 0
+    highest = top
     if (now == XTC) | ((now >= BY_FUNCTION) & (now != NO_RULE)):
         limit = value_limit(now, statistics, top, value, DEVICES)
         if now == XTC:
             least = tl.min(tl.where(kept & (y >= limit), y, float("inf")), axis=0)
-            kept, dropped = kept & (y <= least), least < top
+            kept, highest = kept & (y <= least), least
         else:
             kept = kept & (y >= limit)
     if SPECIAL[1]:
         if now == TYPICAL:
             kept = keep_typical(y, kept, weight, value, statistics, top, slot, lists, found, N)
-            dropped = tl.max(tl.where(kept, y, -float("inf")), axis=0) < top
+            highest = tl.max(tl.where(kept, y, -float("inf")), axis=0)
     if SPECIAL[2]:
         if now == TOP_H:
             kept, short = keep_top_h(y, keys, kept, weight, number, mass, value, second, statistics, top, slot,
                                      lists, found, N)  # fmt: skip
             short = short & at_first & (second <= 0)
     if SPECIAL[0]:
-        if dropped:  # the order begins at another token
-            top = tl.max(tl.where(kept, y, -float("inf")), axis=0)
+        if highest < top:  # the order begins at another token
+            top = highest
             keys = tl.where(kept, keys, NOTHING)
             weight = tl.where(kept, fixed(tl.exp(y - top)), 0)
             store_order(keys, weight + tl.where(kept, COUNT_BIT, 0), slot, lists[0], lists[1])
