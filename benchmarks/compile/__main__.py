@@ -173,11 +173,7 @@ def as_limit(case, figures):
         "shared": figures["shared"] + 1024,
         "wide_loads": figures["wide_loads"],
         "contractions": 0 if case == "noise" else None,
-        **{
-            name: figures[name]
-            for name in ("path", "a_logit")
-            if name in figures
-        },
+        **{name: figures[name] for name in ("path", "a_logit") if name in figures},
     }
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..noise.philox_triton import gumbel_at, gumbel_groups, rough_log_times
-from .steps import KEEP_MASS, NO_RULE, TYPICAL, first_kind, toss
+from .steps import KEEP_MASS, NO_RULE, TYPICAL, XTC, first_kind, toss
 from .tokens import (
     BITMASK,
     FLOAT_MAX,
@@ -145,7 +145,7 @@ def asked_of(wants, seeds, positions, streams, temperatures, limits, program, ro
         free = greedy | (kind == NO_RULE)
         ask_noise = ((wants & NOISES) != 0) & free & (greedy == 0)
         ask_sum = (((wants & REPORT) != 0) & free) | (
-            ((wants & SUMS) != 0) & (greedy == 0) & ((kind == KEEP_MASS) | (kind == TYPICAL))
+            ((wants & SUMS) != 0) & (greedy == 0) & ((kind == KEEP_MASS) | (kind == TYPICAL) | (kind == XTC))
         )
     return ask_sum, ask_noise, temperature, key
 

@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 
 from ..noise.philox_triton import gumbel_at
-from .groups import COIN, MAX, NOISE, PLANES, RAW_MAX, RAW_SUM, SUM, plain_temperature, rough_band
+from .groups import COIN, MAX, NOISE, PLANES, RAW_MAX, RAW_SUM, SUM, plain_temperature
+from .order.bounds import lowest_after_xtc, lowest_logit
 from .order.ranks import COUNT_BIT, four_sums, ranks, store_order, take_special, ties_before
 from .steps import (
-    BY_FUNCTION,
     CUT_TIES,
     HEAD,
-    HEAD_TOKENS,
     KEEP_COUNT,
     KEEP_MASS,
     KEEP_VALUE,
@@ -32,93 +31,17 @@ from .steps import (
     min_p_limit,
     steps_of_row,
     toss,
-    value_limit,
 )
 from .sums import FIXED_ONE, fixed
 from .tokens import FLOAT_MAX, GROUP, finite_top, key_value, load_groups, ordered_key, scaled
 
-BINS = tl.constexpr(512)
-MANTISSA, LOWEST = tl.constexpr(4), tl.constexpr(-16)  # bins of a distance: 16 a doubling, from 2**-16 on
-MOST_OF_TOP_H = tl.constexpr(128.0)  # groups in which top-H as first rule looks for its boundary
-NOISE_MOST = tl.constexpr(22.2)  # philox.GUMBEL_MAX
 CHOSEN, FULL = tl.constexpr(1), tl.constexpr(2)  # reports
 NO_TOKEN, NONE_KEPT = tl.constexpr(-1), tl.constexpr(-2)  # draw.NO_TOKEN, draw.NONE_KEPT
 NOBODY = tl.constexpr(-9223372036854775807)  # a score below all
 FEW = tl.constexpr(2)  # groups at a time where no rule is on
 # rows drawn here, left to other kernels, and left with a list of active groups: a mass first, then values alone
 DONE, LEFT, FRAMED = (tl.constexpr(i) for i in range(3))
-WIDE_BINS, SPAN = (
-    tl.constexpr(4096),
-    tl.constexpr(24.5),
-)  # wide.BINS; a token so far below the highest weighs nothing
-
-
-@triton.jit
-def within_count(distance, inside, goal):
-    """A distance within which a number of the groups are; inf if there are fewer."""
-    bits = distance.to(tl.int32, bitcast=True) >> (23 - MANTISSA)
-    number = tl.minimum(tl.maximum(bits - ((127 + LOWEST) << MANTISSA), 0), BINS - 1)
-    groups = tl.histogram(number, BINS, mask=inside)
-    place = tl.sum((tl.cumsum(groups, axis=0).to(tl.float32) < goal).to(tl.int32), axis=0)
-    end = (place + 1 + ((127 + LOWEST) << MANTISSA)) << (23 - MANTISSA)
-    return tl.where(place >= BINS - 1, float("inf"), end.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def within_mass(depth, shares, goal):
-    """A depth, up to SPAN, within which the shares of the groups sum to a goal; more than SPAN if they do not."""
-    low, step = goal * 0, goal * 0 + SPAN
-    for _ in range(5):
-        step *= 0.25
-        edges = low + (tl.arange(0, 4) + 1).to(tl.float32) * step
-        sums = tl.sum(tl.where(depth[:, None] < edges[None, :], shares[:, None], 0.0), axis=0)
-        low += tl.sum((sums < goal).to(tl.float32), axis=0) * step
-    return low + step
-
-
-@triton.jit
-def lowest_logit(tops, shares, peak, inside, first, parameter, temperature, greedy, noise, whole, sums, vocab,
-                 DEVICES: tl.constexpr):  # fmt: skip
-    """A bound, before temperature, below which no token of the row matters; and the groups that can win by scores."""
-    reach = tl.full((), float("inf"), tl.float32)
-    near = inside
-    if greedy:
-        reach = reach * 0 + 0.0
-        reach = tl.where(reach == reach, reach, 0.0)
-    elif first == KEEP_VALUE:
-        top = scaled(peak, temperature)
-        reach = (top - min_p_limit(top, parameter)) * temperature
-    elif (first >= BY_FUNCTION) & (first != NO_RULE):
-        top = scaled(peak, temperature)
-        reach = (top - value_limit(first, sums, top, parameter, DEVICES)) * temperature
-    elif (
-        (first == KEEP_COUNT) | (first == HEAD) | (first == TOP_H)
-    ):  # where top-H ends is found out by looking
-        goal = tl.where(first == HEAD, HEAD_TOKENS, MOST_OF_TOP_H)
-        goal = tl.where(first == KEEP_COUNT, parameter, goal)
-        reach = within_count(tl.maximum(peak - tops, 0.0), inside, goal)
-    elif (first == KEEP_MASS) | (
-        first == TYPICAL
-    ):  # what is below may have no more than the mass that is not kept
-        total = whole.to(tl.float32) / FIXED_ONE
-        rest = tl.maximum(0.99 * (1 - parameter) - 1e-5, 0.0) * total
-        reach = tl.minimum(-tl.log(tl.maximum(rest / vocab.to(tl.float32), 1e-37)), SPAN)
-        depth = scaled(peak, temperature) - scaled(tops, temperature)
-        # the highest tokens of the groups above it are not below it
-        reach = tl.minimum(reach, within_mass(depth, shares, total - rest))
-        if first == TYPICAL:  # as far below the mean logit as the highest is above, or as that mass reaches
-            centre = sums[2].to(tl.float32) / tl.maximum(sums[1], 1).to(tl.float32)
-            reach = tl.maximum(reach, centre * 2.0001 + 1e-4)
-        reach = reach * temperature
-    elif first == NO_RULE:
-        score = noise + (tops - peak) / temperature
-        best = tl.max(score, axis=0)
-        band = rough_band(peak / temperature)
-        near = inside & (score >= best - band)
-        reach = (NOISE_MOST + band - best) * temperature
-    slack = tl.abs(peak) * 1e-6 + 1e-30
-    least = tl.where(reach < float("inf"), (peak - reach * 1.00001) - slack, -FLOAT_MAX)
-    return tl.where(least > -FLOAT_MAX, least, -FLOAT_MAX), near
+WIDE_BINS = tl.constexpr(4096)  # wide.BINS
 
 
 @triton.jit
@@ -140,7 +63,19 @@ def best_of_all(n, hidden, active, source, temperature, top, greedy, key, POINTS
         place = start + tl.arange(0, FEW)
         group = tl.load(active + place + tl.where(place > 0, hidden, 0), mask=place < n, other=-1)
         z, ids = load_groups(
-            group, row, logits, vocab, of_vocab, wants, bitmask, mask_stride, sparse, values, rows, POINTS, True
+            group,
+            row,
+            logits,
+            vocab,
+            of_vocab,
+            wants,
+            bitmask,
+            mask_stride,
+            sparse,
+            values,
+            rows,
+            POINTS,
+            True,
         )
         y, ids = tl.reshape(scaled(z, temperature), (FEW * GROUP,)), tl.reshape(ids, (FEW * GROUP,))
         noise = gumbel_at(key[0], key[1], key[2], tl.maximum(ids, 0))
@@ -180,7 +115,8 @@ def write_logprobs(row, rows, token, logit, top, highest, mass, dot, number, ran
                    groups_of_vocab, floats, counts, report, WIDTH: tl.constexpr):  # fmt: skip
     """Store the log-probabilities of a drawn token; with FULL also entropy, number of kept tokens and rank.
 
-    highest: the highest logit as given. mass, dot: fixed-point sums of weight and of -weight * shift over the kept tokens.
+    highest: the highest logit as given. mass, dot: fixed-point sums of weight and of -weight * shift over the kept
+    tokens.
     """
     group = tl.arange(0, WIDTH)
     tops = tl.load(at + RAW_MAX * width + group, mask=group < groups_of_vocab, other=-float("inf"))
@@ -264,13 +200,14 @@ def row_kernel(
     top = scaled(peak, temperature)
     index, first = first_of(kind, on)
     free = greedy | (first == NO_RULE)
-    strange = (greedy == 0) & (first == XTC)  # all tokens but the highest are left
     moments = (top, seed, seed, top.to(tl.float64), top.to(tl.float64), top)
     if len(SPECIAL) > 0:
         if asks_moments(first) & (greedy == 0):
             moments = moments_at(totals + wide_row * 8)
     shares, whole = tops, seed * 0
-    if (((first == KEEP_MASS) | (first == TYPICAL)) & (greedy == 0)) | (free & (report != 0)):
+    if (((first == KEEP_MASS) | (first == TYPICAL) | (first == XTC)) & (greedy == 0)) | (
+        free & (report != 0)
+    ):
         part = tl.load(at + SUM * width, mask=inside, other=0.0)
         shares = tl.where(inside, tl.exp(scaled(tops, temperature) - top), 0.0)
         whole = tl.sum(fixed(part * shares), axis=0)
@@ -278,6 +215,13 @@ def row_kernel(
         tops, shares, peak, inside, first, entry(parameter, index), temperature, greedy, noise, whole, moments, vocab,
         DEVICES,
     )  # fmt: skip
+    strange = row < 0
+    if len(SPECIAL) > 0:
+        if (first == XTC) & (greedy == 0):
+            moments = (moments[0], whole, moments[2], moments[3], moments[4], moments[5])
+            least, strange = lowest_after_xtc(
+                kind, parameter, on, index, tops, peak, inside, temperature, moments
+            )
     massive = (first == KEEP_MASS) & (greedy == 0)
     limits = tl.where(on & (kind == KEEP_VALUE), min_p_limit(top, parameter), -float("inf"))
     limit = tl.max(limits, axis=0)
@@ -319,12 +263,26 @@ def row_kernel(
         tl.store(tokens + row, token.to(tl.int64))
         if report != 0:
             mass = tl.where(whole > 0, whole, mass)
-            write_logprobs(row, rows, token, logit, top, key_value(highest_given), mass, mass, n, n, logits + wide_row * stride, vocab,
-                           stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report,
-                           WIDTH)  # fmt: skip
+            write_logprobs(row, rows, token, logit, top, key_value(highest_given), mass, mass, n, n,
+                           logits + wide_row * stride, vocab, stats + wide_row * (PLANES * width), width,
+                           groups_of_vocab, floats, counts, report, WIDTH)  # fmt: skip
         return
     if strange | far | free | crowded:
-        leave(row, mode, n, lowest, everything, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+        leave(
+            row,
+            mode,
+            n,
+            lowest,
+            everything,
+            peak,
+            whole,
+            counters,
+            records,
+            counts_of,
+            masses_of,
+            frames,
+            sums,
+        )
         return
     for start in range(0, n, PART):
         place = start + tl.arange(0, PART)
@@ -340,7 +298,21 @@ def row_kernel(
     pair = tl.load(lists + slot)  # beside their number; what is beyond it is never used
     found = tl.load(counters + row * 4, volatile=True)
     if found > N:
-        leave(row, mode, n, lowest, everything, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+        leave(
+            row,
+            mode,
+            n,
+            lowest,
+            everything,
+            peak,
+            whole,
+            counters,
+            records,
+            counts_of,
+            masses_of,
+            frames,
+            sums,
+        )
         return
     there = slot < found
     ids = pair.to(tl.int32)
@@ -384,7 +356,21 @@ def row_kernel(
                     short = short | too_short
     if len(SPECIAL) > 0:
         if short & (scaled(least, temperature) > scaled(peak, temperature) - LIGHTEST):
-            leave(row, LEFT, n, lowest, everything, peak, whole, counters, records, counts_of, masses_of, frames, sums)
+            leave(
+                row,
+                LEFT,
+                n,
+                lowest,
+                everything,
+                peak,
+                whole,
+                counters,
+                records,
+                counts_of,
+                masses_of,
+                frames,
+                sums,
+            )
             return
     score = ordered_key((y - top) + noise)
     both = (score.to(tl.int64) << 32) | (2147483647 - ids).to(tl.int64)
@@ -402,6 +388,6 @@ def row_kernel(
             tl.where(kept, weight, 0), tl.where(drawn, ordered_key(y), 0).to(tl.int64), part, numbers
         )
         logit, many, rank = key_value(key.to(tl.int32)), (numbers >> 32).to(tl.int32), numbers.to(tl.int32)
-        write_logprobs(row, rows, token, logit, top, key_value(highest_given), left, dot, many, rank, logits + wide_row * stride, vocab,
-                       stats + wide_row * (PLANES * width), width, groups_of_vocab, floats, counts, report,
-                       WIDTH)  # fmt: skip
+        write_logprobs(row, rows, token, logit, top, key_value(highest_given), left, dot, many, rank,
+                       logits + wide_row * stride, vocab, stats + wide_row * (PLANES * width), width,
+                       groups_of_vocab, floats, counts, report, WIDTH)  # fmt: skip

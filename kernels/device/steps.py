@@ -1,10 +1,10 @@
-"""Truncation steps on the device: which are on for a row, and how each narrows what is left.
+"""Truncation steps on the device: which are on for a row, and their limits.
 
 A rule is one step or two. A program of steps is data: seven int32 (kinds, places of the parameters in the table of
 limits, places of the second parameters, four bits a step and seven steps in each of two; the number of steps).
 """
 
-# ruff: noqa: RUF059, SIM102 (device code: tuples are unpacked whole, and compile-time tests stay apart)
+# ruff: noqa: RUF059 (device code: tuples are unpacked whole)
 import triton
 import triton.language as tl
 

@@ -4,13 +4,13 @@ What a bound from the groups' maxima leaves is listed, and each token's place is
 leave more than the list takes, the highest are taken one by one.
 """
 
-# ruff: noqa: RUF059 (device code: tuples are unpacked whole)
 import triton
 import triton.language as tl
 
 from .groups import PLANES, RAW_MAX, RAW_SUM
+from .order.bounds import within_count
 from .order.ranks import COLUMNS
-from .row import NOBODY, within_count
+from .row import NOBODY
 from .tokens import GROUP, key_value, load_groups, ordered_key
 
 TAKEN = tl.constexpr(9223372036854775807)
@@ -23,7 +23,9 @@ def order_of(start, n, active, least, source, PART: tl.constexpr):
     place = start + tl.arange(0, PART)
     group = tl.load(active + place, mask=place < n, other=-1)
     edits = (active, real, row * 0, active, row * 0)  # none of them is read
-    x, ids = load_groups(group, row, logits, vocab, of_vocab, row * 0, active, row * 0, edits, real, row * 0, (), True)
+    x, ids = load_groups(
+        group, row, logits, vocab, of_vocab, row * 0, active, row * 0, edits, real, row * 0, (), True
+    )
     order = (ordered_key(x).to(tl.int64) << 32) | (2147483647 - ids).to(tl.int64)
     return tl.reshape(tl.where((ids >= 0) & (x >= least), order, NOBODY), (PART * GROUP,))
 
@@ -82,7 +84,9 @@ def top_kernel(
         tl.store(top_logprobs + first, first * float("nan"), mask=first < n_top)
         return
     reach = within_count(highest - tops, inside, n_top.to(tl.float32))
-    least = tl.where(reach < float("inf"), (highest - reach * 1.00001) - tl.abs(highest) * 1e-6, -float("inf"))
+    least = tl.where(
+        reach < float("inf"), (highest - reach * 1.00001) - tl.abs(highest) * 1e-6, -float("inf")
+    )
     chosen = inside & (tops >= least)
     active += wide_row * width
     lists += wide_row * N
@@ -96,7 +100,9 @@ def top_kernel(
         for start in range(0, n, PART):
             order = order_of(start, n, active, least, source, PART)
             wanted = order != NOBODY
-            free = tl.atomic_add(counters + row * 4 + 2 + wanted.to(tl.int32) * 0, 1, mask=wanted, sem="relaxed")
+            free = tl.atomic_add(
+                counters + row * 4 + 2 + wanted.to(tl.int32) * 0, 1, mask=wanted, sem="relaxed"
+            )
             tl.store(lists + free, order, mask=wanted & (free < N))
         tl.debug_barrier()
         found = tl.load(counters + row * 4 + 2, volatile=True)

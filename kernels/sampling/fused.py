@@ -185,7 +185,7 @@ def wants_of(rules, report, n_top):
     wants = triton_groups.NOISES.value
     wants |= triton_groups.RAWS.value if report or n_top else 0
     wants |= triton_groups.REPORT.value if report else 0
-    wants |= triton_groups.SUMS.value if any(rule.kind in ("mass", "typical") for rule in rules) else 0
+    wants |= triton_groups.SUMS.value if any(rule.kind in ("mass", "typical", "xtc") for rule in rules) else 0
     return wants | (triton_groups.COIN.value if any(rule.kind == "xtc" for rule in rules) else 0)
 
 
@@ -338,12 +338,19 @@ def builds_of(
     kinds = {"DEVICES": functions, "SPECIAL": special if any(special) else ()}
     most = {"maxnreg": 255 if any(special) else 128} if native else {}  # of 128, two rows share a processor
     wide = {"GROUPS": WIDE_GROUPS, "N": WIDE_LIST, "num_warps": 8, **shared}
-    top = {"WIDTH": width, "N": LIST, "TOP": max(16, triton.next_power_of_2(n_top)), "PART": ROW_GROUPS, **shared}
+    top = {
+        "WIDTH": width,
+        "N": LIST,
+        "TOP": max(16, triton.next_power_of_2(n_top)),
+        "PART": ROW_GROUPS,
+        **shared,
+    }
     top.pop("POINTS")
     return {
         "group": Build(triton_groups.group_kernel, {"GROUPS": FIRST_GROUPS, "LIST": LIST_GROUPS, **first}),
         "row": Build(
-            row_kernel, {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, **kinds, **most, "num_warps": 8, **shared}
+            row_kernel,
+            {"WIDTH": width, "N": LIST, "PART": ROW_GROUPS, **kinds, **most, "num_warps": 8, **shared},
         ),
         "moment": Build(
             moment_kernel,

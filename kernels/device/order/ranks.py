@@ -8,7 +8,6 @@ it, so a rule's boundary is a comparison with sums; a rule that drops the highes
 import triton
 import triton.language as tl
 
-from ..sums import FIXED_ONE, fixed, spread
 from ..steps import (
     BY_FUNCTION,
     ENTROPY_SHARE,
@@ -22,6 +21,7 @@ from ..steps import (
     one_token,
     value_limit,
 )
+from ..sums import FIXED_ONE, fixed, spread
 from ..tokens import FLOAT_MAX, ordered_key
 
 COUNT_BIT = tl.constexpr(

@@ -11,7 +11,18 @@ import triton.language as tl
 
 from ..groups import COIN, PLANES
 from ..row import DONE, FRAMED, LEFT
-from ..steps import KEEP_COUNT, KEEP_MASS, KEEP_VALUE, MASS_SHARE, XTC, entry, first_of, min_p_limit, steps_of_row, toss
+from ..steps import (
+    KEEP_COUNT,
+    KEEP_MASS,
+    KEEP_VALUE,
+    MASS_SHARE,
+    XTC,
+    entry,
+    first_of,
+    min_p_limit,
+    steps_of_row,
+    toss,
+)
 from ..sums import FIXED_ONE, fixed
 from ..tokens import scaled
 from .frame import frame_row
@@ -177,7 +188,12 @@ def bin_kernel(
         whole = tl.where(whole <= 0, tl.max(mass, axis=0), whole)  # the second launch did not know it
         tl.store(sums + wide_row * SUMS + WHOLE, whole)
         first, last = boundaries(
-            tl.cumsum(number, axis=0), mass, whole, row_steps, tl.where(greedy, 0, tl.minimum(steps, special)), top
+            tl.cumsum(number, axis=0),
+            mass,
+            whole,
+            row_steps,
+            tl.where(greedy, 0, tl.minimum(steps, special)),
+            top,
         )
         first = lay_frame(number, first, last, entire, frames, counters + row * 4 + 2, N)
         tl.store(sums + wide_row * SUMS + MASS_ABOVE, tl.max(tl.where(bins < first, mass, 0), axis=0))

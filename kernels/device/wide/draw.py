@@ -94,7 +94,10 @@ def wide_kernel(
     GROUPS: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, DEVICES: tl.constexpr, SPECIAL: tl.constexpr,
     POINTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The rows that the second launch has left: list, settle, draw; grid (rows, programs). SPECIAL, DEVICES: as in `row`."""
+    """The rows that the second launch has left: list, settle, draw; grid (rows, programs).
+
+    SPECIAL, DEVICES: as in `row`.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -208,6 +211,6 @@ def wide_kernel(
                 logit = tl.max(chosen, axis=0)
             group = tl.arange(0, WIDTH)
             given = tl.load(tops + RAW_MAX * width + group, mask=group < groups_of_vocab, other=-float("inf"))
-            write_logprobs(row, rows, token, logit, top, tl.max(given, axis=0), mass_left, dot_left, many_left, tl.sum(higher, axis=0) + 1,
-                           source[1], vocab, tops, width, groups_of_vocab, floats, counts, report,
-                           WIDTH)  # fmt: skip
+            write_logprobs(row, rows, token, logit, top, tl.max(given, axis=0), mass_left, dot_left,
+                           many_left, tl.sum(higher, axis=0) + 1, source[1], vocab, tops, width, groups_of_vocab,
+                           floats, counts, report, WIDTH)  # fmt: skip

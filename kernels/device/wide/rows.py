@@ -21,9 +21,9 @@ NUMBERS = (
     "seconds", "more_seconds", "steps", "mask_stride", "listed_length", "touched_stride", "rows",
 )  # fmt: skip
 POINTERS = (
-    "stats", "counters", "active", "counts_of", "masses_of", "frames", "records", "sums", "lists", "totals", "tokens", "floats",
-    "counts", "seeds", "positions", "streams", "temperatures", "limits", "bitmask", "listed_ids", "values", "touched",
-    "point_values",
+    "stats", "counters", "active", "counts_of", "masses_of", "frames", "records", "sums", "lists", "totals", "tokens",
+    "floats", "counts", "seeds", "positions", "streams", "temperatures", "limits", "bitmask", "listed_ids", "values",
+    "touched", "point_values",
 )  # fmt: skip
 
 

@@ -117,7 +117,10 @@ def extent(rank, by_distance, centre, state, table, POINTS: tl.constexpr, SPECIA
         y, ids = entries(start, table, POINTS)
         inside = is_left(y, ids, state) & (rank_key(y, centre, by_distance, state[3], SPECIAL) >= rank)
         own = ordered_key(y)
-        first, last = tl.minimum(first, tl.where(inside, own, LAST)), tl.maximum(last, tl.where(inside, own, -LAST))
+        first, last = (
+            tl.minimum(first, tl.where(inside, own, LAST)),
+            tl.maximum(last, tl.where(inside, own, -LAST)),
+        )
     return tl.min(first, axis=0), tl.max(last, axis=0)
 
 
@@ -136,7 +139,8 @@ def search(low, high, target, asked, share, by, centre, form, base, state, lump,
         middle = low + (high - low) * (tl.arange(0, PIVOTS) + 1) // (PIVOTS + 1)
         pivots = tl.where(by_id | asked, state[0], middle.to(tl.int32))
         lasts = tl.where(asked, state[1], tl.where(by_id, middle.to(tl.int32), -2))
-        amount, dot = beyond(pivots, lasts, by_mass, by_distance & (asked == 0), centre, state, lump, table, POINTS, SPECIAL)  # fmt: skip
+        amount, dot = beyond(pivots, lasts, by_mass, by_distance & (asked == 0), centre, state, lump, table,
+                             POINTS, SPECIAL)  # fmt: skip
         amount += start
         if asked:
             target = share * tl.max(amount, axis=0).to(tl.float64)
@@ -157,7 +161,9 @@ def search(low, high, target, asked, share, by, centre, form, base, state, lump,
 def entropy_form(statistics, partial, head, top):
     """(mass, -weight * shift, form) of an entropy's whole: of all that is left, or of its hundred highest tokens."""
     count, mass, dot, first, second, squares = statistics
-    surplus = tl.where(partial, tl.maximum(count - HEAD_TOKENS, 0.0), 0.0).to(tl.int64)  # ties of the last one
+    surplus = tl.where(partial, tl.maximum(count - HEAD_TOKENS, 0.0), 0.0).to(
+        tl.int64
+    )  # ties of the last one
     one, its = one_token(head, top)
     mass, dot = mass - surplus * one, dot - surplus * its
     whole = tl.maximum(mass, 1).to(tl.float32) / FIXED_ONE
