@@ -102,6 +102,15 @@ def test_arguments_of_the_engine_and_of_transformers_are_passed_on(saved):
     assert answers(engine) == answers(load(saved))
 
 
+def test_a_softcap_is_not_left_to_an_attention_that_drops_it(copied):
+    assert load(copied).model.config._attn_implementation == "sdpa"
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(settings | {"attn_logit_softcapping": 5.0}))
+    assert load(copied).model.config._attn_implementation == "eager"
+    chosen = load(copied, model_kwargs={"attn_implementation": "sdpa"})
+    assert chosen.model.config._attn_implementation == "sdpa"
+
+
 def test_a_folder_may_be_a_path(saved):
     assert answers(Engine.from_pretrained(saved, device="cpu")) == answers(load(saved))
 

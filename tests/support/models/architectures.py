@@ -418,7 +418,9 @@ def build(name: str) -> PreTrainedModel:
     model_type, fields = CONFIGS[name]
     config = AutoConfig.for_model(model_type, **(NO_SPECIAL_TOKENS | UNTIED | fields))
     with seeded(0):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # transformers 5.17 takes sdpa for Gemma 2, which drops its softcap
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     randomise(model)
     for key, value in NO_SPECIAL_TOKENS.items():
         setattr(model.generation_config, key, value)
