@@ -1,6 +1,7 @@
 """Fused decoder layers against the plain ones: what they compute, what they launch, and when they stand aside."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from launches import Always, launches_of_a_step
 from recorded_graph import install
 
 from handloom import Engine, ModelError, SamplingParams
+from handloom.forward import probe
 from handloom.forward.fused.layers import SWAPPED, Fused
 from handloom.forward.fused.products import Products
 from handloom.forward.fused.recognise import fuse, unfuse
@@ -263,6 +265,26 @@ def test_refusals_name_the_reason():
     with pytest.raises(ModelError, match=r"fuse=True: .* mask path"):
         Engine(ARCHITECTURES["bloom"](), fuse=True)
     assert Engine(ARCHITECTURES["gpt2"]()).runner.fused == {}
+
+
+def test_cuda_fuses_unless_told_otherwise(monkeypatch):
+    asked = []
+    monkeypatch.setattr(probe, "fuse_layers", lambda model: asked.append(model) or {"layers.0": ""})
+
+    def fuses(device, wanted=None):
+        asked.clear()
+        model = SimpleNamespace(device=torch.device(device), path="attention", module=None)
+        assert bool(probe._fused(model, wanted, None)) == bool(asked)
+        return bool(asked)
+
+    assert [fuses("cuda"), fuses("cuda", False), fuses("cpu"), fuses("cpu", True)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    with dispatch.use("torch"):
+        assert not fuses("cuda")
 
 
 def test_the_users_model_is_never_touched():
