@@ -9,7 +9,8 @@ Every section is a process of its own, so that a fault in one spoils no other. T
 up side by side, and measure one at a time, with the device to themselves. Every row is appended to
 benchmarks/results/gpu_check.jsonl as soon as it is there, with commit, GPU and versions; last comes what was aimed at,
 what was measured and whether it was met. FlashInfer and vLLM are timed beside where they can be imported, gpt-fast
-where its files are given: `--peers FOLDER` names a folder of checkouts (gpt-fast/, vllm/ ...) to import from.
+where its files are given: `--peers FOLDER` names a folder of checkouts (gpt-fast/, vllm/ ...) to import from. Of
+FlashInfer its headers are enough (flashinfer/include/), where there is nvcc; building them takes a minute.
 Exit status: 0 all well, 1 a check failed, was interrupted or found no time, 2 no GPU. An aim that was missed is no
 failure.
 """

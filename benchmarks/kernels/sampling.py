@@ -5,6 +5,7 @@ import functools
 import torch
 from transformers.generation import logits_process as hf
 
+from benchmarks.kernels import headers
 from benchmarks.kernels import timing as kernels_timing
 from benchmarks.kernels.timing import CACHES, Call, Run
 from handloom.kernels.sampling import rules
@@ -195,7 +196,7 @@ def flashinfer_chain(mode, logits) -> Run | None:
     try:
         from flashinfer import sampling
     except ImportError:
-        return None
+        return _bare_flashinfer(mode, logits)
 
     def scaled():
         return logits.float() / TEMPERATURE
@@ -210,6 +211,26 @@ def flashinfer_chain(mode, logits) -> Run | None:
         "p": lambda: sampling.top_k_top_p_sampling_from_logits(scaled(), logits.shape[1], TOP_P),
         "min-p": lambda: sampling.min_p_sampling_from_probs(torch.softmax(scaled(), dim=-1), MIN_P),
         "k+p+min-p": three,
+    }.get(mode)
+
+
+def _bare_flashinfer(mode, logits) -> Run | None:
+    """The same from FlashInfer's headers, where they are given and can be built."""
+    if headers.folder() is None or headers.missing(logits.device.type):
+        return None
+    rows = headers.Samplers(*logits.shape, logits.device)
+
+    def weights():
+        return rows.softmax(logits.float(), p=TEMPERATURE)
+
+    return {
+        "temperature": lambda: rows.draw(logits.float() / TEMPERATURE),
+        "k": lambda: rows.top_k(weights(), k=TOP_K),
+        "p": lambda: rows.top_p(weights(), p=TOP_P),
+        "min-p": lambda: rows.min_p(weights(), p=MIN_P),
+        "k+p+min-p": lambda: rows.min_p(
+            rows.keep_top_p(rows.keep_top_k(weights(), k=TOP_K), p=TOP_P), p=MIN_P
+        ),
     }.get(mode)
 
 
@@ -257,6 +278,9 @@ def measure(mode, kind, batch, vocab, dtype, device, sides, repeats, caches=CACH
             {**about, "side": side, "device": device, "cache": caches[0], "skipped": reason} for side in sides
         )
         return
+    if "flashinfer" in sides and (reason := headers.missing(device)):
+        sides = [side for side in sides if side != "flashinfer"]
+        yield {**about, "side": "flashinfer", "device": device, "cache": caches[0], "skipped": reason}
     logits = logits_of(kind, batch, vocab, DTYPES[dtype], device)
     builders = {side: functools.partial(SIDES[side], mode) for side in sides}
     yield from kernels_timing.measure(

@@ -1,7 +1,10 @@
-"""What the GPU check measures beside this engine, on a CPU: gpt-fast's loop, torch's attention over paged cells."""
+"""What the GPU check measures beside this engine, on a CPU: gpt-fast's loop, torch's attention over paged cells,
+FlashInfer's headers."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from benchmarks.decode.sides import Request, Sampling
 from benchmarks.gpu import decode, kernels
 from benchmarks.gpu.gpt_fast import GptFast, load
 from benchmarks.gpu.scale import DRY
-from benchmarks.kernels import varlen
+from benchmarks.kernels import headers, sampling, varlen
 from benchmarks.kernels.attention import parse_heads
 from benchmarks.support.shapes import build
 from handloom import Engine
@@ -82,3 +85,83 @@ def test_why_torch_has_no_paged_attention_is_said(monkeypatch):
     varlen_module = pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr(varlen_module, "varlen_attn", lambda query, key, value: None)
     assert varlen.missing("cuda") == f"varlen_attn of torch {torch.__version__} takes no block_table"
+
+
+@pytest.fixture
+def given_headers(tmp_path, monkeypatch):
+    """A checkout of FlashInfer on Python's path that holds a header's name alone."""
+    (tmp_path / headers.HEADER).parent.mkdir(parents=True)
+    (tmp_path / headers.HEADER).touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_why_flashinfers_headers_are_not_measured(given_headers, monkeypatch):
+    assert headers.folder() == given_headers
+    (ours, skipped) = sorted(
+        sampling.measure("p", "flat", 1, 300, "fp32", "cpu", ["handloom", "flashinfer"], 1, ("warm",)),
+        key=lambda row: "skipped" in row,
+    )
+    assert (ours["side"], skipped["side"]) == ("handloom", "flashinfer")
+    assert skipped["skipped"] == "FlashInfer's kernels run on CUDA alone"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(headers.cpp_extension, "CUDA_HOME", None)
+    assert "there is no nvcc" in headers.missing("cuda")
+    monkeypatch.setenv("PATH", str(given_headers))
+    (given_headers / "nvcc").touch(0o755)
+
+    def fails(*about, **named):
+        raise RuntimeError("Error building extension\n[1/2] nvcc\nbinding.cu(7): error: no such function\n")
+
+    monkeypatch.setattr(headers, "library", fails)
+    assert (
+        headers.missing("cuda") == "FlashInfer's headers do not build: binding.cu(7): error: no such function"
+    )
+    monkeypatch.setattr(sys, "path", [])
+    assert headers.missing("cuda") is None
+
+
+def test_flashinfers_binding_is_built_once_and_called_with_addresses(given_headers, monkeypatch):
+    text, calls, built = headers.binding(), [], []
+    for name, call in headers.CALLS.items():
+        assert f'extern "C" int peer_{name}({headers.ARGUMENTS})' in text
+        assert call in text
+    assert len(headers.TYPES) == headers.ARGUMENTS.count(",") + 1
+    monkeypatch.setattr(headers.cpp_extension, "_get_build_directory", lambda *about: str(given_headers))
+    monkeypatch.setattr(headers.cpp_extension, "load", lambda *about, **named: built.append((about, named)))
+
+    class Library:
+        def __getattr__(self, name):
+            def call(*arguments):
+                calls.append((name, arguments))
+                return 7 * (name == "peer_draw")
+
+            self.__dict__[name] = call
+            return call
+
+    made = Library()
+    monkeypatch.setattr(headers.ctypes, "CDLL", lambda path: made)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=99))
+    headers.library.cache_clear()
+    rows = headers.Samplers(2, 30, "cpu")
+    x = torch.zeros(2, 30)
+    left = rows.keep_top_p(rows.keep_top_k(rows.softmax(x, p=0.8), k=5), p=0.9)
+    assert rows.min_p(left, p=0.1) is rows.tokens
+    one, two, space = *(part.data_ptr() for part in rows.probs), rows.space.data_ptr()
+    assert calls == [
+        ("peer_softmax", (x.data_ptr(), one, space, 2, 30, 0, 0.8, 0, 99)),
+        ("peer_keep_top_k", (one, two, rows.states.data_ptr(), 2, 30, 5, 1.0, 0, 99)),
+        ("peer_keep_top_p", (two, one, space, 2, 30, 0, 0.9, 0, 99)),
+        ("peer_min_p", (one, rows.tokens.data_ptr(), space, 2, 30, 0, 0.1, 0, 99)),
+    ]
+    ((about, named),) = built
+    assert about[1] == [str(given_headers / "binding.cu")]
+    assert (given_headers / "binding.cu").read_text() == text
+    assert named["extra_include_paths"] == [str(given_headers / "include")]
+    with pytest.raises(RuntimeError, match="draw failed with status 7"):
+        rows.draw(x)
+    with pytest.raises(ValueError, match=r"float32 \(2, 30\)"):
+        rows.draw(x.double())
+    with pytest.raises(AttributeError, match="no sampler 'top_q'; there are softmax, draw"):
+        rows.top_q  # noqa: B018
+    headers.library.cache_clear()
