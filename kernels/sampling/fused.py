@@ -337,7 +337,13 @@ def builds_of(
     first = {"PTX": native, "num_warps": 4, **shared}
     kinds = {"DEVICES": functions, "SPECIAL": special if any(special) else ()}
     most = {"maxnreg": 255 if any(special) else 128} if native else {}  # of 128, two rows share a processor
-    wide = {"GROUPS": WIDE_GROUPS, "N": WIDE_LIST, "num_warps": 8, **shared}
+    wide = {
+        "GROUPS": WIDE_GROUPS,
+        "N": WIDE_LIST,
+        "num_warps": 8,
+        **({"maxnreg": 255} if native else {}),
+        **shared,
+    }
     top = {
         "WIDTH": width,
         "N": LIST,

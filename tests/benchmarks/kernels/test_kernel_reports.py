@@ -124,14 +124,14 @@ def test_instructions_a_logit(compiled):
 
 
 def test_barriers_of_a_row(compiled):
-    """The second launch, triton 3.9 / 3.6: 28 / 38 at most on a row's path with three rules; 59 / 83 before, 287 at
-    first. Rules by entropy and distance 82 / 112 (119 / 161 before), by moments 43 / 58 (77 / 110)."""
+    """The second launch, triton 3.9 / 3.6: 33 / 38 at most on a row's path with three rules; 55 / 77 before, at first
+    287. Rules by entropy and distance 94 / 112 (109 / 143 before), by moments 52 / 64 (67 / 95)."""
     figures = {name: build for name, build in compiled[0].items() if name.startswith("row ")}
-    assert figures["row bf16"]["path"] <= 80
+    assert figures["row bf16"]["path"] <= 50
     assert figures["row bf16"]["registers"] <= 128
     assert figures["row typical+top-h+xtc bf16"]["path"] <= 120
-    assert figures["row eta bf16"]["path"] <= 120
-    assert all(build["spills"] <= 16 for build in figures.values())
+    assert figures["row eta bf16"]["path"] <= 80
+    assert all(build["spills"] == 0 for build in figures.values())
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
