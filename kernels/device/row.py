@@ -111,17 +111,17 @@ def leave(row, mode, n, lowest, least, peak, whole, counters, records, counts_of
 
 
 @triton.jit
-def write_logprobs(row, rows, token, logit, top, highest, mass, dot, number, rank, logits, vocab, at, width,
+def write_logprobs(row, rows, token, logit, top, mass, dot, number, rank, logits, vocab, at, width,
                    groups_of_vocab, floats, counts, report, WIDTH: tl.constexpr):  # fmt: skip
     """Store the log-probabilities of a drawn token; with FULL also entropy, number of kept tokens and rank.
 
-    highest: the highest logit as given. mass, dot: fixed-point sums of weight and of -weight * shift over the kept
-    tokens.
+    mass, dot: fixed-point sums of weight and of -weight * shift over the kept tokens.
     """
     group = tl.arange(0, WIDTH)
     tops = tl.load(at + RAW_MAX * width + group, mask=group < groups_of_vocab, other=-float("inf"))
     parts = tl.load(at + RAW_SUM * width + group, mask=group < groups_of_vocab, other=0.0)
     given = finite_top(tl.load(logits + token, mask=token < vocab, other=float("nan")).to(tl.float32))
+    highest = tl.max(tops, axis=0)
     raw = tl.sum(tl.where(group < groups_of_vocab, parts * tl.exp(tops - highest), 0.0), axis=0)
     total = mass.to(tl.float32) / FIXED_ONE
     tl.store(floats + row, (given - highest) - tl.log(raw))
@@ -184,9 +184,7 @@ def row_kernel(
     tossed = toss((seed, position, stream), wants & COIN)
     program = (kinds, more_kinds, places, more_places, seconds, more_seconds, steps)
     kind, parameter, second, on = steps_of_row(program, limits, row, rows, vocab, tossed)
-    reported = group < tl.where(report != 0, groups_of_vocab, 0)
-    given = tl.load(at + RAW_MAX * width, mask=reported, other=-float("inf"))
-    highest, highest_given = tl.split(tl.max(tl.join(ordered_key(tops), ordered_key(given)), axis=0))
+    highest = tl.max(ordered_key(tops), axis=0)
     if (highest > 0x7F7FFFFF) | (highest < -0x7F7FFFFF - 1):  # a NaN, or -inf alone
         no_token(row, rows, NO_TOKEN, tokens, floats, counts, report)
         return
@@ -263,7 +261,7 @@ def row_kernel(
         tl.store(tokens + row, token.to(tl.int64))
         if report != 0:
             mass = tl.where(whole > 0, whole, mass)
-            write_logprobs(row, rows, token, logit, top, key_value(highest_given), mass, mass, n, n,
+            write_logprobs(row, rows, token, logit, top, mass, mass, n, n,
                            logits + wide_row * stride, vocab, stats + wide_row * (PLANES * width), width,
                            groups_of_vocab, floats, counts, report, WIDTH)  # fmt: skip
         return
@@ -388,6 +386,6 @@ def row_kernel(
             tl.where(kept, weight, 0), tl.where(drawn, ordered_key(y), 0).to(tl.int64), part, numbers
         )
         logit, many, rank = key_value(key.to(tl.int32)), (numbers >> 32).to(tl.int32), numbers.to(tl.int32)
-        write_logprobs(row, rows, token, logit, top, key_value(highest_given), left, dot, many, rank,
+        write_logprobs(row, rows, token, logit, top, left, dot, many, rank,
                        logits + wide_row * stride, vocab, stats + wide_row * (PLANES * width), width,
                        groups_of_vocab, floats, counts, report, WIDTH)  # fmt: skip

@@ -8,7 +8,7 @@ by reading the row again and again.
 import triton
 import triton.language as tl
 
-from ..groups import COIN, PLANES, RAW_MAX
+from ..groups import COIN, PLANES
 from ..row import DONE, FRAMED, FULL, LEFT, NOBODY, NONE_KEPT, moments_at, no_token, write_logprobs
 from ..steps import CUT_TIES, asks_moments, first_of, steps_of_row, toss
 from ..sums import BELOW_ALL, fixed
@@ -209,8 +209,6 @@ def wide_kernel(
                         chosen = tl.maximum(chosen, tl.where(ids == token, y, -float("inf")))
                         higher += tl.where((turn == 1) & (y > logit), 1, 0)
                 logit = tl.max(chosen, axis=0)
-            group = tl.arange(0, WIDTH)
-            given = tl.load(tops + RAW_MAX * width + group, mask=group < groups_of_vocab, other=-float("inf"))
-            write_logprobs(row, rows, token, logit, top, tl.max(given, axis=0), mass_left, dot_left,
+            write_logprobs(row, rows, token, logit, top, mass_left, dot_left,
                            many_left, tl.sum(higher, axis=0) + 1, source[1], vocab, tops, width, groups_of_vocab,
                            floats, counts, report, WIDTH)  # fmt: skip
