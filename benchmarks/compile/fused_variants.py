@@ -21,7 +21,7 @@ def builds(target=None):
     yield _penalties("penalties", (64, 40))
 
 
-# name, rows, outputs of each weight, inputs, gate, biases, residual, dtype; most registers and vgprs
+# name, rows, outputs of each weight, inputs, gate, biases, residual, dtype; most registers and vgprs; bytes
 PRODUCTS = [
     ("8B qkv, one row", 1, (4096, 1024, 1024), 4096, None, False, False, "bf16", (80, 96)),
     ("8B o, one row", 1, (4096,), 4096, None, False, True, "bf16", (72, 88)),
@@ -36,6 +36,9 @@ PRODUCTS = [
     ("8B o, few rows", 8, (4096,), 4096, None, False, True, "bf16", (104, 416)),
     ("8B gate and up, few rows", 8, (14336, 14336), 4096, "silu", False, False, "bf16", (144, 256)),
     ("7B qkv with biases, few rows", 8, (3584, 512, 512), 3584, None, True, False, "bf16", (112, 296)),
+    ("8B up in bytes, one row", 1, (14336,), 4096, None, False, False, "bf16", (80, 64), True),
+    ("8B up in bytes, few rows", 8, (14336,), 4096, None, False, False, "bf16", (72, 288), True),
+    ("8B up in bytes, few rows, fp16", 8, (14336,), 4096, None, False, False, "fp16", (72, 256), True),
 ]
 # name, size, residual, kinds of the norm and of the one before the sum; most registers and vgprs
 NORMS = [
@@ -57,13 +60,14 @@ ROTATIONS = [
 LOOK_UPS = [("angles looked up, 128", 128, (24, 16)), ("angles looked up, 96", 96, (24, 16))]
 
 
-def _product(name, rows, sizes, inputs, gate, biases, residual, dtype, limits):
-    config = few_rows_triton.config_for(rows, len(sizes), sizes[0], inputs, gate)
+def _product(name, rows, sizes, inputs, gate, biases, residual, dtype, limits, narrow=False):
+    config = few_rows_triton.config_for(rows, len(sizes), sizes[0], inputs, gate, narrow)
     kernel = few_rows_triton._vector_kernel if rows == 1 else few_rows_triton._rows_kernel
     constants = {
         "INPUTS": inputs,
         "WEIGHTS": len(sizes),
         "GATE": gate or "",
+        "SCALES": narrow,
         "RESIDUAL": residual,
         "SCALE": False,
     }
@@ -73,7 +77,9 @@ def _product(name, rows, sizes, inputs, gate, biases, residual, dtype, limits):
         f"{kind}{i}_ptr" for kind in "wb" for i in range(3) if i >= len(sizes) or (kind == "b" and not biases)
     }
     absent |= set() if residual else {"residual_ptr"}
-    return _build(name, kernel, constants, dtype, config.num_warps, 3, limits, absent)
+    absent |= set() if narrow else {"scales_ptr"}
+    types = {"scales_ptr": "*fp32"} | ({"w0_ptr": "*i8"} if narrow else {})
+    return _build(name, kernel, constants, dtype, config.num_warps, 3, limits, absent, **types)
 
 
 def _norm(name, size, residual, norm, post, limits):
@@ -142,7 +148,7 @@ def _plain(name, kernel, types, constants, warps, limits):
     return Build(name, kernel, types, constants, frozenset(), warps, 3, *limits, wide_loads=False)
 
 
-def _build(name, kernel, constants, dtype, warps, stages, limits, absent=(), wide=True):
+def _build(name, kernel, constants, dtype, warps, stages, limits, absent=(), wide=True, **special):
     constants = {
         n: v for n, v in {**constants, "PDL": False, "UPCAST": False}.items() if n in kernel.arg_names
     }
@@ -151,7 +157,7 @@ def _build(name, kernel, constants, dtype, warps, stages, limits, absent=(), wid
         "cells_ptr": "*i64",
         "positions_ptr": "*i64",
     }
-    types |= dict.fromkeys(("eps", "post_eps", "q_eps", "k_eps", "scale"), "fp32")
+    types |= dict.fromkeys(("eps", "post_eps", "q_eps", "k_eps", "scale"), "fp32") | special
     types = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
     aligned = frozenset(n for n, kind in types.items() if kind != "fp32") - {"rows", "last"}
     return Build(name, kernel, types, constants, aligned, warps, stages, *limits, wide_loads=wide)

@@ -213,6 +213,16 @@ def few_row_values(scale: Scale) -> Iterator[str | None]:
             except AssertionError as error:
                 yield f"{rows} rows, {inputs} -> {sizes}, {gate}: {first_line(error)}"
             yield None
+        x, weights = case(rows, 4096, (14336,), torch.bfloat16)
+        bytes_, scales = (
+            (weights[0].float() * 2000).round().clamp(-127, 127).to(torch.int8),
+            torch.rand(14336),
+        )
+        try:
+            check(x, [bytes_], scales=scales.to(scale.device) / 1000)
+        except AssertionError as error:
+            yield f"{rows} rows of a weight of bytes: {first_line(error)}"
+        yield None
     for gate in (None, "silu"):
         try:
             test_rows_do_not_touch_each_other(gate)

@@ -162,11 +162,12 @@ def _plain_products(gate, given):
 
 
 def nf4_timings(scale: Scale) -> Iterator[dict]:
-    """Single 4-bit layers: our kernel, bitsandbytes', the dense layer."""
+    """Single layers: our kernel of 4 bits, ours of 8, bitsandbytes' of 4, dense."""
     layers = ("8B gate_proj", "8B down_proj") if scale.on_cuda else ("64x128",)
     for name in layers:
         for batch in scale.quantised:
             yield from kernels_nf4.measure(
                 name, kernels_nf4.parse_layer(name), batch, "bf16" if scale.on_cuda else "fp32", scale.device,
-                ["handloom", "bitsandbytes", "dense"], 9, caches=("cold",), budget=2.0, alone=scale.alone,
+                ["handloom", "handloom int8", "bitsandbytes", "dense"], 9, caches=("cold",), budget=2.0,
+                alone=scale.alone,
             )  # fmt: skip

@@ -94,13 +94,18 @@ def lead(side: str, batch: int, mode: str):
     return lambda rows: field(rows, "ratio", **about)
 
 
-def four_bits(batch: int):
-    """How much faster a product with our 4-bit weights is than the dense one: the worse of the layers."""
+def few_bits(batch: int, side: str = "handloom"):
+    """How much faster a product with our weights of few bits is than the dense one: the worse of the layers."""
 
     def measure(rows):
-        found = [r for r in rows if r.get("benchmark") == "kernels/nf4" and r.get("batch") == batch]
-        ratios = [r["ratio"] for r in found if r.get("side") == "dense" and r.get("ratio") is not None]
-        return min(ratios, default=None)
+        layers: dict = {}  # ratios are to the side that was measured first
+        for row in rows:
+            if row.get("benchmark") == "kernels/nf4" and row.get("batch") == batch and "skipped" not in row:
+                layers.setdefault(row.get("layer"), {"handloom": 1.0})[row.get("side")] = (
+                    row.get("ratio") or 1.0
+                )
+        found = [of["dense"] / of[side] for of in layers.values() if "dense" in of and side in of]
+        return min(found, default=None)
 
     return measure
 
@@ -159,7 +164,8 @@ TARGETS = [
         lambda rows: field(rows, "ratio", benchmark="kernels/seeds", side="one seed"),
     ),
     *(
-        Target(f"nf4, {batch} rows: x dense", wanted, four_bits(batch))
+        Target(f"{name}, {batch} rows: x dense", wanted, few_bits(batch, side))
+        for name, side in (("nf4", "handloom"), ("int8", "handloom int8"))
         for batch, wanted in ((1, 1.8), (4, 1.0), (16, 1.0))
     ),
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from benchmarks.kernels.timing import CACHES, Call, Run
 from handloom.kernels.linear.blocked import BlockedLinear, unblockable
 from handloom.kernels.linear.nf4 import FourBitWeight, four_bit_linear
 from handloom.kernels.linear.packed import PackedLinear, unpackable
+from handloom.loading.eightbit import eight_bit_linear
 
 BLOCKSIZE = 64  # weights that share a scale
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -153,6 +154,16 @@ def packed(bits: int, layer: Layer) -> Run | None:
     return Call(lambda: made(layer.x), layer.product_bytes(size))
 
 
+def eight_bit(layer: Layer) -> Run | None:
+    """Our layer of bytes: bitsandbytes' layout through the product of few rows on CUDA, packed on a CPU."""
+    if layer.x.device.type != "cuda":
+        return packed(8, layer)
+    scales = layer.weight.float().abs().amax(1) / 127
+    weight = (layer.weight.float() / scales[:, None]).round().to(torch.int8)
+    size = weight.numel() + 4 * len(scales)
+    return Call(lambda: eight_bit_linear(layer.x, weight, scales, None, None), layer.product_bytes(size))
+
+
 def dense(layer: Layer) -> Run:
     """The dense layer that the others stand for."""
     return lambda: torch.nn.functional.linear(layer.x, layer.weight)
@@ -161,7 +172,7 @@ def dense(layer: Layer) -> Run:
 SIDES = {
     "handloom": ours,
     "handloom int4": functools.partial(packed, 4),
-    "handloom int8": functools.partial(packed, 8),
+    "handloom int8": eight_bit,
     "handloom blocked": blocked,
     "bitsandbytes": bitsandbytes_linear,
     "dense": dense,

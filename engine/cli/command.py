@@ -103,7 +103,9 @@ def command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
     quantization: Annotated[
         str | None,
-        typer.Option(help="nf4, fp4, int8, nf4-triton or fp4-triton; on a CPU int8-cpu or int4-cpu."),
+        typer.Option(
+            help="nf4, fp4, int8, nf4-triton, fp4-triton or int8-triton; on a CPU int8-cpu or int4-cpu."
+        ),
     ] = None,
     slots: Annotated[int | None, typer.Option(help="Sequences decoded at the same time.")] = None,
     strategy: options.Strategy = None,

@@ -27,7 +27,7 @@ Model = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="auto, fastest, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Quantization = Annotated[
-    str | None, typer.Option(help="nf4, fp4, int8, nf4-triton; on a CPU int8-cpu, int4-cpu.")
+    str | None, typer.Option(help="nf4, fp4, int8, nf4-triton, int8-triton; on a CPU int8-cpu, int4-cpu.")
 ]
 Slots = Annotated[int, typer.Option(help="Sequences decoded at the same time.", min=1)]
 Length = Annotated[

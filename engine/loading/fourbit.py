@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..kernels.linear.nf4 import FourBitWeight, NestedScales, code_planes, four_bit_linear
+from .eightbit import EightBitLinear
 
 log = logging.getLogger("handloom")
 MANY = 64  # rows from which a dense copy of the weight pays: bitsandbytes' own way for prompts
@@ -86,27 +87,42 @@ class FourBitLinear(nn.Module):
 
 
 def own_products(model: nn.Module, kernels: str | None = None) -> int:
-    """Give every 4-bit bitsandbytes layer of a model our product, in place; the number of layers.
+    """Give every 4-bit and 8-bit bitsandbytes layer of a model our product, in place; the number of layers.
 
     Args:
-        model: the twin of one loaded with `quantization="nf4"` or `"fp4"`.
+        model: the twin of one loaded with `quantization="nf4"`, `"fp4"` or `"int8"`.
         kernels: see `FourBitLinear`.
 
     Raises:
         ModelError: there is no such layer, or bitsandbytes has repacked its weights for this CPU.
     """
-    found = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
+    found = [(name, m) for name, m in model.named_modules() if type(m).__name__ in OWN]
     if not found:
         raise ModelError(
-            'the model has no 4-bit layer of bitsandbytes; load it with quantization="nf4" or "fp4"'
+            'the model has no 4-bit or 8-bit layer of bitsandbytes; load it with quantization="nf4", "fp4" or "int8"'
         )
     for name, layer in found:
-        state = layer.weight.quant_state
-        if state is None or getattr(state, "packing_format_for_cpu", False):
-            raise ModelError(
-                f"{name}: its weights are not in bitsandbytes' own layout on {layer.weight.device}"
-            )
+        reason = _repacked(layer)
+        if reason:
+            raise ModelError(f"{name}: {reason}")
     for name, layer in found:
-        model.set_submodule(name, FourBitLinear(layer, kernels))
-    log.info("%d 4-bit layers read in place by our own product", len(found))
+        model.set_submodule(name, OWN[type(layer).__name__](layer, kernels))
+    log.info("%d quantised layers read in place by our own product", len(found))
     return len(found)
+
+
+def _repacked(layer) -> str:
+    """Why a layer's weights cannot be read where they lie, in words; empty if they can."""
+    if type(layer).__name__ == "Linear8bitLt":
+        known = layer.weight.dtype == torch.int8 and layer.weight.shape == (
+            layer.out_features,
+            layer.in_features,
+        )
+        return "" if known else f"its weights are {layer.weight.dtype}, not bytes [out, in]"
+    state = layer.weight.quant_state
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return f"its weights are not in bitsandbytes' own layout on {layer.weight.device}"
+    return ""
+
+
+OWN = {"Linear4bit": FourBitLinear, "Linear8bitLt": EightBitLinear}  # by the names of bitsandbytes' classes

@@ -16,7 +16,7 @@ from ..kernels.linear.blocked import BlockedLinear, plain_alone, unblockable
 from . import packing, parallel
 
 log = logging.getLogger("handloom")
-OWN = {"nf4-triton": "nf4", "fp4-triton": "fp4"}  # bitsandbytes' weights, our product
+OWN = {"nf4-triton": "nf4", "fp4-triton": "fp4", "int8-triton": "int8"}  # bitsandbytes' weights, our product
 QUANTIZATIONS = ("nf4", "fp4", "int8", *OWN, *packing.BITS)
 DTYPES = ("auto", "fastest", "float32", "float16", "bfloat16", "float64")
 SMALL = 1 << 18  # weights of a layer below which the dtype is not worth a measurement
@@ -47,11 +47,11 @@ def load(
         device_map: passed on for models larger than one device; excludes `device`.
         tp_plan: `auto` splits the model over the processes that torchrun started; excludes `device`, `device_map`
             and `quantization`.
-        quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes), `nf4-triton` or `fp4-triton` (the same weights,
-            products of few rows in our kernel), or on a CPU `int8-cpu` or `int4-cpu`: packed
-            weights, the output layer included, with bfloat16 activations. The plain ones are given up for them, as
-            by bitsandbytes: the model that comes back has no nn.Linear for adapters, edits and probes, and their
-            `weight` is an error. `Engine(model, quantization=...)` keeps both.
+        quantization: None, `nf4`, `fp4` or `int8` (bitsandbytes), `nf4-triton`, `fp4-triton` or `int8-triton` (the
+            same weights, products of few rows in our kernel; of bytes without outliers), or on a CPU `int8-cpu` or
+            `int4-cpu`: packed weights, the output layer included, with bfloat16 activations. The plain ones are given
+            up for them, as by bitsandbytes: the model that comes back has no nn.Linear for adapters, edits and probes,
+            and their `weight` is an error. `Engine(model, quantization=...)` keeps both.
         layout: what the engine will do with linear layers on a CPU, see `Engine`; here it counts for `fastest` alone.
         gguf_file: a GGUF file in the folder, dequantised on load.
         revision, trust_remote_code, model_kwargs: passed on to transformers.
@@ -74,7 +74,7 @@ def load(
     if quantization in packing.BITS:
         arguments["dtype"] = torch.bfloat16 if dtype == "auto" else dtype
     elif quantization is not None:
-        arguments["quantization_config"] = _bitsandbytes(OWN.get(quantization, quantization), dtype)
+        arguments["quantization_config"] = _bitsandbytes(quantization, dtype)
         arguments["device_map"] = {"": place}
     elif fastest and place.type == "cpu":
         arguments["dtype"] = _dtype_for_cpu(name_or_path, common, layout)
@@ -217,12 +217,13 @@ def _linear(shape, dtype, layout):
 
 
 def _bitsandbytes(quantization: str, dtype):
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+    kind = OWN.get(quantization, quantization)
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0 if quantization in OWN else 6.0)
     compute = torch.float32 if dtype == "auto" and not torch.cuda.is_available() else dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
+        bnb_4bit_quant_type=kind,
         bnb_4bit_compute_dtype=torch.bfloat16 if compute == "auto" else compute,
     )
 

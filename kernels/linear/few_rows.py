@@ -15,7 +15,7 @@ MOST_ROWS = 16
 
 
 def few_rows_linear(
-    x, weights, biases=None, *, gate=None, scale=1.0, residual=None, kernels=None, config=None,
+    x, weights, biases=None, *, scales=None, gate=None, scale=1.0, residual=None, kernels=None, config=None,
     out=None,
 ):  # fmt: skip
     """Products of x with one to three weights, each read in place; the order of summation is fixed.
@@ -26,6 +26,7 @@ def few_rows_linear(
         x: [R, K] float16, bfloat16 or float32; R <= 16 for the Triton kernel.
         weights: one to three tensors [N_i, K] in x's dtype with contiguous rows.
         biases: a tensor [N_i] or None for each weight, or None for none at all.
+        scales: float32 [N] of a single weight of int8, whose outputs they multiply (no gate); else None.
         gate: name in ACTIVATIONS; of two weights of one shape, act(x w0' + b0) * (x w1' + b1) is returned.
         scale, residual: the result is residual + scale * product, residual [R, N] or None.
         kernels: "auto", "triton", "torch" or None (see `dispatch`).
@@ -39,9 +40,12 @@ def few_rows_linear(
         ValueError: shapes that do not fit. dispatch.KernelUnavailable: kernels="triton" cannot run here.
     """
     biases = (None,) * len(weights) if biases is None else biases
-    _check(x, weights, biases, gate)
-    if dispatch.select("few_rows_linear", x.device, kernels, uncovered(x, weights, biases)) == "torch":
-        result = few_rows_linear_reference(x, weights, biases, gate=gate, scale=scale, residual=residual)
+    _check(x, weights, biases, scales, gate)
+    reason = uncovered(x, weights, biases, scales)
+    if dispatch.select("few_rows_linear", x.device, kernels, reason) == "torch":
+        result = few_rows_linear_reference(
+            x, weights, biases, scales=scales, gate=gate, scale=scale, residual=residual
+        )
         return result if out is None else out.copy_(result)
     from . import few_rows_triton
 
@@ -49,16 +53,18 @@ def few_rows_linear(
     out = x.new_empty(len(x), columns) if out is None else out
     if len(x):
         few_rows_triton.launch(
-            x if x.stride(1) == 1 else x.contiguous(), weights, biases, gate, scale, residual, out, config
+            x if x.stride(1) == 1 else x.contiguous(), weights, biases, scales, gate, scale, residual, out, config
         )  # fmt: skip
     return out
 
 
-def few_rows_linear_reference(x, weights, biases=None, *, gate=None, scale=1.0, residual=None):
+def few_rows_linear_reference(x, weights, biases=None, *, scales=None, gate=None, scale=1.0, residual=None):
     """Defines `few_rows_linear`, whose arguments it shares: sums in float32, rounded once at the end."""
     biases = (None,) * len(weights) if biases is None else biases
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.to(wide)
+    if scales is not None:
+        weights = [weights[0].to(wide) * scales.to(wide)[:, None]]
     terms = zip(weights, biases, strict=True)
     parts = [functional.linear(rows, w.to(wide), None if b is None else b.to(wide)) for w, b in terms]
     result = ACTIVATIONS[gate](parts[0]) * parts[1] if gate else torch.cat(parts, -1)
@@ -66,7 +72,7 @@ def few_rows_linear_reference(x, weights, biases=None, *, gate=None, scale=1.0, 
     return (result if residual is None else residual.to(wide) + result).to(x.dtype)
 
 
-def _check(x, weights, biases, gate):
+def _check(x, weights, biases, scales, gate):
     if not 1 <= len(weights) <= 3 or len(biases) != len(weights):
         raise ValueError(
             f"{len(weights)} weights with {len(biases)} biases: one to three, a bias or None each"
@@ -76,6 +82,15 @@ def _check(x, weights, biases, gate):
             raise ValueError(
                 f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: [R, K] and [N, K]"
             )
+    narrow = [w.dtype for w in weights if w.dtype == torch.int8]
+    if (scales is not None) != bool(narrow) or (narrow and (gate or len(weights) > 1)):
+        raise ValueError(
+            f"weights of {[w.dtype for w in weights]}: scales go with one weight of int8, without a gate"
+        )
+    if narrow and (scales.shape != weights[0].shape[:1] or scales.dtype != torch.float32):
+        raise ValueError(
+            f"scales {scales.dtype} {tuple(scales.shape)}: float32 [{len(weights[0])}] is needed"
+        )
     if gate is None:
         return
     if gate not in ACTIVATIONS:
@@ -84,12 +99,13 @@ def _check(x, weights, biases, gate):
         raise ValueError(f"a gate takes two weights of one shape, not {[tuple(w.shape) for w in weights]}")
 
 
-def uncovered(x, weights, biases=()):
+def uncovered(x, weights, biases=(), scales=None):
     """What keeps the Triton kernel from this product, in words; None where nothing does."""
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"activations of {x.dtype}"
-    for tensor in (*weights, *biases):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+    read = [(weight, x.dtype if scales is None else torch.int8) for weight in weights]
+    for tensor, dtype in (*read, *((bias, x.dtype) for bias in biases if bias is not None)):
+        if tensor.dtype != dtype or tensor.device != x.device:
             return f"x is {x.dtype} on {x.device}, a weight {tensor.dtype} on {tensor.device}"
     for weight in weights:
         if weight.stride() != (weight.shape[1], 1):

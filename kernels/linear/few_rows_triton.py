@@ -18,9 +18,9 @@ from ..layer.gated_triton import activate
 
 @triton.jit
 def _vector_kernel(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, residual_ptr, out_ptr, n0, n1, n2, scale,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, scales_ptr, residual_ptr, out_ptr, n0, n1, n2, scale,
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, GATE: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr,
-    BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
+    BIAS2: tl.constexpr, SCALES: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of one row."""
@@ -37,10 +37,10 @@ def _vector_kernel(
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     # The next tile of weights is always on its way; the first one before the launch before this one has ended.
     ahead = inside[:, None] & (k < INPUTS)[None, :]
-    w = tl.load(w_at, mask=ahead, other=0.0, eviction_policy="evict_first")
+    w = tl.load(w_at, mask=ahead, other=0, eviction_policy="evict_first")
     w_up = w
     if GATE != "":
-        w_up = tl.load(up_at, mask=ahead, other=0.0, eviction_policy="evict_first")
+        w_up = tl.load(up_at, mask=ahead, other=0, eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -49,12 +49,14 @@ def _vector_kernel(
         x = tl.load(x_ptr + start + k, mask=valid, other=0.0, eviction_policy="evict_last").to(tl.float32)
         now, now_up = w, w_up
         ahead = inside[:, None] & (start + BLOCK_K + k < INPUTS)[None, :]
-        w = tl.load(w_at + start + BLOCK_K, mask=ahead, other=0.0, eviction_policy="evict_first")
+        w = tl.load(w_at + start + BLOCK_K, mask=ahead, other=0, eviction_policy="evict_first")
         if GATE != "":
-            w_up = tl.load(up_at + start + BLOCK_K, mask=ahead, other=0.0, eviction_policy="evict_first")
+            w_up = tl.load(up_at + start + BLOCK_K, mask=ahead, other=0, eviction_policy="evict_first")
             up += now_up.to(tl.float32) * x[None, :]
         total += now.to(tl.float32) * x[None, :]
     out = tl.sum(total, 1)
+    if SCALES:
+        out *= tl.load(scales_ptr + n, mask=inside, other=0.0)
     out += _bias(
         tile, n, inside, b0_ptr, b1_ptr, b2_ptr, n0, n1, n2, WEIGHTS, GATE, BIAS0, BIAS1, BIAS2, BLOCK_N
     )
@@ -72,10 +74,10 @@ def _vector_kernel(
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, residual_ptr, out_ptr,
+    x_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, scales_ptr, residual_ptr, out_ptr,
     n0, n1, n2, rows, x_row, residual_row, out_row, scale,
     INPUTS: tl.constexpr, WEIGHTS: tl.constexpr, GATE: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr,
-    BIAS2: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    BIAS2: tl.constexpr, SCALES: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of up to ROWS rows."""
@@ -99,18 +101,22 @@ def _rows_kernel(
         valid = start + k < INPUTS
         x = tl.load(x_at + start, mask=valid[:, None] & real[None, :], other=0.0)
         mask = inside[:, None] & valid[None, :]
-        w = tl.load(w_at + start, mask=mask, other=0.0, eviction_policy="evict_first")
+        w = tl.load(w_at + start, mask=mask, other=0, eviction_policy="evict_first")
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
+        elif SCALES:
+            w = w.to(x.dtype)
         total = tl.dot(w, x, total, input_precision="ieee")
         if GATE != "":
-            w = tl.load(up_at + start, mask=mask, other=0.0, eviction_policy="evict_first")
+            w = tl.load(up_at + start, mask=mask, other=0, eviction_policy="evict_first")
             if UPCAST:
                 w = w.to(tl.float32)
             up = tl.dot(w, x, up, input_precision="ieee")
     bias = _bias(
         tile, n, inside, b0_ptr, b1_ptr, b2_ptr, n0, n1, n2, WEIGHTS, GATE, BIAS0, BIAS1, BIAS2, BLOCK_N
     )
+    if SCALES:
+        total *= tl.load(scales_ptr + n, mask=inside, other=0.0)[:, None]
     out = total + bias[:, None]
     if GATE != "":
         if BIAS1:
@@ -180,12 +186,15 @@ class Config:
     stages: int = 1
 
 
-def config_for(rows, weights, outputs, inputs, gate):
+def config_for(rows, weights, outputs, inputs, gate, narrow=False):
     """The tile sizes for a shape; the launch and the offline compile both take them from here.
 
     Args:
         rows: of x. weights: how many. outputs: of the first one. inputs: K. gate: its name, or None.
+        narrow: whether the weight is of bytes, of which twice as many are on their way.
     """
+    if narrow:
+        return Config(2, 2048, 4) if rows == 1 else Config(32, 128, 4, 6)
     if rows == 1:
         if gate:
             return Config(4, 1024, 4 if inputs >= 4096 else 8)
@@ -198,12 +207,12 @@ def config_for(rows, weights, outputs, inputs, gate):
 
 
 @on_its_device
-def launch(x, weights, biases, gate, scale, residual, out, config=None):
+def launch(x, weights, biases, scales, gate, scale, residual, out, config=None):
     """Run a kernel for x [R, K], 1 <= R <= 16, into `out`; arguments as in `few_rows.few_rows_linear`, all settled."""
     rows, inputs = x.shape
     sizes = [w.shape[0] for w in weights] + [0] * (3 - len(weights))
     padding = (None,) * (3 - len(weights))
-    config = config or config_for(rows, len(weights), sizes[0], inputs, gate)
+    config = config or config_for(rows, len(weights), sizes[0], inputs, gate, scales is not None)
     columns = weights[:1] if gate else weights
     grid = (sum(triton.cdiv(w.shape[0], config.block_n) for w in columns),)
     constants = {
@@ -211,6 +220,7 @@ def launch(x, weights, biases, gate, scale, residual, out, config=None):
         "WEIGHTS": len(weights),
         "GATE": gate or "",
         **{f"BIAS{i}": b is not None for i, b in enumerate((*biases, *padding))},
+        "SCALES": scales is not None,
         "RESIDUAL": residual is not None,
         "SCALE": scale != 1.0,
         "BLOCK_N": config.block_n,
@@ -221,7 +231,7 @@ def launch(x, weights, biases, gate, scale, residual, out, config=None):
     overlap, options = beside(x.device)
     constants |= overlap
     options = {"num_warps": config.num_warps, **options}
-    parts = (*weights, *padding, *biases, *padding)
+    parts = (*weights, *padding, *biases, *padding, scales)
     if rows == 1:
         _vector_kernel[grid](x, *parts, residual, out, *sizes, scale, **constants, **options)
         return out

@@ -292,6 +292,10 @@ def test_verdicts_by_hand():
     rows += [{**sampled, "side": "flashinfer", "batch": 8, "ratio": 2.5}]
     layer = {"benchmark": "kernels/nf4", "batch": 1, "side": "dense"}
     rows += [{**layer, "layer": "a", "ratio": 2.0}, {**layer, "layer": "b", "ratio": 1.7}]
+    rows += [
+        {**layer, "layer": name, "side": "handloom int8", "ratio": of}
+        for name, of in (("a", 1.0), ("b", 0.5))
+    ]
     found = {aim["target"]: (aim["measured"], aim["met"]) for aim in targets.verdicts(rows)}
     assert found["8B, one row, compiled: share of the bandwidth"] == (pytest.approx(4 / 4.5), "yes")
     assert found["8B, one row: share of the bandwidth"] == (0.8, "yes")
@@ -309,6 +313,7 @@ def test_verdicts_by_hand():
     assert found["sampling k+p+min-p, typical, 8 rows: us"] == (15.5, "no")
     assert found["sampling k+p+min-p, 8 rows: x flashinfer"] == (2.5, "yes")
     assert found["nf4, 1 rows: x dense"] == (1.7, "no")
+    assert found["int8, 1 rows: x dense"] == (2.0, "yes")
 
 
 def test_sections_by_name_and_size():

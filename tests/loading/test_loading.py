@@ -160,6 +160,24 @@ def test_four_bits_with_our_product_give_the_same_logits(saved):
     assert_nothing_leaked(engine)
 
 
+def test_eight_bits_with_our_product_follow_the_weights_and_need_no_outliers(saved):
+    engine = load(saved, quantization="int8-triton")
+    name = "model.layers.0.mlp.gate_proj"
+    theirs, ours = engine.model.get_submodule(name), engine.runner.module.get_submodule(name)
+    assert (type(theirs).__name__, type(ours).__name__) == ("Linear8bitLt", "EightBitLinear")
+    assert theirs.state.threshold == 0  # or the step could not be captured
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 50  # an outlier, which rounds away the others where activations are bytes
+    dense = x @ (theirs.weight.data.float() * ours.scales[:, None]).T
+    assert ours.scales.allclose(load(saved).model.get_submodule(name).weight.abs().amax(1) / 127, rtol=1e-3)
+    for rows in (1, 16, 40):
+        torch.testing.assert_close(ours(x[:rows]), dense[:rows])
+        torch.testing.assert_close(ours(x[:rows].half()).float(), dense[:rows], rtol=4e-3, atol=4e-3)
+    exact = load(saved).prefill(PROMPTS).logits
+    assert (engine.prefill(PROMPTS).logits - exact).std() < 0.1 * exact.std()
+    assert_nothing_leaked(engine)
+
+
 def test_quantisation_in_a_chosen_dtype(saved):
     engine = load(saved, quantization="nf4", dtype="bfloat16")
     assert engine.model.model.layers[0].mlp.gate_proj.compute_dtype == torch.bfloat16

@@ -22,10 +22,10 @@ def case(rows, inputs, outputs, dtype):
 
 
 def double(given):
-    """Tensors, inside lists too, in float64."""
+    """Tensors, inside lists too, in float64; bytes stay what they are."""
     if isinstance(given, list):
         return [double(part) for part in given]
-    return given.double() if torch.is_tensor(given) else given
+    return given.double() if torch.is_tensor(given) and given.dtype != torch.int8 else given
 
 
 def check(x, weights, biases=None, **options):
@@ -49,6 +49,25 @@ def check(x, weights, biases=None, **options):
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, (40,)), (200, (33,)), (1100, (7,))], ids=str)
 def test_one_weight(rows, inputs, outputs, dtype):
     check(*case(rows, inputs, outputs, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(1, 200, 33), (1, 2100, 3), (3, 200, 33), (11, 64, 40)]
+)
+def test_a_weight_of_bytes(rows, inputs, outputs, dtype):
+    x, (weight,) = case(rows, inputs, (outputs,), dtype)
+    scales = weight.float().abs().amax(1) / 127
+    scales[0] = 0  # an output of zeros
+    bytes_ = (weight.float() / scales[:, None]).nan_to_num().round().to(torch.int8)
+    bytes_[1:, 0] = -128
+    have = check(x, [bytes_], [random(outputs, dtype=dtype, seed=9)], scales=scales)
+    dense = few_rows_linear_reference(
+        x.double(),
+        [bytes_.double() * scales.double()[:, None]],
+        [random(outputs, dtype=dtype, seed=9).double()],
+    )
+    assert (have.double() - dense).abs().max() <= 4 * torch.finfo(dtype).eps * dense.abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,6 +135,12 @@ def test_empty_and_refused():
         few_rows_linear(x, weights * 2, gate="tanh")
     with pytest.raises(ValueError, match="two weights of one shape"):
         few_rows_linear(x, weights, gate="silu")
+    narrow, scales = [weights[0].to(torch.int8)], torch.ones(5, device=DEVICE)
+    for given, options in ((narrow, {}), (weights, {"scales": scales}), (narrow * 2, {"scales": scales})):
+        with pytest.raises(ValueError, match="scales go with one weight of int8"):
+            few_rows_linear(x, given, **options)
+    with pytest.raises(ValueError, match=r"float32 \[5\] is needed"):
+        few_rows_linear(x, narrow, scales=scales[1:])
     with pytest.raises(dispatch.KernelUnavailable, match="17 rows"):
         few_rows_linear(x[:1].expand(17, 64), weights, kernels="triton")
     with pytest.raises(dispatch.KernelUnavailable, match="strides"):
