@@ -230,7 +230,7 @@ def test_our_products_are_compiled_with_the_step():
 
 
 def test_our_products_need_layers_in_bitsandbytes_layout():
-    with pytest.raises(ModelError, match="no 4-bit layer"):
+    with pytest.raises(ModelError, match="no 4-bit or 8-bit layer"):
         own_products(tiny_llama())
     model = four_bit()
     model.model.layers[1].mlp.down_proj.weight.quant_state.packing_format_for_cpu = True
