@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,8 +30,18 @@ WIDTH = 2048  # tokens that every slot has room for from the start, where passes
 
 
 def current(device: torch.device) -> AbstractContextManager:
-    """In the block a CUDA device is the current one: kernels, streams and events belong to it, whichever was before."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """In the block a CUDA device is the current one: kernels, streams and events belong to it, whichever was before.
+
+    And what is kept there may be written to later, outside of `torch.inference_mode` too.
+    """
+    place = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return _writable_later(place) if torch.is_inference_mode_enabled() else place
+
+
+@contextmanager
+def _writable_later(place: AbstractContextManager) -> Iterator[None]:
+    with place, torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Turns:
@@ -113,6 +123,10 @@ class Running:
         # A shared prefix was computed in another shape than the prompt alone: equal, but not to the last bit.
         share = prefix_cache and not fixed_slots
         self.model = model
+        self.prefill_chunk, self._asked_slots, self._graph = prefill_chunk, slots, graph
+        self.fixed_slots, self.compile = fixed_slots, compile
+        self.max_length = limits.longest(model, max_length)
+        self._turns = Turns()
         with current(model.get_input_embeddings().weight.device):
             self._following = Following(
                 model,
@@ -123,13 +137,9 @@ class Running:
                 layout=layout,
                 quantization=quantization,
             )
-        self.prefill_chunk, self._asked_slots, self._graph = prefill_chunk, slots, graph
-        self.fixed_slots, self.compile = fixed_slots, compile
-        self._turns = Turns()
-        self._adapt()
-        self.max_length = limits.longest(model, max_length)
-        if self.graphs:
-            self.pool.reserve(self.slots * -(-min(WIDTH, self.max_length) // block_size))
+            self._adapt()
+            if self.graphs:
+                self.pool.reserve(self.slots * -(-min(WIDTH, self.max_length) // block_size))
         self.pool.owner = repr(self)
 
     @property

@@ -131,6 +131,9 @@ def test_a_step_that_was_made_ready_is_that_of_its_state_alone(recorders):
 
         passes.again = noted
         first = step(step(engine.prefill([[3, 4], [6, 7]]), [1, 2]), [3, 4])
+        told = engine.step(first, [5, 6])  # tokens of the host, where those of the device were expected
+        assert torch.equal(engine.extend(first, [[5], [6]]).logits, told.logits)
+        seen.append(told)
         longer = engine.extend(first, [[9, 9], [9, 9]])  # it writes where the next step of `first` would
         step(first, [5, 6])
         other = step(first, [7, 8])
@@ -156,6 +159,31 @@ def test_a_step_that_was_made_ready_is_that_of_its_state_alone(recorders):
     assert sum(taken[9:]) == 25 - 1 - 3  # the pool has moved; new blocks at 16, 24 and 32
     del want, have, ours, theirs
     assert_nothing_leaked(program)
+
+
+def test_inference_mode_comes_and_goes(recorders):
+    """What is made while it is on, cells of a pool that grows among it, is written to when it is off."""
+
+    def walk(engine, inside, outside=False):
+        params = [SamplingParams(max_new_tokens=6, repetition_penalty=1.2), SamplingParams(max_new_tokens=6)]
+        with torch.inference_mode(inside):
+            state = engine.step(engine.prefill([[3, 4], [6, 7]]), torch.tensor([1, 2], device=DEVICE))
+            stream = engine.stream([[5, 3], [8]], params)
+            tokens = [next(stream).token_id]
+        with torch.inference_mode(outside):
+            for turn in range(3):
+                state = engine.step(state, torch.tensor([turn, 2], device=DEVICE))
+            tokens += [event.token_id for event in stream]
+            texts = engine.generate([[5, 3], [8] * 70], params)
+        return state.logits, tokens + [text.token_ids for text in texts]
+
+    logits, tokens = walk(engines("llama")[0], False)
+    with torch.inference_mode():
+        inside = engines("llama")
+    for engine in (*engines("llama"), *inside):
+        have, told = walk(engine, True)
+        torch.testing.assert_close(have, logits, **CLOSE)
+        assert (told, walk(engine, False, True)[1]) == (tokens, tokens)
 
 
 # What a graph cannot hold: told when the engine is made, or by the pass itself, which then runs as it is.

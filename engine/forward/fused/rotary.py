@@ -94,8 +94,7 @@ class RotaryTable:
     def _grow(self, count: int) -> None:
         for way, tables in self.tables.items():
             if not tables or len(tables[-1]) < count:
-                with torch.inference_mode(False):  # it is written to again by `renew`
-                    tables.append(torch.cat([*self._pieces(way, count)]))
+                tables.append(torch.cat([*self._pieces(way, count)]))
 
     def _pieces(self, way, count):
         for begin in range(0, count, LEAST):

@@ -190,9 +190,8 @@ class RecordedPasses:
             return self._lines[key].fill([row[0] for row in tokens], begins, tables)
 
         def feed(there):
-            there[:rows].clamp_(
-                0, self._logits.shape[1] - 1
-            )  # what comes from the device was not looked at yet
+            # What comes from the device was not looked at yet.
+            there[:rows].clamp_(0, self._logits.shape[1] - 1)
             return Feed.grid(there, rows, 1, blocks)
 
         ready = begins, [table.blocks for table in tables]
@@ -205,13 +204,14 @@ class RecordedPasses:
         """Run a pass, its `rows` of logits to `_logits`; its hidden states are overwritten by the next pass.
 
         Args:
-            numbers: makes what the pass needs to know, unless the device has it: `ready`, as in `Recorded.ahead`.
+            numbers: makes what the pass needs to know, unless the device has all but the ids: `ready`, as in
+                `Recorded.ahead`.
         """
         self._make_room(rows)
         model.pool.clean()
         found = self.programs.find(key)
         fresh = found
-        if ready is None or found is None or found.ahead != ready:
+        if ids is None or found is None or found.ahead != ready:
             given = numbers()
             fresh = found or Recorded(torch.empty(len(given), dtype=torch.long, device=self.device))
             send(given, fresh.numbers)
