@@ -63,8 +63,8 @@ class Engine(Stepping):
             blocked layout, in the same dtype, whose products are faster and round differently: as much memory again as
             the layers take. `auto` does so where it is at most half of what is free, and leaves a lone row to the
             model's own weights where the processor's kind says that they are faster (float32 with AMX): a rule, so
-            that bits do not change between processes. `triton` reads bitsandbytes' 4-bit weights where they lie by
-            our own product.
+            that bits do not change between processes. `triton` reads bitsandbytes' 4-bit and 8-bit weights
+            where they lie by our own product.
         quantization: on a CPU `int8-cpu` or `int4-cpu` runs packed copies of the linear layers, the output layer too;
             None runs them as they are. The model stays whole: its layers keep their weights, whose edits are packed
             anew, and the copies take 1 byte a weight or 5 bits beside them (the output layer 1 or, in bfloat16, 2

@@ -10,6 +10,7 @@ from ..cache.feed import Feed
 from ..cache.paged import ATTENTION, EMPTY, HYBRID, RECURRENT, PagedCache, layer_plan
 from ..cache.sequence import EMBEDDING, Row
 from ..errors import CapabilityError
+from ..loading.eightbit import EightBitLinear
 from .capabilities import Capabilities, Capability
 from .filling import Filling, advance
 from .passes import LONG, Output, Pass, padded
@@ -217,10 +218,11 @@ def uncapturable(module) -> str:
     places = {p.device for p in module.parameters()}
     if len(places) > 1:
         return f"the model lies on {len(places)} devices, and a graph belongs to one"
+    passed_by = {part.layer for part in module.modules() if isinstance(part, EightBitLinear)}
     for layer in module.modules():
         state = getattr(layer, "state", None)  # bitsandbytes' Linear8bitLt
         threshold = getattr(state, "threshold", 0) if type(layer).__name__ == "Linear8bitLt" else 0
-        if threshold > 0:
+        if threshold > 0 and layer not in passed_by:
             return (
                 f"bitsandbytes int8 asks the host for outliers above {threshold:g} in every layer; "
                 "llm_int8_threshold=0 does not, nor do nf4 and fp4"

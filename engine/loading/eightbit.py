@@ -30,8 +30,9 @@ def eight_bit_linear(x, weight, scales, bias, kernels):
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) <= MOST_ROWS:
         out = few_rows_linear(rows, [weight], [bias], scales=scales, kernels=kernels)
-    else:  # bytes are exact in every dtype, and the power of two keeps sums in float16 in range
-        out = functional.linear(rows * 2.0**-7, weight.to(x.dtype)) * (scales * 128)
+    else:  # bytes are exact in every dtype, and over 128 they keep sums in float16 in range
+        dense = torch.mul(weight, 2.0**-7, out=x.new_empty(weight.shape))
+        out = functional.linear(rows, dense) * (scales * 128)
         out = (out if bias is None else out + bias).to(x.dtype)
     return out.view(*x.shape[:-1], len(weight))
 

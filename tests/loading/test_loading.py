@@ -173,6 +173,8 @@ def test_eight_bits_with_our_product_follow_the_weights_and_need_no_outliers(sav
     for rows in (1, 16, 40):
         torch.testing.assert_close(ours(x[:rows]), dense[:rows])
         torch.testing.assert_close(ours(x[:rows].half()).float(), dense[:rows], rtol=4e-3, atol=4e-3)
+        small = ours(x[:rows].half() * 2.0**-9).float()  # still normal numbers of 16 bits
+        torch.testing.assert_close(small, dense[:rows] * 2.0**-9, rtol=4e-3, atol=4e-3 * 2.0**-9)
     exact = load(saved).prefill(PROMPTS).logits
     assert (engine.prefill(PROMPTS).logits - exact).std() < 0.1 * exact.std()
     assert_nothing_leaked(engine)

@@ -19,6 +19,7 @@ from handloom.cache.storage import Store
 from handloom.forward.model import uncapturable
 from handloom.forward.programs.compiling import CompiledStep
 from handloom.kernels import dispatch
+from handloom.loading.eightbit import EightBitLinear
 from handloom.loop.graph import GraphBatch, _flatten
 from handloom.loop.prefill import Prompts
 from handloom.loop.request import Prefilled, Request
@@ -501,6 +502,10 @@ def test_int8_is_captured_only_where_it_looks_for_no_outliers(threshold, able):
     )
     assert (uncapturable(model) == "") == able
     assert able or "outliers above 6" in uncapturable(model)
+    theirs = model.model.layers[0].mlp.down_proj
+    theirs.weight.SCB = torch.ones(theirs.out_features)
+    model.model.layers[0].mlp.down_proj = EightBitLinear(theirs)  # it reads the weights and no outliers
+    assert uncapturable(model) == ""
 
 
 def test_models_that_cannot_be_captured_say_why():
