@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..kernels.linear.few_rows import MOST_ROWS, few_rows_linear
+from ..kernels.linear.linears import StandIn
 
 # One opaque op, as in `fourbit`.
 _library = torch.library.Library("handloom", "FRAGMENT")
@@ -45,7 +46,7 @@ _library.impl("eight_bit", eight_bit_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("handloom::eight_bit", _eight_bit_fake, lib=_library)
 
 
-class EightBitLinear(nn.Module):
+class EightBitLinear(StandIn):
     """A `bitsandbytes.nn.Linear8bitLt` whose products of few rows read its weights in place, without outliers.
 
     Args:
@@ -54,21 +55,10 @@ class EightBitLinear(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, kernels: str | None = None):
-        super().__init__()
-        self.layer, self.kernels = layer, kernels
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        super().__init__(layer)
+        self.kernels = kernels
         self.register_buffer("scales", torch.empty(0), persistent=False)
         self.renew()
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The weight of bytes."""
-        return self.layer.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, if there is one."""
-        return self.layer.bias
 
     def renew(self) -> None:
         """Take over the scales as they are now."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..kernels.linear.linears import StandIn
 from ..kernels.linear.nf4 import FourBitWeight, NestedScales, code_planes, four_bit_linear
 from .eightbit import EightBitLinear
 
@@ -41,7 +42,7 @@ _library.impl("four_bit", _four_bit, "CompositeExplicitAutograd")
 torch.library.register_fake("handloom::four_bit", _four_bit_fake, lib=_library)
 
 
-class FourBitLinear(nn.Module):
+class FourBitLinear(StandIn):
     """A `bitsandbytes.nn.Linear4bit` whose few-row products run in `kernels.nf4`.
 
     Args:
@@ -50,21 +51,10 @@ class FourBitLinear(nn.Module):
     """
 
     def __init__(self, layer: nn.Module, kernels: str | None = None):
-        super().__init__()
-        self.layer, self.kernels = layer, kernels
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        super().__init__(layer)
+        self.kernels = kernels
         planes = code_planes(layer.weight.quant_state.code) if layer.weight.device.type == "cuda" else None
         self.register_buffer("planes", planes, persistent=False)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The packed weight."""
-        return self.layer.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias, if there is one."""
-        return self.layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]` in x's dtype, computed in the layer's compute dtype."""

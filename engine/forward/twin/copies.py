@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import ModelError
 from ...kernels.linear.blocked import BlockedLinear, plain_alone, small, unblockable
-from ...kernels.linear.linears import replace_linears
+from ...kernels.linear.linears import StandIn, replace_linears
 from ...loading.fourbit import own_products
 from ...loading.packing import BITS, pack
 from .twin import watched
@@ -50,10 +50,10 @@ def _version(parameter: nn.Parameter | None) -> int | None:
     return None if parameter is None or parameter.is_inference() else parameter._version
 
 
-class Copied(nn.Module):
+class Copied(StandIn):
     """A linear layer of a twin that runs on a copy of its weight, in another layout or packed into fewer bits.
 
-    The layer itself stays a part, with its parameters and hooks; while it has hooks it is called itself.
+    While the layer has hooks it is called itself.
 
     Args:
         layer: the twin's nn.Linear.
@@ -62,20 +62,9 @@ class Copied(nn.Module):
     """
 
     def __init__(self, layer: nn.Linear, make: Callable[[nn.Linear], nn.Module], from_rows: int = 1):
-        super().__init__()
-        self.layer, self.copy, self.from_rows = layer, make(layer), from_rows
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        super().__init__(layer)
+        self.copy, self.from_rows = make(layer), from_rows
         self.__dict__["origin"] = Origin(layer)
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """The layer's own weight [N, K]."""
-        return self.layer.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The layer's own bias [N]."""
-        return self.layer.bias
 
     def renew(self) -> None:
         """Copy the weights as they are now."""
