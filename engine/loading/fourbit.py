@@ -86,7 +86,7 @@ def own_products(model: nn.Module, kernels: str | None = None) -> int:
     Raises:
         ModelError: there is no such layer, or bitsandbytes has repacked its weights for this CPU.
     """
-    found = [(name, m) for name, m in model.named_modules() if type(m).__name__ in OWN]
+    found = [(name, m) for name, m in model.named_modules() if kind_of(m) in OWN]
     if not found:
         raise ModelError(
             'the model has no 4-bit or 8-bit layer of bitsandbytes; load it with quantization="nf4", "fp4" or "int8"'
@@ -96,14 +96,20 @@ def own_products(model: nn.Module, kernels: str | None = None) -> int:
         if reason:
             raise ModelError(f"{name}: {reason}")
     for name, layer in found:
-        model.set_submodule(name, OWN[type(layer).__name__](layer, kernels))
+        model.set_submodule(name, OWN[kind_of(layer)](layer, kernels))
     log.info("%d quantised layers read in place by our own product", len(found))
     return len(found)
 
 
+def kind_of(layer: nn.Module) -> str:
+    """The name of a class of bitsandbytes, empty for others: peft's wrappers around them have the same names."""
+    kind = type(layer)
+    return kind.__name__ if kind.__module__.partition(".")[0] == "bitsandbytes" else ""
+
+
 def _repacked(layer) -> str:
     """Why a layer's weights cannot be read where they lie, in words; empty if they can."""
-    if type(layer).__name__ == "Linear8bitLt":
+    if kind_of(layer) == "Linear8bitLt":
         known = layer.weight.dtype == torch.int8 and layer.weight.shape == (
             layer.out_features,
             layer.in_features,

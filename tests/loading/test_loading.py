@@ -180,6 +180,19 @@ def test_eight_bits_with_our_product_follow_the_weights_and_need_no_outliers(sav
     assert_nothing_leaked(engine)
 
 
+def test_an_adapter_on_quantised_layers_stays_on_with_our_product(saved):
+    """peft's wrappers have the names of bitsandbytes' own classes."""
+    peft = pytest.importorskip("peft")
+    engine = load(saved, quantization="int8-triton")
+    base = engine.prefill(PROMPTS).logits
+    config = peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(engine.model, config).eval()
+    want = Engine(adapted, layout="plain").prefill(PROMPTS).logits
+    assert (want - base).std() > 0.2 * want.std()
+    for have in (engine, Engine(adapted, layout="triton")):
+        assert (have.prefill(PROMPTS).logits - want).std() < 0.1 * want.std()
+
+
 def test_quantisation_in_a_chosen_dtype(saved):
     engine = load(saved, quantization="nf4", dtype="bfloat16")
     assert engine.model.model.layers[0].mlp.gate_proj.compute_dtype == torch.bfloat16
