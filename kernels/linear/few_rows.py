@@ -51,10 +51,9 @@ def few_rows_linear(
 
     columns = weights[0].shape[0] if gate else sum(w.shape[0] for w in weights)
     out = x.new_empty(len(x), columns) if out is None else out
+    x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
     if len(x):
-        few_rows_triton.launch(
-            x if x.stride(1) == 1 else x.contiguous(), weights, biases, scales, gate, scale, residual, out, config
-        )  # fmt: skip
+        few_rows_triton.launch(x, weights, biases, scales, gate, scale, residual, out, config)
     return out
 
 
@@ -104,12 +103,16 @@ def uncovered(x, weights, biases=(), scales=None):
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"activations of {x.dtype}"
     read = [(weight, x.dtype if scales is None else torch.int8) for weight in weights]
-    for tensor, dtype in (*read, *((bias, x.dtype) for bias in biases if bias is not None)):
+    vectors = [(bias, x.dtype) for bias in biases if bias is not None]
+    vectors += [] if scales is None else [(scales, torch.float32)]
+    for tensor, dtype in read + vectors:
         if tensor.dtype != dtype or tensor.device != x.device:
             return f"x is {x.dtype} on {x.device}, a weight {tensor.dtype} on {tensor.device}"
     for weight in weights:
         if weight.stride() != (weight.shape[1], 1):
             return f"a weight with strides {weight.stride()} (rows one after another are needed)"
+    if not all(vector.is_contiguous() for vector, _ in vectors):
+        return "a bias or scales with gaps between their numbers"
     if len(x) > MOST_ROWS:
         return f"{len(x)} rows (at most {MOST_ROWS})"
     return None

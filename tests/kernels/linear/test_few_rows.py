@@ -145,5 +145,14 @@ def test_empty_and_refused():
         few_rows_linear(x[:1].expand(17, 64), weights, kernels="triton")
     with pytest.raises(dispatch.KernelUnavailable, match="strides"):
         few_rows_linear(x, [random(5, 128)[:, ::2]], kernels="triton")
+    with pytest.raises(dispatch.KernelUnavailable, match="gaps"):
+        few_rows_linear(x, weights, [random(10)[::2]], kernels="triton")
+    with pytest.raises(dispatch.KernelUnavailable, match="gaps"):
+        few_rows_linear(x, narrow, scales=random(10)[::2], kernels="triton")
+    turned = random(5, 2).T
+    assert torch.equal(
+        few_rows_linear(x, weights, residual=turned, kernels="triton"),
+        few_rows_linear(x, weights, residual=turned.contiguous(), kernels="triton"),
+    )
     with pytest.raises(dispatch.KernelUnavailable, match="float64"):
         few_rows_linear(x.double(), [w.double() for w in weights], kernels="triton")
