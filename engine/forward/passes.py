@@ -179,9 +179,9 @@ class Pass:
         theirs = settings["_attn_implementation_internal"]
         if self.path == "attention":
             settings["_attn_implementation_internal"] = self._name
-        for table in self.rotary_tables:
-            table.aim(self._feed.reach(self.pool.block_size))
         try:
+            for table in self.rotary_tables:
+                table.aim(self._feed.reach(self.pool.block_size))
             yield
         finally:
             for table in self.rotary_tables:

@@ -9,6 +9,7 @@ from helpers import tiny_llama
 from recorded_graph import install
 
 from handloom import Engine, SamplingParams
+from handloom.forward.fused import rotary
 from handloom.forward.fused.rotary import LEAST, RotaryTable, read_call, read_rotary
 
 FAR = torch.tensor([[0, 1, 63, 64], [LEAST - 1, LEAST, 8191, 5000]])
@@ -157,6 +158,23 @@ def test_tables_grow_and_follow_the_module_where_they_lie():
     assert check()
     rope.attention_scaling = 1.5  # an attribute: everything is read again
     assert check()
+
+
+def test_a_table_without_memory_to_grow_leaves_the_model_as_it_was(monkeypatch):
+    engine = Engine(tiny_llama(), fuse=True)
+    want, (table,) = engine.prefill([[3, 4, 5]]).logits, engine.runner.rotary_tables
+    before = engine.runner.config._attn_implementation
+
+    def refuse(count):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_grow", refuse)
+        patch.setattr(rotary, "LEAST", 0)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.prefill([[6, 7, 8]])
+    assert (engine.runner.config._attn_implementation, table.positions) == (before, 0)
+    assert torch.equal(engine.prefill([[3, 4, 5]]).logits, want)
 
 
 def test_a_module_that_becomes_another_runs_plain(caplog):
