@@ -44,11 +44,15 @@ def cases(target):
     yield "noise", philox_triton.gumbel_kernel, noise_types, {"BLOCK": 1024, "num_warps": 4}
     about = {"native": target.startswith("sm"), "overlap": {"PDL": target in ("sm_90", "sm_100")}}
     common = builds_of(WIDTH, n_top=20, **about)
-    kinds = builds_of(WIDTH, special=(True, True, True, False), **about)
-    moments = builds_of(WIDTH, functions=(rules.eta_threshold,), special=(False, False, False, True), **about)
+    kinds = builds_of(WIDTH, special=(True, True, True, False, False), **about)
+    moments = builds_of(
+        WIDTH, functions=(rules.eta_threshold,), special=(False, False, False, True, False), **about
+    )
+    bends = builds_of(WIDTH, special=(False, False, False, False, True), **about)
     builds = {name: build for name, build in common.items() if name != "moment"}
     for kernel in ("moment", "row", "wide"):
         builds |= {f"{kernel} typical+top-h+xtc": kinds[kernel], f"{kernel} eta": moments[kernel]}
+        builds |= {} if kernel == "moment" else {f"{kernel} tail-free": bends[kernel]}
     for name, build in builds.items():
         for dtype in ("bf16", "fp32") if name == "group" else ("bf16",):
             yield f"{name} {dtype}", build.kernel, {"logits": f"*{dtype}", **ROW_TYPES}, build.named
@@ -81,6 +85,7 @@ def sharing():
         "typical, top-h, xtc": {"rules": (rules.typical(one), rules.top_h(one), rules.xtc(one, one))},
         "... with a temperature by the entropy": {"rules": three, "adaptive": torch.zeros(4, 1)},
         "eta, top-n-sigma": {"rules": (rules.eta(one), rules.top_n_sigma(one))},
+        "k, tail-free": {"rules": (rules.top_k(one), rules.tail_free(one))},
     }
     found = {}
     for name, setting in settings.items():

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError
-from ..kernels.sampling.rules import Rule
+from ..kernels.sampling.rules import TAIL_TOKENS, Rule
 from ..params.sampling_params import SamplingParams
 from .forms import Context, Edit, Keep, Processor, values_of
 from .processors.temperature import AdaptiveTemperature, Temperature
+from .processors.truncation import TailFree, TopK
 
 
 class Member:
@@ -176,6 +177,7 @@ def reasons(
     for i in range(ends, -1, -1):
         processor = processors[i]
         own = unfused_alone(processor, settings[i], device_type)
+        own = "" if is_short(i, processors, settings, on) else own
         if isinstance(processor, Keep) and not own and greedy and greedy[i] and not processor.keeps_argmax:
             own = "it may drop the most probable token of a greedy row, which the sampler takes"
         if not own and follower:
@@ -200,6 +202,29 @@ def reasons(
         memory = memory or (processor.name if isinstance(processor, Keep) and remembers(processor) else "")
         found[i], follower = own, follower or (processor.name if own else "")
     return found
+
+
+def is_short(
+    i: int,
+    processors: Sequence[Processor],
+    settings: Sequence[Sequence[dict]],
+    on: Sequence[Sequence[bool]] | None,
+) -> bool:
+    """Whether the i-th processor is tail-free sampling behind a top-k, rules alone between, of few tokens in each row.
+
+    Of so few the sampler takes second differences.
+    """
+    if type(processors[i]) is not TailFree:
+        return False
+    for j in range(i - 1, -1, -1):
+        if type(processors[j]) is TopK:
+            mine, its = (on[i], on[j]) if on else ([True] * len(settings[i]),) * 2
+            counts = dict(zip(itertools.compress(itertools.count(), its), settings[j], strict=False))
+            asked = [counts.get(row, {"top_k": 0})["top_k"] for row, there in enumerate(mine) if there]
+            return all(0 < count <= TAIL_TOKENS for count in asked)
+        if not isinstance(processors[j], Keep):
+            return False
+    return False
 
 
 def divides(processor: Processor) -> bool:

@@ -348,8 +348,8 @@ def row_kernel(
             if len(SPECIAL) > 0:
                 if (now >= XTC) & (now != HEAD):
                     kept, keys, weight, number, mass, top, too_short = take_special(
-                        now, value, entry(second, i), i == index, moments, y, keys, kept, weight, number, mass, top,
-                        slot, (keys_of, weights_of), found, SPECIAL, DEVICES, N,
+                        now, value, entry(second, i), i == index, moments, y, ids, keys, kept, weight, number, mass,
+                        top, vocab, slot, (keys_of, weights_of, ids_of), found, SPECIAL, DEVICES, N,
                     )  # fmt: skip
                     short = short | too_short
     if len(SPECIAL) > 0:

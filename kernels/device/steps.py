@@ -13,15 +13,16 @@ from .sums import FIXED_ONE, fixed
 from .tokens import key_value
 
 KEEP_COUNT, KEEP_MASS, KEEP_VALUE, CUT_TIES = (tl.constexpr(i) for i in range(4))
-XTC, TYPICAL, HEAD, TOP_H = (tl.constexpr(i) for i in range(4, 8))
+XTC, TYPICAL, HEAD, TOP_H, TAIL_FREE = (tl.constexpr(i) for i in range(4, 9))
 BY_FUNCTION = tl.constexpr(
-    8
+    9
 )  # kinds from here on: value rules with a device function, in the order of DEVICES
 NO_RULE = tl.constexpr(16)
 MASS_SHARE = tl.constexpr(1 - 2.0**-21)  # rules.MASS_SHARE
 ENTROPY_SHARE = tl.constexpr(1 + 2.0**-20)  # rules.ENTROPY_SHARE
 HEAD_TOKENS = tl.constexpr(100.0)  # rules.HEAD_TOKENS
 LIGHTEST = tl.constexpr(24.25)  # rules.LIGHTEST
+TAIL_TOKENS = tl.constexpr(256)  # rules.TAIL_TOKENS
 
 
 @triton.jit
@@ -78,6 +79,7 @@ def is_on(kind, parameter, second, vocab, tossed):
     on = parameter > 0
     on = tl.where((kind == KEEP_COUNT) | (kind == CUT_TIES), on & (parameter < vocab), on)
     on = tl.where((kind == KEEP_MASS) | (kind == TYPICAL), parameter < 1, on)
+    on = tl.where(kind == TAIL_FREE, (parameter < 1) & (vocab > 2), on)
     on = tl.where(kind == XTC, tossed < second, on)
     on = tl.where(kind == HEAD, on & (second > 0), on)
     return tl.where(kind == TOP_H, on & ((second > 0) | (parameter < 1)), on)

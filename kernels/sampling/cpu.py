@@ -13,7 +13,7 @@ import torch
 
 from ..noise import philox
 from .draw import FEW, NO_TOKEN, NONE_KEPT, coin, draw_ragged, draw_wide
-from .keep_cpu import KEEPS, keep_exactly
+from .keep_cpu import KEEPS, keep_exactly, keep_tail_free
 from .reference import apply_edits, temperatures
 from .rules import FLOAT_MAX, MASS_SHARE, Drawn, Statistics, unknown_statistic, with_top
 
@@ -130,6 +130,7 @@ class _Row:
             if not 0 < parameter < len(self.full):
                 return
             self._count(math.ceil(parameter))
+        second = len(self.full) if keep is keep_tail_free else second
         kept = keep(self.values, self.top, parameter, second, coin)
         if kept is None or kept.all():
             return

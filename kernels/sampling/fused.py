@@ -45,10 +45,11 @@ KINDS = {  # the steps of each kind of rule, numbered as in `device.steps`
     "xtc": (4,),
     "typical": (5,),
     "top_h": (6, 7),
+    "tail_free": (8,),
 }
 PLANES = triton_groups.PLANES.value
 CHOSEN, FULL = 1, 2  # reports
-BY_FUNCTION = 8  # value rules by other functions than min-p's
+BY_FUNCTION = 9  # value rules by other functions than min-p's
 
 
 def program_of(rules):
@@ -175,9 +176,11 @@ class Plan:
 
 
 def special_of(rules, functions):
-    """What the kernel for rules of any kind needs: (ceilings?, ranks by distance?, sums of entropy?, all moments?)."""
+    """What the kernel for rules of any kind needs: (ceilings?, ranks by distance?, sums of entropy?, all moments?,
+    second differences?)."""
     kinds = {rule.kind for rule in rules}
-    return bool(kinds & {"xtc", "typical"}), "typical" in kinds, "top_h" in kinds, bool(functions)
+    named = [kind in kinds for kind in ("typical", "top_h", "tail_free")]
+    return bool(kinds & {"xtc", "typical"}), *named[:2], bool(functions), named[2]
 
 
 def wants_of(rules, report, n_top):
@@ -305,7 +308,7 @@ def launches(call, plan, tokens):
     if plan.n_top:  # before the buffers hold what later launches are left
         own = plan.active, plan.lists, plan.top_ids, plan.top_logprobs, plan.n_top
         found.append(("top", (plan.rows,), (*head[:4], *head[5:8], *own)))
-    if any(plan.special[1:]):
+    if any(plan.special[1:4]):
         sums = *head[:-1], plan.parts, plan.totals
         found.append(("moment", sweep, (*sums, *row)))
     found.append(("row", (plan.rows,), (*head, *lists, *bins, *frame, plan.totals, *results, *row)))
@@ -324,7 +327,7 @@ class Build(NamedTuple):
 
 
 def builds_of(
-    width, points=(), functions=(), special=(False,) * 4, n_top=0, *, native=True, overlap=(), early=()
+    width, points=(), functions=(), special=(False,) * 5, n_top=0, *, native=True, overlap=(), early=()
 ):
     """Every kernel as it is launched, by name, {str: Build}.
 

@@ -1,6 +1,7 @@
 """Truncation rules on one NumPy row that keep something else than all tokens from a threshold up.
 
-Each takes (candidates' logits float32 [N], their maximum, parameter, second parameter, coin) and returns which
+Each takes (candidates' logits float32 [N], their maximum, parameter, second parameter, coin; for tail-free, V as the
+second) and returns which
 to keep, bool [N], or None where the rule is off. Candidates are in order of id. The torch forms in
 `sample_reference` define the results.
 """
@@ -9,7 +10,7 @@ import math
 
 import numpy as np
 
-from .rules import ENTROPY_SHARE, HEAD_TOKENS, LIGHTEST, MASS_SHARE
+from .rules import ENTROPY_SHARE, HEAD_TOKENS, LIGHTEST, MASS_SHARE, TAIL_TOKENS
 
 FIRST_PREFIX = 1024  # tokens sorted first; eight times as many when they do not reach the limit
 
@@ -74,6 +75,18 @@ def keep_top_h(values, top, alpha, head, coin):
     return values >= values[order[last - 1]]
 
 
+def keep_tail_free(values, top, z, vocab, coin):
+    """The sorted tokens up to where their weights have bent by z of the whole; those that are no candidates weigh 0."""
+    if not z < 1 or vocab < 3:
+        return None
+    least = np.partition(values, -TAIL_TOKENS)[-TAIL_TOKENS] if len(values) > TAIL_TOKENS else -np.inf
+    ordered = np.sort(values[values >= least])[::-1]
+    weights = np.exp((ordered - top).astype(np.float64))
+    bent = np.abs(np.diff(np.pad(weights, (0, min(2, vocab - len(ordered)))), 2)).cumsum()
+    within = np.count_nonzero(bent <= float(z) * ENTROPY_SHARE * bent[-1])
+    return values >= ordered[min(within, len(ordered) - 1)]
+
+
 def prefixes(rank, size=FIRST_PREFIX):
     """Yield the indices of the largest ranks in descending order, more of them each time, all at last."""
     while size < len(rank):
@@ -88,4 +101,5 @@ KEEPS = {
     "xtc": keep_xtc,
     "typical": keep_typical,
     "top_h": keep_top_h,
+    "tail_free": keep_tail_free,
 }

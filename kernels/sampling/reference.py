@@ -10,6 +10,7 @@ from .rules import (
     HEAD_TOKENS,
     LIGHTEST,
     MASS_SHARE,
+    TAIL_TOKENS,
     Drawn,
     Replaced,
     Statistics,
@@ -207,11 +208,29 @@ def _keep_top_h(x, rule, key):
     return (x >= ordered.gather(1, last)) | ~on
 
 
+def tail_free_threshold(x, z):
+    """The lowest logit [B, 1] that tail-free sampling by z [B, 1] keeps of rows [B, V]."""
+    ordered = x.sort(dim=1, descending=True).values
+    if x.shape[1] < 3:
+        return ordered[:, -1:]
+    curvature = (ordered - ordered[:, :1]).double().exp().diff(n=2, dim=1).abs()
+    limit = z.double() * ENTROPY_SHARE * curvature.sum(dim=1, keepdim=True)
+    return ordered.gather(1, (curvature.cumsum(dim=1) <= limit).sum(dim=1, keepdim=True))
+
+
+def _keep_tail_free(x, rule, key):
+    """The sorted tokens up to where their weights have bent by a share of the whole."""
+    seen = x.topk(min(TAIL_TOKENS, x.shape[1]), dim=1).values[:, -1:]
+    kept = x >= tail_free_threshold(torch.where(x >= seen, x, -torch.inf), rule.parameter[:, None])
+    return (kept & (x >= seen)) | (rule.parameter >= 1)[:, None] | (x.shape[1] < 3)
+
+
 KEEPS = {
     "exact_count": _keep_exactly,
     "xtc": _keep_xtc,
     "typical": _keep_typical,
     "top_h": _keep_top_h,
+    "tail_free": _keep_tail_free,
 }
 
 

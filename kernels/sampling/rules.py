@@ -5,7 +5,8 @@ A truncation rule keeps the tokens of a row whose logit is at or above a thresho
 * by a mass: keep the smallest set of largest tokens with at least the share p of what the rules before left,
   ties at the boundary kept;
 * directly, as a function of row statistics over the tokens that the rules before left;
-* by entropy: the longest prefix of the sorted tokens whose entropy stays within a share of the whole's.
+* by entropy: the longest prefix of the sorted tokens whose entropy stays within a share of the whole's;
+* by curvature: the sorted tokens up to where the second differences of their weights pass a share of the whole's.
 Two rules may drop the largest tokens: "xtc", and "typical", which ranks by distance from the mean logit. All
 others keep a row's largest token. Rules act in the order given.
 
@@ -29,6 +30,7 @@ MASS_SHARE = (
 )  # a mass limit counts as reached this close to it: float32 cannot tell .3 + .5 from .8
 ENTROPY_SHARE = 1 + 2.0**-20  # an entropy limit counts as kept this close to it
 HEAD_TOKENS = 100  # tokens that the "code" form of top-H looks at
+TAIL_TOKENS = 256  # tokens that tail-free sampling looks at, and ties of the last one
 LIGHTEST = 24.25  # top-H leaves out tokens this far below the maximum: 2**-35 of its weight
 TIES = {"keep": "count", "lowest": "exact_count"}  # what becomes of ties at the k-th -> kind of rule
 
@@ -129,9 +131,9 @@ class Rule(NamedTuple):
     """A truncation rule with one parameter a row.
 
     Args:
-        kind: "count", "exact_count", "mass", "value", "xtc", "typical" or "top_h".
-        parameter: float32 [B]; off is k <= 0 or k >= V for a count (2.5 is 3), p >= 1 for a mass and for typical; <= 0
-            for a value rule and top_h; NaN, in `second` too, keeps nothing.
+        kind: "count", "exact_count", "mass", "value", "xtc", "typical", "top_h" or "tail_free".
+        parameter: float32 [B]; off is k <= 0 or k >= V for a count (2.5 is 3), p >= 1 for a mass, typical and
+            tail_free; <= 0 for a value rule and top_h; NaN, in `second` too, keeps nothing.
         threshold: value rules: (Statistics of [B] tensors, parameter [B]) -> logits threshold float32 [B]; NaN keeps
             nothing.
         device: value rules: the same in Triton, a @triton.jit function (maximum, log_mass, entropy,
@@ -306,6 +308,16 @@ def top_h(alpha, code=None):
     """
     code = torch.zeros_like(alpha) if code is None else code
     return Rule("top_h", alpha.to(torch.float32), second=code.to(torch.float32))
+
+
+def tail_free(z):
+    """Keep the sorted tokens while the |second differences| of their weights sum to at most z of the whole sum; z [B],
+    >= 1 is off (Bricken 2019).
+
+    Of what the rules before left it looks at the TAIL_TOKENS most likely and the ties of the last one, and keeps no
+    others: behind a count of at most so many, these are all.
+    """
+    return Rule("tail_free", z.to(torch.float32))
 
 
 def min_p(p):

@@ -41,6 +41,7 @@ SENSELESS = {
     "exact count": (rules.top_k(NAN, ties="lowest"),),
     "value": (rules.min_p(NAN),),
     "typical": (rules.typical(NAN),),
+    "tail-free": (rules.top_k(ONES * 40), rules.tail_free(NAN)),
     "xtc": (rules.xtc(ONES / 9, NAN * 0),),
     "top-h, later": (rules.top_k(ONES * 40), rules.top_h(ONES / 2, NAN)),
 }

@@ -28,6 +28,7 @@ from handloom.kernels.sampling.rules import (
     eta,
     min_p,
     pack_mask,
+    tail_free,
     top_h,
     top_k,
     top_n_sigma,
@@ -127,11 +128,12 @@ def test_a_short_nucleus_needs_no_further_launch():
     [
         (top_k, 50, typical, 0.9, top_h, 0.9, top_p, 0.8),
         (typical, 0.5, min_p, 0.2),
+        (top_k, 100, tail_free, 0.97),
         (top_n_sigma, 4.0, eta, 1e-3),
     ],
 )
 def test_rules_by_entropy_distance_and_moments_are_read_off_the_order(rules):
-    """No search, and XTC behind each of them: 160 groups, so that a bound leaves a short list."""
+    """No search, and XTC behind each of them (and curvature): 160 groups, so that a bound leaves a short list."""
     logits = -1.8 * torch.log(torch.randperm(20_480, generator=generator(6)) + 1.0)[None]
     made = [make(torch.tensor([float(value)])) for make, value in zip(rules[::2], rules[1::2], strict=True)]
     call = Call(logits, **key(1), rules=(*made, xtc(torch.tensor([0.05]), torch.ones(1))), logprobs=True)

@@ -25,6 +25,7 @@ from handloom.pipeline.processors import (
     Mirostat,
     RepetitionPenalty,
     Smoothing,
+    TailFree,
     Temperature,
     TopK,
     TopNSigma,
@@ -412,6 +413,12 @@ def test_explain_says_where_each_member_runs_and_why():
     lines = explained(Pipeline([Temperature(0.7), TopK(5), XTC(0.5, 0.1, xtc_guard=(3,))]))
     assert "xtc_guard spares tokens" in lines["xtc"]
     assert "torch (runs before xtc, which the sampler cannot follow)" in lines["top_k"]
+    short = SamplingParams(temperature=0.7, top_k=256, top_p=0.9, tfs=0.9)
+    assert all("fused sampler" in line for line in explained(Pipeline.default(), short).values())
+    for long in (short.replace(top_k=257), short.replace(top_k=0), short.replace(profile="textgen", top_k=0)):
+        assert "torch (its threshold needs" in explained(Pipeline.default(), long)["tfs"]
+    for late in ((TailFree(0.9), TopK(5)), (TopK(5), BannedTokens([1]), TailFree(0.9))):
+        assert "torch (its threshold needs" in explained(quiet(*late))["tfs"]
     lines = explained(Pipeline.default(), SamplingParams(temperature=0.7, typical_p=0.9, profile="llamacpp"))
     assert "runs before temperature, and the sampler truncates last" in lines["typical"]
     lines = explained(Pipeline.default(), SamplingParams(typical_p=0.9, profile="llamacpp"))
@@ -452,6 +459,22 @@ def test_a_temperature_with_an_edit_of_its_own_runs_in_torch():
     rows, x, ctx = pipeline.bind([None] * 4, [[]] * 4, vocab_size=VOCAB), noise(4), context(4)
     assert rows.sample(x, ctx).tokens.tolist() == unfused(rows, x, ctx)[0].tolist()
     assert torch.equal(rows.apply(x, ctx).amax(-1), x.amax(-1) / 0.25)
+
+
+def test_tail_free_sampling_is_fused_where_each_of_its_rows_has_a_short_top_k():
+    """The rows that it is on for count, and no others; the tokens are those of every rule by itself."""
+    free = SamplingParams(temperature=1.2, tfs=0.8)
+    short, long, plain = free.replace(top_k=20), free.replace(top_k=257), free.replace(tfs=1.0, top_k=280)
+    for others, fused in (
+        ((plain, plain.replace(top_k=0)), True),
+        ((plain, free), False),
+        ((plain, long), False),
+    ):
+        params = short, *others, short.replace(top_k=3)
+        rows, x, ctx = bind(params), noise(4), context(4)
+        names = {rows.members[i].processor.name for i in rows.plan().unfused}
+        assert ("tfs" in names) is not fused
+        assert rows.sample(x, ctx).tokens.tolist() == unfused(rows, x, ctx)[0].tolist()
 
 
 def test_explain_of_a_whole_pipeline_judges_each_member_alone():

@@ -237,6 +237,7 @@ CHAINS = [
     {"epsilon_cutoff": 0.01, "eta_cutoff": 0.05, "top_a": 0.1},
     {"p_less": True, "top_k": 20},
     {"p_less": "norm", "tfs": 0.9},
+    {"top_k": 30, "top_p": 0.95, "tfs": 0.9},
     {"mirostat": 2, "mirostat_tau": 3.0},
     {"smoothing_factor": 0.3, "min_p": 0.05},
 ]

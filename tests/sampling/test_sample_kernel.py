@@ -69,6 +69,8 @@ def test_reference_keeps_what_the_oracle_keeps(name):
         (lambda: rules.top_h(values(1, 0.5)), [0.5, 0.25, 0.15, 0.1], [1, 0, 0, 0]),  # H 1.208, 0, .637
         (lambda: rules.top_h(values(1, 0.6)), [0.5, 0.25, 0.125, 0.125], [1, 1, 0, 0]),  # 1.213, .637, .956
         (lambda: rules.top_h(values(1, 0.8)), [0.5, 0.25, 0.125, 0.125], [1, 1, 1, 1]),  # a tie comes along
+        (lambda: rules.tail_free(values(1, 0.4)), [0.1, 0.3, 0.1, 0.5], [0, 1, 0, 1]),  # 0, .2, .1, .1 of .4
+        (lambda: rules.tail_free(values(1, 0.5)), [0.6, 0.2, 0.1, 0.05, 0.05], [1, 0, 0, 0, 0]),  # .3 of .5
         (lambda: rules.top_h(values(1, 0.5), values(1, 1)), [0.25, 0.5, 0.125, 0.125], [0, 1, 0, 0]),
         (lambda: rules.top_h(values(1, 0.6), values(1, 1)), [0.25, 0.5, 0.125, 0.125], [1, 1, 0, 0]),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...cache.transfer import upload
 from ...kernels.noise.philox import log_reference
 from ...kernels.sampling import rules
+from ...kernels.sampling.reference import tail_free_threshold
 from ...kernels.sampling.rules import Rule, Statistics
 from ..forms import Context, Keep
 
@@ -130,14 +131,12 @@ class TailFree(Keep):
     def on(self, settings: dict[str, Any]) -> bool:
         return settings["tfs"] < 1.0
 
+    def rule(self, context: Context) -> Rule:
+        z, on = context.values.tfs, context.values.rows_on
+        return rules.tail_free((z if on is None else torch.where(on, z, 1.0))[:, 0])
+
     def threshold(self, logits: Tensor, context: Context) -> Tensor:
-        ordered = logits.sort(dim=-1, descending=True).values
-        if ordered.shape[-1] < 3:
-            return ordered[:, -1:]
-        curvature = ordered.softmax(-1).diff(dim=-1).diff(dim=-1).abs()
-        share = (curvature / curvature.sum(-1, keepdim=True).clamp(min=1e-30)).cumsum(-1)
-        kept = 1 + (share <= context.values.tfs).sum(-1, keepdim=True)
-        return ordered.gather(-1, kept - 1)
+        return tail_free_threshold(logits, context.values.tfs)
 
 
 class TopNSigma(Keep):

@@ -15,6 +15,7 @@ from ..steps import (
     LIGHTEST,
     MASS_SHARE,
     NO_RULE,
+    TAIL_FREE,
     TOP_H,
     TYPICAL,
     XTC,
@@ -145,14 +146,33 @@ def keep_top_h(y, keys, kept, weight, number, mass, alpha, head, statistics, top
 
 
 @triton.jit
-def take_special(now, value, second, at_first, whole, y, keys, kept, weight, number, mass, top, slot, lists, found,
-                 SPECIAL: tl.constexpr, DEVICES: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """One rule by entropy, distance or moments: (kept, keys, weight, number, mass, top, whether the list is too short).
+def keep_tail_free(ids, keys, kept, weight, number, z, vocab, slot, lists, found, N: tl.constexpr):
+    """The kept tokens up to the place where the second differences of their sorted weights sum to more than z."""
+    tl.store(lists[2] + slot, ids)
+    tl.debug_barrier()
+    place = number + ties_before(keys, ids, lists[0], lists[2], found, N)
+    tl.debug_barrier()  # others may still read the weights
+    tl.store(lists[1] + place, tl.where(kept, weight, 0), mask=slot < found)
+    tl.debug_barrier()
+    own = tl.load(lists[1] + slot, mask=slot < found, other=0)
+    following = tl.load(lists[1] + slot + 1, mask=slot + 1 < found, other=0)
+    third = tl.load(lists[1] + slot + 2, mask=slot + 2 < found, other=0)
+    curvature = tl.where(slot < vocab - 2, tl.abs((own - following) - (following - third)), 0)
+    limit = z.to(tl.float64) * ENTROPY_SHARE * tl.sum(curvature, axis=0).to(tl.float64)
+    within = (tl.cumsum(curvature, axis=0).to(tl.float64) <= limit) & (slot < vocab - 2)
+    return kept & (number <= tl.sum(within.to(tl.int32), axis=0))
+
+
+@triton.jit
+def take_special(now, value, second, at_first, whole, y, ids, keys, kept, weight, number, mass, top, vocab, slot, lists,
+                 found, SPECIAL: tl.constexpr, DEVICES: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """One rule by entropy, distance, moments or curvature: (kept, keys, weight, number, mass, top, whether the list is
+    too short).
 
     whole: moments of the row, for the first rule. SPECIAL: see `search`, from its third member on.
     """
     statistics, short = whole, now < 0
-    if (at_first == 0) & ((now != TOP_H) | (second <= 0)):
+    if (at_first == 0) & (now != TAIL_FREE) & ((now != TOP_H) | (second <= 0)):
         statistics = moments_of(y, kept, weight, top, SPECIAL[3])
     highest = top
     if (now == XTC) | ((now >= BY_FUNCTION) & (now != NO_RULE)):
@@ -171,6 +191,9 @@ def take_special(now, value, second, at_first, whole, y, keys, kept, weight, num
             kept, short = keep_top_h(y, keys, kept, weight, number, mass, value, second, statistics, top, slot,
                                      lists, found, N)  # fmt: skip
             short = short & at_first & (second <= 0)
+    if SPECIAL[4]:
+        if now == TAIL_FREE:
+            kept = keep_tail_free(ids, keys, kept, weight, number, value, vocab, slot, lists, found, N)
     if SPECIAL[0]:
         if highest < top:  # the order begins at another token
             top = highest

@@ -19,6 +19,8 @@ from ..steps import (
     KEEP_VALUE,
     LIGHTEST,
     MASS_SHARE,
+    TAIL_FREE,
+    TAIL_TOKENS,
     TOP_H,
     TYPICAL,
     XTC,
@@ -125,6 +127,49 @@ def extent(rank, by_distance, centre, state, table, POINTS: tl.constexpr, SPECIA
 
 
 @triton.jit
+def run_below(key, place, state, table, POINTS: tl.constexpr):
+    """(highest key that is left below a key, how many tokens are at it, the weight of one); 0 of them from place
+    TAIL_TOKENS on."""
+    best = tl.full((STEP * GROUP,), -LAST, tl.int32)
+    many = best * 0
+    end = tl.where(place < TAIL_TOKENS, table[1], 0)
+    for start in range(0, end, STEP):
+        y, ids = entries(start, table, POINTS)
+        own = ordered_key(y)
+        own = tl.where(is_left(y, ids, state) & (own < key), own, -LAST)
+        many = tl.where(own > best, 1, many + (own == best).to(tl.int32))
+        best = tl.maximum(best, own)
+    found = tl.max(best, axis=0)
+    number = tl.where(found > -LAST, tl.sum(tl.where(best == found, many, 0), axis=0), 0)
+    return found, number, tl.where(number > 0, fixed(tl.exp(key_value(found) - state[3])), 0)
+
+
+@triton.jit
+def tail_free(z, state, table, POINTS: tl.constexpr):
+    """Key of the last token that tail-free sampling keeps: run by run of equal ones, inside of which nothing bends."""
+    limit, key = z.to(tl.float64), state[2]
+    ends = table[2][2] - 2  # the last two tokens of a vocabulary have no second difference
+    for turn in range(2):  # the whole sum, then where its share is passed
+        total, going = tl.full((), 0, tl.int64), turn >= 0
+        key, many, own = run_below(state[2] * 0 + LAST, state[2] * 0, state, table, POINTS)
+        place = many
+        following, others, weight = run_below(key, place, state, table, POINTS)
+        while going:
+            third, more, light = run_below(following, place + others, state, table, POINTS)
+            total += tl.where((many > 1) & (place - 2 < ends), tl.abs(own - weight), 0)
+            bend = (own - weight) - (weight - tl.where(others > 1, weight, light))
+            total += tl.where(place - 1 < ends, tl.abs(bend), 0)
+            passed = (turn > 0) & ((total.to(tl.float64) > limit) | (place > ends))
+            going = (others > 0) & (passed == 0)
+            if going:
+                key, many, own = following, others, weight
+                following, others, weight = third, more, light
+                place += many
+        limit = tl.where(turn == 0, limit * ENTROPY_SHARE * total.to(tl.float64), limit)
+    return key
+
+
+@triton.jit
 def search(low, high, target, asked, share, by, centre, form, base, state, lump, table,
            POINTS: tl.constexpr, SPECIAL: tl.constexpr):  # fmt: skip
     """(the lowest key, or id, in [low, high] with less than `target` above it, that amount, its -weight * shift).
@@ -192,7 +237,7 @@ def settle(row_steps, steps, whole, statistics, top, base, lump, span, table,
                 near, by_entropy = kind == TYPICAL, kind == TOP_H
                 partial = by_entropy & (entry(seconds, i) > 0)
                 below = tl.where(partial, tl.maximum(edge, head), edge)
-                if (kind >= XTC) & (kind != HEAD) & (taken > 0):
+                if (kind >= XTC) & (kind != HEAD) & (kind != TAIL_FREE) & (taken > 0):
                     statistics = sums_left(below, state, table, POINTS, SPECIAL[3])
             if direct:
                 if len(SPECIAL) > 0:
@@ -221,6 +266,10 @@ def settle(row_steps, steps, whole, statistics, top, base, lump, span, table,
                     low = tl.where(by_entropy, tl.maximum(below, ordered_key(top - LIGHTEST)), low)
                     most = value.to(tl.float64) * ENTROPY_SHARE * spread(mass, dot, form).to(tl.float64)
                     target = tl.where(by_entropy, most, target)
+                    if SPECIAL[4]:
+                        if kind == TAIL_FREE:  # nothing is left to search
+                            low = tail_free(value, state, table, POINTS).to(tl.int64)
+                            high = low
                 key, above, dots = search(low, high, target, by_mass & (taken > 0), share,
                                           (by_id, by_mass | near | by_entropy, near, by_entropy), centre, form, base,
                                           state, lump, table, POINTS, SPECIAL)  # fmt: skip

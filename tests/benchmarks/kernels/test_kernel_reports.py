@@ -41,21 +41,23 @@ def test_what_is_compiled_is_what_is_launched():
     )  # the interpreter takes no instructions of NVIDIA's either
     compiled = {name: (kernel, named) for name, kernel, _, named in cases(target)}
     one, x = torch.ones(1), torch.zeros(1, 151936, dtype=torch.bfloat16)
+    bent = (rules.top_k(one), rules.tail_free(one))
     every = (rules.typical(one), rules.top_h(one), rules.xtc(one, one))
     common = (rules.top_k(one), rules.top_p(one), rules.min_p(one), rules.top_k(one, ties="lowest"))
     for chosen, special in (
         (common, None),
         (every, "typical+top-h+xtc"),
         ((rules.eta(one),), "eta"),
+        (bent, "tail-free"),
     ):
         built = fused.Plan(x, rules=chosen, logprobs=True, n_top=20).builds(x.device)
         for name in ("group", "bin", "top"):
             assert compiled[f"{name} bf16"] == tuple(built[name]), name
-        for name in ("row", "wide", "moment") if special else ("row", "wide"):
+        for name in ("row", "wide", "moment")[: 2 if special in (None, "tail-free") else 3]:
             assert compiled[f"{name} {special} bf16" if special else f"{name} bf16"] == tuple(built[name]), (
                 name
             )
-    kinds = {rule.kind for rule in (*every, *common)}
+    kinds = {rule.kind for rule in (*every, *common, *bent)}
     assert kinds == set(fused.KINDS)
 
 
@@ -126,12 +128,14 @@ def test_instructions_a_logit(compiled):
 
 def test_barriers_of_a_row(compiled):
     """The second launch, triton 3.9 / 3.6: 35 / 41 at most on a row's path with three rules; 55 / 77 before, at first
-    287. Rules by entropy and distance 96 / 115 (109 / 143 before), by moments 54 / 67 (67 / 95)."""
+    287. Rules by entropy and distance 96 / 115 (109 / 143 before), by moments 54 / 67 (67 / 95), tail-free
+    sampling 84 / 102."""
     figures = {name: build for name, build in compiled[0].items() if name.startswith("row ")}
     assert figures["row bf16"]["path"] <= 50
     assert figures["row bf16"]["registers"] <= 128
     assert figures["row typical+top-h+xtc bf16"]["path"] <= 120
     assert figures["row eta bf16"]["path"] <= 80
+    assert figures["row tail-free bf16"]["path"] <= 120
     assert all(build["spills"] == 0 for build in figures.values())
 
 

@@ -60,9 +60,13 @@ def rule_sets(g, batch, vocab):
     xtc = rules.xtc(choices(g, batch, 0.02, 0.1), choices(g, batch, 0, 0.5, 1))
     yield "xtc, exact k, p", (xtc, exact, p)
     top_h = rules.top_h(choices(g, batch, 0, 0.3, 0.8, 1), choices(g, batch, 0, 1))
-    yield "k, typical, top-h, xtc", (k, rules.typical(choices(g, batch, 0.1, 0.5, 0.95, 1)), top_h, xtc)
+    bent = rules.tail_free(choices(g, batch, 0.5, 0.97, 1))
+    yield (
+        "k, typical, tail-free, top-h, xtc",
+        (k, rules.typical(choices(g, batch, 0.5, 0.95, 1)), bent, top_h, xtc),
+    )
     yield "typical", (rules.typical(choices(g, batch, 0.1, 0.5, 0.95)),)
-    yield "top-h, exact k", (top_h, exact)
+    yield "exact k, tail-free, top-h", (exact, bent, top_h)
 
 
 @contextlib.contextmanager
