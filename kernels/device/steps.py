@@ -13,10 +13,11 @@ from .sums import FIXED_ONE, fixed
 from .tokens import key_value
 
 KEEP_COUNT, KEEP_MASS, KEEP_VALUE, CUT_TIES = (tl.constexpr(i) for i in range(4))
-XTC, TYPICAL, HEAD, TOP_H, TAIL_FREE = (tl.constexpr(i) for i in range(4, 9))
+XTC, TYPICAL, HEAD, TOP_H = (tl.constexpr(i) for i in range(4, 8))
 BY_FUNCTION = tl.constexpr(
-    9
+    8
 )  # kinds from here on: value rules with a device function, in the order of DEVICES
+TAIL_FREE = tl.constexpr(15)
 NO_RULE = tl.constexpr(16)
 MASS_SHARE = tl.constexpr(1 - 2.0**-21)  # rules.MASS_SHARE
 ENTROPY_SHARE = tl.constexpr(1 + 2.0**-20)  # rules.ENTROPY_SHARE
@@ -78,8 +79,7 @@ def is_on(kind, parameter, second, vocab, tossed):
     """Whether a step acts on a row; `tossed` is the row's coin."""
     on = parameter > 0
     on = tl.where((kind == KEEP_COUNT) | (kind == CUT_TIES), on & (parameter < vocab), on)
-    on = tl.where((kind == KEEP_MASS) | (kind == TYPICAL), parameter < 1, on)
-    on = tl.where(kind == TAIL_FREE, (parameter < 1) & (vocab > 2), on)
+    on = tl.where((kind == KEEP_MASS) | (kind == TYPICAL) | (kind == TAIL_FREE), parameter < 1, on)
     on = tl.where(kind == XTC, tossed < second, on)
     on = tl.where(kind == HEAD, on & (second > 0), on)
     return tl.where(kind == TOP_H, on & ((second > 0) | (parameter < 1)), on)
@@ -140,4 +140,4 @@ def one_token(key, top):
 @triton.jit
 def asks_moments(kind):
     """Whether a step that comes first asks for sums over the whole row that no group statistic has."""
-    return (kind == TYPICAL) | (kind == TOP_H) | ((kind >= BY_FUNCTION) & (kind != NO_RULE))
+    return (kind == TYPICAL) | (kind == TOP_H) | ((kind >= BY_FUNCTION) & (kind < TAIL_FREE))

@@ -45,11 +45,11 @@ KINDS = {  # the steps of each kind of rule, numbered as in `device.steps`
     "xtc": (4,),
     "typical": (5,),
     "top_h": (6, 7),
-    "tail_free": (8,),
+    "tail_free": (15,),
 }
 PLANES = triton_groups.PLANES.value
 CHOSEN, FULL = 1, 2  # reports
-BY_FUNCTION = 9  # value rules by other functions than min-p's
+BY_FUNCTION = 8  # value rules by other functions than min-p's
 
 
 def program_of(rules):
@@ -64,8 +64,11 @@ def program_of(rules):
             functions += [] if function in functions else [function]
             kinds = (BY_FUNCTION + functions.index(function),)
         steps += [(kind, place, other) for kind in kinds]
-    if len(steps) > MOST_STEPS:
-        raise ValueError(f"{len(steps)} truncation steps: the kernels take at most {MOST_STEPS}")
+    if len(steps) > MOST_STEPS or len(functions) > KINDS["tail_free"][0] - BY_FUNCTION:
+        raise ValueError(
+            f"{len(steps)} truncation steps, with {len(functions)} functions of statistics: the kernels take "
+            f"at most {MOST_STEPS}, with {KINDS['tail_free'][0] - BY_FUNCTION}"
+        )
     words = [sum(part << 4 * (i % 7) for i, part in enumerate(column[half : half + 7]))
              for column in (zip(*steps, strict=True) if steps else ((), (), ()))
              for half in (0, 7)]  # fmt: skip

@@ -142,6 +142,24 @@ def test_rules_by_entropy_distance_and_moments_are_read_off_the_order(rules):
     assert plan.counters[0, 1].item() == DONE.value
 
 
+@pytest.mark.parametrize(("short", "longest"), [(256, 8192), (16, 128), (16, 32)])
+def test_tail_free_sampling_takes_ties_alike_in_and_beyond_the_lists(monkeypatch, short, longest):
+    """Many equal logits: places in the list are by id, and wide rows go from run to run."""
+    monkeypatch.setattr(fused, "LIST", short)
+    monkeypatch.setattr(fused, "WIDE_LIST", longest)
+    logits = (logits_of(6, 250) * 2).round()
+    counts, shares = torch.tensor([3.0, 20, 60, 200, 60, 0]), torch.tensor([0.9, 0.5, 0.8, 0.97, 0.6, 0.7])
+    for ties in ("keep", "lowest"):
+        first = xtc(torch.full((6,), 0.02), torch.tensor([0.0, 1, 1, 1, 0, 0]))
+        call = Call(logits, **key(6), rules=(first, top_k(counts, ties), tail_free(shares)), logprobs=True)
+        expected = sample_reference(call)
+        assert (expected.kept < (logits >= 0).sum(1)).any()
+        plan = Plan.of(call)
+        assert not differences(expected, sample_fused(call, plan=plan))
+        assert (plan.counters[:, 1] == DONE.value).all() == (short == 256)
+        assert not differences(expected, sample_cpu(call))
+
+
 def test_adaptive_temperatures_have_the_same_bits_on_every_path():
     """Dynamic, by theta, none, and greedy; behind edits and a mask; against float64."""
     x, one = logits_of(4, 300) * torch.tensor([0.5, 6.0, 3.0, 3.0])[:, None], torch.ones(4)

@@ -12,6 +12,7 @@ from ..steps import (
     KEEP_MASS,
     KEEP_VALUE,
     NO_RULE,
+    TAIL_FREE,
     TOP_H,
     TYPICAL,
     XTC,
@@ -67,7 +68,8 @@ def lowest_logit(tops, shares, peak, inside, first, parameter, temperature, gree
         reach = (top - min_p_limit(top, parameter)) * temperature
     elif (first >= BY_FUNCTION) & (first != NO_RULE):
         top = scaled(peak, temperature)
-        reach = (top - value_limit(first, sums, top, parameter, DEVICES)) * temperature
+        limit = tl.where(first == TAIL_FREE, -float("inf"), value_limit(first, sums, top, parameter, DEVICES))
+        reach = (top - limit) * temperature
     elif (
         (first == KEEP_COUNT) | (first == HEAD) | (first == TOP_H)
     ):  # where top-H ends is found out by looking

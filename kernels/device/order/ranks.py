@@ -14,7 +14,6 @@ from ..steps import (
     HEAD_TOKENS,
     LIGHTEST,
     MASS_SHARE,
-    NO_RULE,
     TAIL_FREE,
     TOP_H,
     TYPICAL,
@@ -150,9 +149,10 @@ def keep_tail_free(ids, keys, kept, weight, number, z, vocab, slot, lists, found
     """The kept tokens up to the place where the second differences of their sorted weights sum to more than z."""
     tl.store(lists[2] + slot, ids)
     tl.debug_barrier()
-    place = number + ties_before(keys, ids, lists[0], lists[2], found, N)
-    tl.debug_barrier()  # others may still read the weights
-    tl.store(lists[1] + place, tl.where(kept, weight, 0), mask=slot < found)
+    place = number + ties_before(keys, ids, lists[0], lists[2], found, N)  # of what is kept, from 0 on
+    tl.store(lists[1] + slot, weight * 0)
+    tl.debug_barrier()
+    tl.store(lists[1] + place, weight, mask=kept)
     tl.debug_barrier()
     own = tl.load(lists[1] + slot, mask=slot < found, other=0)
     following = tl.load(lists[1] + slot + 1, mask=slot + 1 < found, other=0)
@@ -160,7 +160,7 @@ def keep_tail_free(ids, keys, kept, weight, number, z, vocab, slot, lists, found
     curvature = tl.where(slot < vocab - 2, tl.abs((own - following) - (following - third)), 0)
     limit = z.to(tl.float64) * ENTROPY_SHARE * tl.sum(curvature, axis=0).to(tl.float64)
     within = (tl.cumsum(curvature, axis=0).to(tl.float64) <= limit) & (slot < vocab - 2)
-    return kept & (number <= tl.sum(within.to(tl.int32), axis=0))
+    return kept & ((number <= tl.sum(within.to(tl.int32), axis=0)) | (vocab < 3))
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def take_special(now, value, second, at_first, whole, y, ids, keys, kept, weight
     if (at_first == 0) & (now != TAIL_FREE) & ((now != TOP_H) | (second <= 0)):
         statistics = moments_of(y, kept, weight, top, SPECIAL[3])
     highest = top
-    if (now == XTC) | ((now >= BY_FUNCTION) & (now != NO_RULE)):
+    if (now == XTC) | ((now >= BY_FUNCTION) & (now < TAIL_FREE)):
         limit = value_limit(now, statistics, top, value, DEVICES)
         if now == XTC:
             least = tl.min(tl.where(kept & (y >= limit), y, float("inf")), axis=0)

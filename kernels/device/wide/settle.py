@@ -159,7 +159,7 @@ def tail_free(z, state, table, POINTS: tl.constexpr):
             total += tl.where((many > 1) & (place - 2 < ends), tl.abs(own - weight), 0)
             bend = (own - weight) - (weight - tl.where(others > 1, weight, light))
             total += tl.where(place - 1 < ends, tl.abs(bend), 0)
-            passed = (turn > 0) & ((total.to(tl.float64) > limit) | (place > ends))
+            passed = (turn > 0) & (ends > 0) & ((total.to(tl.float64) > limit) | (place > ends))
             going = (others > 0) & (passed == 0)
             if going:
                 key, many, own = following, others, weight
@@ -233,7 +233,7 @@ def settle(row_steps, steps, whole, statistics, top, base, lump, span, table,
             direct = kind == KEEP_VALUE
             near, partial, by_entropy = taken < 0, taken < 0, taken < 0
             if len(SPECIAL) > 0:
-                direct = direct | (kind == XTC) | (kind >= BY_FUNCTION)
+                direct = direct | (kind == XTC) | ((kind >= BY_FUNCTION) & (kind < TAIL_FREE))
                 near, by_entropy = kind == TYPICAL, kind == TOP_H
                 partial = by_entropy & (entry(seconds, i) > 0)
                 below = tl.where(partial, tl.maximum(edge, head), edge)
