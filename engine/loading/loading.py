@@ -88,9 +88,8 @@ def load(
         raise ModelError(f"cannot load a causal LM from {str(name_or_path)!r}: {error}") from error
     text = module.config.get_text_config(decoder=True)
     if getattr(text, "attn_logit_softcapping", None) and "attn_implementation" not in model_kwargs:
-        module.set_attn_implementation(
-            "eager"
-        )  # transformers before 5.23 may choose sdpa, which drops the softcap
+        # transformers before 5.23 may choose sdpa, which drops the softcap
+        module.set_attn_implementation("eager")
     if "device_map" not in arguments and tp_plan is None:
         module = module.to(place)
     if quantization in packing.BITS:

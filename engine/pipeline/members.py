@@ -167,13 +167,8 @@ def reasons(
     for which rows it is, if not for the same ones.
     """
     found, follower, ends = [""] * len(processors), "", len(processors) - 1
-    keeps, sparse, dividing, memory, scaled = (
-        True,
-        "",
-        set(),
-        "",
-        True,
-    )  # scaled: by numbers known before, if at all
+    keeps, sparse, dividing, memory = True, "", set(), ""
+    scaled = True  # by numbers known before, if at all
     for i in range(ends, -1, -1):
         processor = processors[i]
         own = unfused_alone(processor, settings[i], device_type)

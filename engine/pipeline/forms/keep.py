@@ -37,9 +37,7 @@ class Keep(Processor):
     leaves_off_rows = True
     keeps_argmax = True
     sampling_only = True
-    scale_free = (
-        False  # True: it keeps the same tokens whatever positive number all logits of a row are divided by
-    )
+    scale_free = False  # True: whatever positive number a row is divided by, it keeps the same tokens
     level = threshold = count = mass = known = None
     device: Any = None
 
